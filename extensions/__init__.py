@@ -1,0 +1,21 @@
+"""Reference weight-sync extensions for vLLM workers, and the senders that trainers use with them.
+
+Runs inside vLLM's workers and inside trainers. Importing it needs neither CUDA nor vLLM: both are reached when used.
+"""
+
+from extensions.broadcast import BroadcastSender, WorkerExtension
+from extensions.colocate import ColocateWorkerExtension, HandleSender
+from extensions.manifest import ManifestError, manifest_of
+from extensions.process_group import stateless_init_process_group
+from extensions.updating import UpdateError
+
+__all__ = [
+    "BroadcastSender",
+    "ColocateWorkerExtension",
+    "HandleSender",
+    "ManifestError",
+    "UpdateError",
+    "WorkerExtension",
+    "manifest_of",
+    "stateless_init_process_group",
+]

@@ -1,0 +1,76 @@
+"""Weights by broadcast: the trainer is rank 0 of a group, the workers of one or several engines are the others."""
+
+from collections.abc import Iterable
+
+import torch
+
+from extensions.dtypes import dtype_of
+from extensions.process_group import DEFAULT_TIMEOUT_S, Communicator, GroupError, stateless_init_process_group
+from extensions.updating import UpdateBracket
+
+
+class WorkerExtension(UpdateBracket):
+    """Receives tensors one by one from the trainer; give it to vLLM as `worker_extension_cls`.
+
+    Call the methods on all workers through `collective_rpc`, while the trainer's `BroadcastSender` does its half.
+    """
+
+    _weight_sync_group: Communicator | None = None
+
+    def init_weight_update_group(self, master_address: str, master_port: int, rank_offset: int, world_size: int) -> None:
+        """Join the trainer's group as rank `rank_offset` + this worker's rank in its engine.
+
+        `world_size` counts the trainer and the workers of all engines; with several engines each has its own
+        `rank_offset`. A group that exists is closed first. Raises like `stateless_init_process_group`.
+        """
+        self.close_weight_update_group()
+        self._weight_sync_group = stateless_init_process_group(
+            master_address, master_port, rank_offset + self.rank, world_size, self.device
+        )
+
+    def update_weight(self, name: str, dtype: "str | torch.dtype", shape: "list[int] | tuple[int, ...]") -> None:
+        """Receive one tensor, of this dtype and full shape, and load it under its checkpoint name.
+
+        The tensor is received before it is judged, so that an error here leaves the group usable and the trainer
+        not waiting. Raises GroupError without a group, ManifestError or UpdateError where the model can't take it.
+        """
+        if self._weight_sync_group is None:
+            raise GroupError("there is no group: call init_weight_update_group() on all workers first")
+        tensor = torch.empty(tuple(shape), dtype=dtype_of(dtype), device=self.device)
+        self._weight_sync_group.broadcast(tensor, src=0)
+        self._weight_sync_accept(name, tensor)
+
+    def close_weight_update_group(self) -> None:
+        """Leave the group, if there is one."""
+        group, self._weight_sync_group = self._weight_sync_group, None
+        if group is not None:
+            group.close()
+
+
+class BroadcastSender:
+    """The trainer's half: rank 0 of the group, which receives nothing."""
+
+    def __init__(
+        self,
+        master_address: str,
+        master_port: int,
+        world_size: int,
+        device: "torch.device | str | int",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """Serve the group at `master_address:master_port` and wait for `world_size - 1` workers."""
+        self._group = stateless_init_process_group(master_address, master_port, 0, world_size, device, timeout_s)
+
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Broadcast every tensor, in the order of the workers' `update_weight` calls. Returns the bytes sent."""
+        device, sent = self._group.device, 0
+        for _, tensor in named_tensors:
+            self._group.broadcast(tensor.detach().to(device).contiguous(), src=0)
+            sent += tensor.numel() * tensor.element_size()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the next optimiser step may write to what is being sent
+        return sent
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._group.close()

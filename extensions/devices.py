@@ -1,0 +1,230 @@
+"""Which device is which across processes, and handles to tensors on them.
+
+An ordinal means something only inside the process that has it: another process may see other GPUs, or the same ones in
+another order. So devices go by the UUID that the driver gives them, in NVML's spelling (`GPU-...`, `MIG-...`), and the
+ordinal inside a CUDA IPC handle is replaced by the receiver's own for that UUID.
+
+A handle is plain data. It is rebuilt by functions named here, and nothing of it is called or unpickled.
+"""
+
+import os
+import re
+import secrets
+from pathlib import Path
+
+import torch
+
+from extensions.dtypes import dtype_name, dtype_of
+
+SHARED_MEMORY = Path("/dev/shm")
+SEGMENT_NAME = re.compile(r"weight-sync-[A-Za-z0-9-]{1,80}")
+CPU_DEVICE_ID = "WEIGHT_SYNC_CPU_DEVICE_ID"  # names host memory, where one machine is to stand for several devices
+RUN_ID = "WEIGHT_SYNC_RUN_ID"
+ALIGNMENT_BYTES = 64
+
+# The arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor after the tensor class, in order.
+CUDA_FIELDS = (
+    "shape", "stride", "storage_offset", "storage_class", "dtype", "device_index", "memory_handle", "storage_bytes",
+    "storage_offset_bytes", "requires_grad", "ref_counter_handle", "ref_counter_offset", "event_handle", "event_sync_required",
+)  # fmt: skip
+CUDA_BYTES = ("memory_handle", "ref_counter_handle", "event_handle")
+CUDA_COUNTS = ("storage_offset", "storage_bytes", "storage_offset_bytes", "ref_counter_offset")
+
+
+class HandleError(ValueError):
+    """A handle that is none, or that can't be opened here."""
+
+
+def device_id(device: torch.device) -> str:
+    """The id of a device, the same in every process of the machine.
+
+    For CUDA `GPU-<uuid>` as nvidia-smi prints it (torch leaves the prefix out), `MIG-<uuid>` for a slice. For the
+    CPU, which vLLM gives no id, `CPU-` and this boot's id, or what WEIGHT_SYNC_CPU_DEVICE_ID says.
+    """
+    if device.type == "cpu":
+        return os.environ.get(CPU_DEVICE_ID) or "CPU-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    uuid = str(torch.cuda.get_device_properties(index).uuid)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    is_slice = index < len(visible) and visible[index].strip().startswith("MIG-")
+    return f"{'MIG' if is_slice else 'GPU'}-{uuid}"
+
+
+def export_tensor(tensor: torch.Tensor) -> dict:
+    """A handle to a CUDA tensor, which has to stay alive and unchanged until the receiver is done with it."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    _, arguments = reduce_tensor(tensor)
+    return _plain_cuda(arguments)
+
+
+def _plain_cuda(arguments: tuple) -> dict:
+    """torch's arguments as plain data. The classes among them are left out; there is one right value for each."""
+    if len(arguments) != len(CUDA_FIELDS) + 1:
+        raise HandleError(f"expected {len(CUDA_FIELDS) + 1} arguments of a CUDA tensor, found {len(arguments)}")
+    fields = dict(zip(CUDA_FIELDS, arguments[1:], strict=True))
+    for name in ("storage_class", "device_index", "requires_grad"):
+        del fields[name]
+    fields["shape"], fields["stride"] = list(fields["shape"]), list(fields["stride"])
+    fields["dtype"] = dtype_name(dtype_of(fields["dtype"]))
+    return {"kind": "cuda_ipc", **fields}
+
+
+def open_handle(handle: object, device: torch.device) -> torch.Tensor:
+    """The tensor behind a handle, mapped on `device` (the receiver's own), not copied.
+
+    Raises HandleError for anything that is not a well-formed handle of this device's kind.
+    """
+    if isinstance(handle, tuple | list) and len(handle) == 2 and callable(handle[0]):
+        return _open_pair(handle[0], handle[1], device)
+    if not isinstance(handle, dict):
+        raise HandleError(f"a handle is a mapping or torch's (function, arguments), found {type(handle).__name__}")
+    kind = handle.get("kind")
+    if kind == "shared_memory" and device.type == "cpu":
+        return _open_shared_memory(handle)
+    if kind == "cuda_ipc" and device.type == "cuda":
+        return _open_cuda(handle, device)
+    raise HandleError(f"expected a handle that device {device} can open, found kind {kind!r}")
+
+
+def _open_pair(function: object, arguments: object, device: torch.device) -> torch.Tensor:
+    from torch.multiprocessing import reductions
+
+    if function is reductions.rebuild_cuda_tensor and device.type == "cuda" and isinstance(arguments, tuple):
+        return _open_cuda(_plain_cuda(arguments), device)
+    if function is reductions.rebuild_tensor and device.type == "cpu" and isinstance(arguments, tuple):
+        return _open_storage(arguments)
+    name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
+    raise HandleError(f"{name} is not a function that rebuilds a tensor on {device.type}; it was not called")
+
+
+def _open_storage(arguments: tuple) -> torch.Tensor:
+    """What torch's `rebuild_tensor` makes of a CPU storage that came along as an object."""
+    try:
+        _, storage, (offset, shape, stride, _) = arguments
+    except (TypeError, ValueError):
+        raise HandleError("the arguments are not those of torch's rebuild_tensor") from None
+    if not isinstance(storage, torch.TypedStorage) or storage.device.type != "cpu":
+        raise HandleError(f"expected a CPU storage, found {type(storage).__name__}")
+    fields = {"shape": list(shape), "stride": list(stride), "storage_offset": offset, "storage_bytes": storage.nbytes()}
+    shape, stride, offset = _layout(fields, storage.dtype)
+    return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, shape, stride)
+
+
+def _open_cuda(handle: dict, device: torch.device) -> torch.Tensor:
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    expected = {"kind", *CUDA_FIELDS} - {"storage_class", "device_index", "requires_grad"}
+    _require_keys(handle, expected)
+    dtype = _dtype(handle)
+    for name in CUDA_BYTES:
+        if not isinstance(handle[name], bytes):
+            raise HandleError(f"{name}: expected bytes, found {type(handle[name]).__name__}")
+    for name in CUDA_COUNTS:
+        _count(handle, name)
+    shape, stride, offset = _layout(handle, dtype)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # rebuild_cuda_tensor imports the memory on the device that it is told: the receiver's own.
+    return rebuild_cuda_tensor(
+        torch.Tensor, torch.Size(shape), tuple(stride), offset, torch.UntypedStorage, dtype, index,
+        handle["memory_handle"], handle["storage_bytes"], handle["storage_offset_bytes"], False,
+        handle["ref_counter_handle"], handle["ref_counter_offset"], handle["event_handle"], bool(handle["event_sync_required"]),
+    )  # fmt: skip
+
+
+def _open_shared_memory(handle: dict) -> torch.Tensor:
+    _require_keys(handle, {"kind", "segment", "dtype", "shape", "stride", "storage_offset", "storage_bytes", "offset_bytes"})
+    segment = handle["segment"]
+    if not isinstance(segment, str) or not SEGMENT_NAME.fullmatch(segment):
+        raise HandleError(f"expected a segment called weight-sync-..., found {segment!r:.120}")
+    dtype, start, nbytes = _dtype(handle), _count(handle, "offset_bytes"), _count(handle, "storage_bytes")
+    shape, stride, offset = _layout(handle, dtype)
+    path = SHARED_MEMORY / segment
+    if not path.is_file() or path.is_symlink():
+        raise HandleError(f"shared memory {segment} is not there: has the sender released it?")
+    size = path.stat().st_size
+    if start + nbytes > size or start % ALIGNMENT_BYTES:
+        raise HandleError(f"expected {nbytes} bytes at {start} inside {segment}, which has {size}")
+    whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+    return whole[start : start + nbytes].view(dtype).as_strided(shape, stride, start // dtype.itemsize + offset)
+
+
+def _require_keys(handle: dict, expected: set[str]) -> None:
+    if set(handle) != expected:
+        problem = sorted(map(str, set(handle) ^ expected))
+        raise HandleError(f"a {handle['kind']} handle has other fields than expected: {', '.join(problem)}")
+
+
+def _dtype(handle: dict) -> torch.dtype:
+    try:
+        return dtype_of(handle["dtype"])
+    except (TypeError, ValueError) as error:
+        raise HandleError(str(error)) from None
+
+
+def _count(handle: dict, name: str) -> int:
+    value = handle[name]
+    if type(value) is not int or not 0 <= value < 2**48:
+        raise HandleError(f"{name}: expected a count, found {value!r:.80}")
+    return value
+
+
+def _layout(handle: dict, dtype: torch.dtype) -> tuple[list[int], list[int], int]:
+    """Shape, stride and offset (in elements) of a tensor that lies inside its storage."""
+    shape, stride, offset = handle["shape"], handle["stride"], _count(handle, "storage_offset")
+    for name, values in (("shape", shape), ("stride", stride)):
+        if not isinstance(values, list | tuple) or not all(type(n) is int and 0 <= n < 2**48 for n in values):
+            raise HandleError(f"{name}: expected a list of sizes, found {values!r:.80}")
+    if len(shape) != len(stride):
+        raise HandleError(f"expected as many strides as sizes, found {len(stride)} and {len(shape)}")
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else offset - 1
+    if (last + 1) * dtype.itemsize > _count(handle, "storage_bytes"):
+        raise HandleError(f"shape {list(shape)} with strides {list(stride)} reaches outside its storage")
+    return list(shape), list(stride), offset
+
+
+class SharedSegment:
+    """One file in shared memory that holds the tensors of an update."""
+
+    def __init__(self, nbytes: int) -> None:
+        # The run's id comes first, so that whoever ends a run can find what a killed trainer left.
+        run = re.sub(r"[^A-Za-z0-9]", "", os.environ.get(RUN_ID, ""))[:40] or "x"
+        self.name = f"weight-sync-{run}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.nbytes = nbytes
+        path = SHARED_MEMORY / self.name
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)  # fail here, not with SIGBUS, where memory is short
+        except OSError:
+            path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        self._bytes = torch.from_file(str(path), shared=True, size=nbytes, dtype=torch.uint8)
+
+    @staticmethod
+    def size_for(tensors: list[torch.Tensor]) -> int:
+        return max(ALIGNMENT_BYTES, sum(_aligned(t.numel() * t.element_size()) for t in tensors))
+
+    def fill(self, named_tensors: list[tuple[str, torch.Tensor]]) -> dict[str, dict]:
+        """Copy the tensors in, one after the other, and return their handles."""
+        handles, start = {}, 0
+        for name, tensor in named_tensors:
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            self._bytes[start : start + flat.numel()].copy_(flat)
+            handles[name] = {
+                "kind": "shared_memory", "segment": self.name, "offset_bytes": start, "storage_bytes": flat.numel(),
+                "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "stride": list(tensor.contiguous().stride()),
+                "storage_offset": 0,
+            }  # fmt: skip
+            start += _aligned(flat.numel())
+        return handles
+
+    def unlink(self) -> None:
+        """Free the name; the memory goes when the last process has let go of it."""
+        self._bytes = None
+        (SHARED_MEMORY / self.name).unlink(missing_ok=True)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

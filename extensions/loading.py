@@ -1,0 +1,161 @@
+"""Getting tensors into a model that may have repacked or quantised its weights.
+
+`DirectLoad` hands each tensor to the model's own `load_weights`, which copies it into the parameter. That is right only
+while the parameters are those the checkpoint was loaded into. Where processing after loading has replaced them,
+`LayerwiseReload` has vLLM's layerwise reload restore each layer's original parameters, load, process again and copy
+the result to where the old one was, so that addresses captured in CUDA graphs stay valid.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+
+class Load(Protocol):
+    """One update of one model, from `begin` to `end` or `abort`."""
+
+    def begin(self) -> None:
+        """Prepare the model for new weights."""
+
+    def load(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one full tensor under its checkpoint name; it may be kept until `end`."""
+
+    def end(self) -> None:
+        """Finish all layers. The model computes with the new weights afterwards."""
+
+    def abort(self) -> bool:
+        """Give up. True if the model computes with exactly the weights it had before `begin`."""
+
+
+def processed_layers(model: torch.nn.Module) -> list[str]:
+    """Names of layers whose parameters are not the ones a checkpoint loads into: repacked, shuffled or quantised.
+
+    A mixture-of-experts layer always counts: its kernels may permute weights in place, keeping shapes, and loading
+    over them a second time corrupts them in silence (vllm#42821).
+    """
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    plain = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+    names = []
+    for prefix, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if not isinstance(method, QuantizeMethodBase) or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if type(method) not in plain or hasattr(module, "cpu_linear"):
+            names.append(prefix)
+    return names
+
+
+class DirectLoad:
+    """For models whose parameters are as loaded: unquantised dense models on GPUs."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
+        self._model, self._vllm_config, self._touched = model, vllm_config, False
+
+    def begin(self) -> None:
+        self._touched = False
+
+    def load(self, name: str, tensor: torch.Tensor) -> None:
+        self._touched = True
+        with _current(self._vllm_config):
+            self._model.load_weights([(name, tensor)])
+
+    def end(self) -> None:
+        pass
+
+    def abort(self) -> bool:
+        return not self._touched
+
+
+class LayerwiseReload:
+    """For every other model, through `vllm.model_executor.model_loader.reload`."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
+        self._model, self._vllm_config, self._touched = model, vllm_config, False
+
+    def begin(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._touched = False
+        _forget_cpu_experts(self._model)
+        with _current(self._vllm_config):
+            initialize_layerwise_reload(self._model)
+
+    def load(self, name: str, tensor: torch.Tensor) -> None:
+        self._touched = True
+        with _current(self._vllm_config):
+            self._model.load_weights([(name, tensor)])
+
+    def end(self) -> None:
+        with _current(self._vllm_config):
+            _finalize(self._model, self._vllm_config.model_config)
+            _repack_tied_head(self._model)
+
+    def abort(self) -> bool:
+        """Put the old tensors back where no new ones were processed.
+
+        Layers that had all their tensors have been overwritten, so the model is whole again only if none was taken.
+        """
+        from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+
+        for layer in self._model.modules():
+            info = get_layerwise_info(layer)
+            if info.can_load() and info.kernel_tensors is not None:
+                _place_kernel_tensors(layer, info)
+            info.reset()
+        if hasattr(self._model, "_original_do_torchao_reload"):
+            self._model._do_torchao_reload = self._model._original_do_torchao_reload
+        return not self._touched
+
+
+def new_load(model: torch.nn.Module, vllm_config: object) -> Load:
+    """The cheaper of the two that is right for this model."""
+    kind = LayerwiseReload if processed_layers(model) else DirectLoad
+    return kind(model, vllm_config)
+
+
+@contextmanager
+def _current(vllm_config: object) -> Iterator[None]:
+    """Layers that are built or processed look the configuration up; before vLLM 0.28 reload did not set it."""
+    from vllm.config import set_current_vllm_config
+
+    with torch.no_grad(), set_current_vllm_config(vllm_config):
+        yield
+
+
+def _finalize(model: torch.nn.Module, model_config: object) -> None:
+    from vllm.model_executor.model_loader import reload
+
+    finish = getattr(reload, "finalize_layerwise_reload", None) or reload.finalize_layerwise_processing
+    finish(model, model_config)
+
+
+def _forget_cpu_experts(model: torch.nn.Module) -> None:
+    """Have the CPU backend pack expert weights again.
+
+    From vLLM 0.27 it packs them only when it builds the layer's kernel, takes an existing kernel for a sign that the
+    weights are only being updated, and would then compute with unpacked weights as if they were packed.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        weight = module._parameters.get("w13_weight")
+        if weight is not None and weight.device.type == "cpu" and getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """Renew the packed copy of an output embedding that is tied to the input embedding.
+
+    No tensor of its own arrives for it, so reload leaves it alone, while the parameter that it shares has changed.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    addresses = [m.weight.data_ptr() for m in model.modules() if hasattr(m, "org_vocab_size")]
+    for module in model.modules():
+        packed = isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear")
+        if packed and addresses.count(module.weight.data_ptr()) > 1:
+            module.quant_method.process_weights_after_loading(module)

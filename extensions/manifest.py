@@ -1,0 +1,89 @@
+"""What an update announces, and whether it is what the model expects.
+
+A manifest is plain data, in the order of sending: `[{"name": str, "dtype": "bfloat16", "shape": [int, ...]}, ...]`.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from extensions.dtypes import FLOATING_SOURCES, dtype_name, dtype_of
+
+Manifest = list[dict]
+SHOWN = 8  # names in a message; the rest is counted
+
+
+class ManifestError(ValueError):
+    """An update that the model can't take as announced. Nothing was touched."""
+
+
+def manifest_of(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Manifest:
+    """The manifest of named tensors, in their order."""
+    return [{"name": n, "dtype": dtype_name(t.dtype), "shape": list(t.shape)} for n, t in named_tensors]
+
+
+def parse(manifest: object) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """`{name: (dtype, shape)}`, or ManifestError naming the entries that are malformed or there twice."""
+    if not isinstance(manifest, list | tuple) or not manifest:
+        raise ManifestError(f"a manifest is a non-empty list of entries, found {type(manifest).__name__} {manifest!r:.80}")
+    parsed: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    duplicates = []
+    for index, entry in enumerate(manifest):
+        name, dtype, shape = _parse_entry(index, entry)
+        if name in parsed:
+            duplicates.append(name)
+        parsed[name] = (dtype, shape)
+    if duplicates:
+        raise ManifestError(f"{len(duplicates)} duplicate {_plural('name', duplicates)}: {_shown(duplicates)}")
+    return parsed
+
+
+def _parse_entry(index: int, entry: object) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    where = f"manifest entry {index}"
+    if not isinstance(entry, dict) or set(entry) != {"name", "dtype", "shape"}:
+        raise ManifestError(f"{where}: expected the keys name, dtype, shape, found {entry!r:.120}")
+    name, shape = entry["name"], entry["shape"]
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ManifestError(f"{where}: a name is printable text, found {name!r:.120}")
+    if not isinstance(shape, list | tuple) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        raise ManifestError(f"{where} ({name}): a shape is a list of sizes, found {shape!r:.120}")
+    try:
+        return name, dtype_of(entry["dtype"]), tuple(shape)
+    except (TypeError, ValueError) as error:
+        raise ManifestError(f"{where} ({name}): {error}") from None
+
+
+def check(
+    announced: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    required: dict[str, tuple[int, ...] | None],
+    optional: dict[str, tuple[int, ...] | None],
+) -> None:
+    """Raise ManifestError unless `announced` is the model's weights, each once, with a fitting shape and dtype.
+
+    `required` and `optional` map checkpoint names to full (unsharded) shapes; None where any shape will do.
+    """
+    problems = []
+    known = required | optional
+    if missing := [name for name in required if name not in announced]:
+        problems.append(f"{len(missing)} missing {_plural('name', missing)}: {_shown(missing)}")
+    if unknown := [name for name in announced if name not in known]:
+        problems.append(f"{len(unknown)} unknown {_plural('name', unknown)}: {_shown(unknown)}")
+    for name, (dtype, shape) in announced.items():
+        expected = known.get(name)
+        if expected is not None and shape != expected:
+            problems.append(f"{name}: expected shape {list(expected)}, found {list(shape)}")
+        if name in known and dtype not in FLOATING_SOURCES:
+            accepted = ", ".join(dtype_name(d) for d in FLOATING_SOURCES)
+            problems.append(f"{name}: expected a dtype of {accepted}, found {dtype_name(dtype)}")
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more problems" if len(problems) > SHOWN else ""
+        raise ManifestError("the update does not fit the model: " + "; ".join(problems[:SHOWN]) + more)
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _plural(word: str, items: list[str]) -> str:
+    return word if len(items) == 1 else word + "s"

@@ -1,0 +1,164 @@
+"""What runs in an engine process: it owns a `vllm.LLM` and does the engine's half of every update."""
+
+import os
+import time
+from typing import Any
+
+from suite.link import Link, LinkError, Listener
+from suite.probe import EXTENSION, PROBED
+from suite.subjects import Subject, load
+
+LINK_WAIT_S = 60.0
+
+
+class Cancelled(RuntimeError):
+    """The trainer called the update off, since another engine refused it."""
+
+
+class Engine:
+    """A vLLM engine with a subject's extension in its workers.
+
+    Args:
+        model: directory of the checkpoint (or of its config, with `load_format="dummy"` in options).
+        subject: {"name", "extension", "transport"} of the subject.
+        link_path: Unix socket on which trainers are awaited.
+        tensor_parallel_size: ranks of the engine.
+        oracle_path: where to write the weights it starts with, for others to be compared with; None for nowhere.
+        options: further arguments of vllm.LLM.
+    """
+
+    def __init__(
+        self, model: str, subject: dict, link_path: str, tensor_parallel_size: int, oracle_path: str | None, options: dict
+    ) -> None:
+        os.environ[EXTENSION] = subject["extension"]  # before the workers are made: they inherit it
+        from vllm import LLM
+
+        self._subject = Subject(**subject)
+        self._brackets = hasattr(load(self._subject.extension), "begin_update")
+        self._listener = Listener(link_path)
+        self._links: list[Link] = []
+        self._llm = LLM(
+            model=model,
+            tensor_parallel_size=tensor_parallel_size,
+            worker_extension_cls=PROBED,
+            skip_tokenizer_init=True,
+            **options,
+        )
+        if oracle_path is not None:
+            self.rpc("probe_save", oracle_path)
+
+    def facts(self) -> dict:
+        """Which devices the workers are on."""
+        return {"devices": self.rpc("probe_device")}
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """Call a worker method on all ranks; returns their results in rank order."""
+        return self._llm.collective_rpc(method, args=args)
+
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> list[dict]:
+        """Greedy continuations: {"tokens": [...], "logprobs": [log-probability of each]} for each prompt."""
+        from vllm import SamplingParams
+
+        greedy = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False)
+        outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
+        return [_continuation(output.outputs[0]) for output in outputs]
+
+    def tokens_per_s(self, prompts: list[list[int]], max_tokens: int) -> float:
+        """Generated tokens per second of one batch."""
+        started = time.monotonic()
+        continuations = self.generate(prompts, max_tokens)
+        return sum(len(c["tokens"]) for c in continuations) / (time.monotonic() - started)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget keys and values of earlier prompts, which old weights have computed."""
+        return bool(self._llm.reset_prefix_cache())
+
+    def join_group(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
+        """Have the workers join the trainer's group."""
+        self.rpc("init_weight_update_group", address, port, rank_offset, world_size)
+
+    def accept(self, trainer_ranks: int) -> None:
+        """Await this many trainer ranks; lines to earlier trainers are closed."""
+        for link in self._links:
+            link.close()
+        self._links = [self._listener.accept(LINK_WAIT_S) for _ in range(trainer_ranks)]
+
+    def update(self, deadline_s: float) -> dict:
+        """The engine's half of one update. Returns when it started and ended (monotonic clock), and its steps' seconds.
+
+        Raises what the extension raised, after telling the trainer.
+        """
+        started = time.monotonic()
+        announced = [link.receive(deadline_s) for link in self._links]
+        manifest = announced[0]["manifest"]
+        arrived = time.monotonic()
+        try:
+            if self._brackets:
+                self.rpc("begin_update", manifest)
+        except Exception as error:
+            self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)
+            raise
+        self._answer({"ready": True}, deadline_s)
+        decisions = [link.receive(deadline_s)["go"] for link in self._links]
+        if not all(decisions):
+            self._abort()
+            raise Cancelled("the trainer called the update off")
+        begun = time.monotonic()
+        try:
+            self._transfer(manifest, announced)
+            transferred = time.monotonic()
+            if self._brackets:
+                self.rpc("end_update")
+            self.reset_prefix_cache()
+        except Exception as error:
+            self._abort()
+            self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)
+            raise
+        ended = time.monotonic()
+        self._answer({"ended": True}, deadline_s)
+        steps_s = {"begin": begun - arrived, "transfer": transferred - begun, "end": ended - transferred}
+        return {"started_s": started, "ended_s": ended, "steps_s": steps_s}
+
+    def receive(self, nbytes: int, count: int) -> dict:
+        """The engine's half of `count` roofline broadcasts, back to back in the workers."""
+        started = time.monotonic()
+        for _ in range(count):
+            self.rpc("probe_receive", nbytes)
+        return {"started_s": started, "ended_s": time.monotonic()}
+
+    def close(self) -> None:
+        """End the engine's workers."""
+        self._listener.close()
+        for link in self._links:
+            link.close()
+        shutdown = getattr(self._llm.llm_engine.engine_core, "shutdown", None)
+        if shutdown is not None:
+            shutdown()
+
+    def _transfer(self, manifest: list[dict], announced: list[dict]) -> None:
+        if self._subject.transport == "broadcast":
+            for entry in manifest:
+                self.rpc("update_weight", entry["name"], entry["dtype"], entry["shape"])
+            return
+        handles: dict[str, dict] = {}
+        for message in announced:
+            for device, named in message["handles"].items():
+                handles.setdefault(device, {}).update(named)
+        self.rpc("update_weights_from_ipc_handles", handles)
+
+    def _abort(self) -> None:
+        if self._brackets:
+            self.rpc("abort_update")
+
+    def _answer(self, message: dict, deadline_s: float) -> None:
+        for link in self._links:
+            try:
+                link.send(message, deadline_s)
+            except LinkError as error:
+                print(f"the trainer was not told {message}: {error}")  # goes to the log; the call itself says why
+
+
+def _continuation(output: Any) -> dict:
+    tokens = list(output.token_ids)
+    logprobs = [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
+    return {"tokens": tokens, "logprobs": logprobs}

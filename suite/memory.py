@@ -1,0 +1,31 @@
+"""Peak memory above a mark: of the process on CPUs, of torch's allocator on CUDA devices."""
+
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+CLEAR_PEAK = "5"  # written to /proc/self/clear_refs: the high-water mark starts anew (Linux, proc(5))
+
+
+def mark(device: torch.device) -> int:
+    """Start measuring; returns the bytes in use now."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
+    return _status_bytes("VmRSS")
+
+
+def peak_above(marked: int, device: torch.device) -> int:
+    """Bytes above `marked` at the highest since the mark."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return max(0, torch.cuda.max_memory_allocated(device) - marked)
+    return max(0, _status_bytes("VmHWM") - marked)
+
+
+def _status_bytes(key: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,133 @@
+"""The suite's own eyes inside an engine's workers, beside the extension under examination.
+
+vLLM takes one extension class. So the workers get `ProbedExtension`: the subject's class, which the environment names,
+with the probe's methods added. The subject's own methods stay as they are.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from extensions.devices import device_id
+from extensions.process_group import stateless_init_process_group
+from extensions.weights import effective_weights
+from suite import memory
+from suite.subjects import load
+
+EXTENSION = "WEIGHT_SYNC_EXTENSION"
+PROBED = "suite.probe.ProbedExtension"
+SHOWN = 5
+
+
+class Probe:
+    """Reads what the worker computes with; changes nothing."""
+
+    def probe_save(self, path: str) -> int:
+        """Write this rank's effective weights to `<path>.rank<r>.safetensors`. Returns the elements written."""
+        from safetensors.torch import save_file
+
+        weights = {name: weight.cpu().clone().contiguous() for name, weight in self._probe_weights()}
+        target = _of_rank(path, self.rank)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, target)
+        return sum(weight.numel() for weight in weights.values())
+
+    def probe_compare(self, path: str) -> dict:
+        """Compare bit by bit with what `probe_save` wrote: elements looked at, and what differs where."""
+        from safetensors.torch import load_file
+
+        expected, differing, elements = load_file(_of_rank(path, self.rank)), [], 0
+        for name, weight in self._probe_weights():
+            elements += weight.numel()
+            reference = expected.pop(name, None)
+            differing += _difference(name, weight.cpu(), reference)
+        differing += [f"{name}: expected, but the engine has none" for name in expected]
+        return {"rank": self.rank, "elements": elements, "differing": len(differing), "first": differing[:SHOWN]}
+
+    def probe_zero(self) -> dict:
+        """How many effective elements there are, and which weights have some that aren't zero."""
+        elements, nonzero = 0, []
+        for name, weight in self._probe_weights():
+            elements += weight.numel()
+            if count := int(torch.count_nonzero(weight.float())):
+                nonzero.append(f"{name}: {count} of {weight.numel()} elements are not zero")
+        return {"rank": self.rank, "elements": elements, "differing": len(nonzero), "first": nonzero[:SHOWN]}
+
+    def probe_addresses(self) -> dict[str, int]:
+        """{parameter: address} of every parameter that isn't empty."""
+        model = self.model_runner.get_model()
+        return {name: p.data_ptr() for name, p in model.named_parameters() if p.numel()}
+
+    def probe_device(self) -> dict:
+        """Which device this worker is on, and its process."""
+        return {"rank": self.rank, "pid": os.getpid(), "device": str(self.device), "id": device_id(self.device)}
+
+    def probe_memory_mark(self) -> None:
+        """From here on peak memory is measured."""
+        self._probe_mark = memory.mark(self.device)
+
+    def probe_memory_peak(self) -> int:
+        """Bytes above the mark at the highest since."""
+        return memory.peak_above(self._probe_mark, self.device)
+
+    def probe_join(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
+        """Join a group of the probe's own, for rooflines."""
+        self._probe_group = stateless_init_process_group(address, port, rank_offset + self.rank, world_size, self.device)
+
+    def probe_receive(self, nbytes: int) -> None:
+        """Receive one broadcast of `nbytes`: what the hardware takes for the same bytes."""
+        buffer = getattr(self, "_probe_buffer", None)
+        if buffer is None or buffer.numel() != nbytes:
+            self._probe_buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self._probe_group.broadcast(self._probe_buffer, src=0)
+        _synchronize(self.device)
+
+    def probe_copy(self, nbytes: int) -> float:
+        """Seconds for one copy of `nbytes` on the worker's device."""
+        if getattr(self, "_probe_pair", None) is None or self._probe_pair[0].numel() != nbytes:
+            source = torch.ones(nbytes, dtype=torch.uint8, device=self.device)
+            self._probe_pair = (source, torch.empty_like(source))
+        source, target = self._probe_pair
+        _synchronize(self.device)
+        started = time.monotonic()
+        target.copy_(source)
+        _synchronize(self.device)
+        return time.monotonic() - started
+
+    def probe_forget(self) -> None:
+        """Free the buffers of the rooflines."""
+        self._probe_buffer = self._probe_pair = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _probe_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return effective_weights(self.model_runner.get_model())
+
+
+def _of_rank(path: str, rank: int) -> Path:
+    return Path(f"{path}.rank{rank}.safetensors")
+
+
+def _difference(name: str, weight: torch.Tensor, reference: torch.Tensor | None) -> list[str]:
+    if reference is None:
+        return [f"{name}: the engine has it, the reference does not"]
+    if (weight.shape, weight.dtype) != (reference.shape, reference.dtype):
+        return [f"{name}: expected {tuple(reference.shape)} {reference.dtype}, found {tuple(weight.shape)} {weight.dtype}"]
+    size = weight.element_size()
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    count = int((weight.contiguous().view(bits) != reference.contiguous().view(bits)).sum())
+    return [f"{name}: {count} of {weight.numel()} elements differ"] if count else []
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if EXTENSION in os.environ:
+
+    class ProbedExtension(Probe, load(os.environ[EXTENSION])):
+        """The subject, with the probe beside it."""

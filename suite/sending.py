@@ -1,0 +1,134 @@
+"""The trainer's half of every update, whatever trains: it needs `named_tensors`, `rank`, `world_size` and `device`."""
+
+import time
+from typing import Any
+
+import torch
+
+from extensions.broadcast import BroadcastSender
+from extensions.colocate import HandleSender
+from extensions.manifest import manifest_of
+from extensions.process_group import Communicator, stateless_init_process_group
+from suite import link
+
+
+class Refused(RuntimeError):
+    """An engine refused the update; nothing, or not all, was sent."""
+
+
+class Sending:
+    """Mixed into the trainer. Several engines may be fed at once."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    _links: tuple[link.Link, ...] = ()
+    _broadcaster: BroadcastSender | None = None
+    _hander: HandleSender | None = None
+    _roofline: Communicator | None = None
+
+    def connect(self, link_paths: list[str], deadline_s: float) -> None:
+        """Connect to the engines that listen at these paths, and hang up on earlier ones."""
+        for old in self._links:
+            old.close()
+        self._links = tuple(link.connect(path, deadline_s) for path in link_paths)
+
+    def open_group(self, address: str, port: int, world_size: int) -> None:
+        """Serve the group of this trainer's rank 0 and all workers of the connected engines."""
+        if self._broadcaster is not None:
+            self._broadcaster.close()
+        self._broadcaster = BroadcastSender(address, port, world_size, self.device)
+
+    def update(self, transport: str, deadline_s: float, order: str = "checkpoint", alter: dict | None = None) -> dict:
+        """This rank's half of one update. Returns when it started and ended (monotonic clock) and what was sent.
+
+        `order` and `alter` are those of `named_tensors`. Raises Refused where an engine refuses.
+        """
+        started = time.monotonic()
+        if transport == "broadcast":
+            sent = self._update_by_broadcast(deadline_s, order, alter)
+        else:
+            sent = self._update_by_handles(deadline_s, order, alter)
+        return {"started_s": started, "ended_s": time.monotonic(), **sent}
+
+    def join_roofline(self, address: str, port: int, world_size: int) -> None:
+        """Serve the probes' group."""
+        self._roofline = stateless_init_process_group(address, port, 0, world_size, self.device)
+
+    def send_roofline(self, nbytes: int, count: int) -> dict:
+        """Broadcast `nbytes` `count` times; returns when it started and ended (monotonic clock)."""
+        buffer = torch.ones(nbytes, dtype=torch.uint8, device=self.device)
+        started = time.monotonic()
+        for _ in range(count):
+            self._roofline.broadcast(buffer, src=0)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return {"started_s": started, "ended_s": time.monotonic()}
+
+    def disconnect(self) -> None:
+        """Close groups and lines, and release what was handed over."""
+        for closing in (self._broadcaster, self._roofline, *self._links):
+            if closing is not None:
+                closing.close()
+        if self._hander is not None:
+            self._hander.release()
+        self._broadcaster = self._roofline = self._hander = None
+        self._links = ()
+
+    def _update_by_broadcast(self, deadline_s: float, order: str, alter: dict | None) -> dict:
+        manifest = manifest_of(self.named_tensors(order, alter))
+        go = True
+        if self.rank == 0:
+            refusals = self._announce({"manifest": manifest}, deadline_s)
+            go = not refusals
+        if not self._agreed(go):
+            raise Refused("; ".join(refusals) if self.rank == 0 else "an engine refused rank 0's update")
+        sent = 0
+        if self.rank == 0:
+            sent = self._broadcaster.send(self.named_tensors(order, alter))
+            self._await_end(deadline_s)
+        else:
+            for _ in self.named_tensors(order, alter):
+                pass  # every rank takes part in gathering; rank 0 sends
+        return {"bytes_sent": sent, "tensors": len(manifest)}
+
+    def _update_by_handles(self, deadline_s: float, order: str, alter: dict | None) -> dict:
+        if self._hander is None:
+            self._hander = HandleSender(self.device)
+        named = list(self.named_tensors(order, alter))
+        handles = self._hander.handles(named)
+        manifest = manifest_of(named)
+        refusals = self._announce({"manifest": manifest, "handles": handles}, deadline_s)
+        if not refusals:
+            self._await_end(deadline_s)
+        if self.device.type == "cuda":
+            self._hander.release()
+        if refusals:
+            raise Refused("; ".join(refusals))
+        return {"bytes_sent": sum(t.numel() * t.element_size() for _, t in named), "tensors": len(named)}
+
+    def _announce(self, message: dict[str, Any], deadline_s: float) -> list[str]:
+        """Announce the update to all engines, and have all start it or none. Returns why engines refused."""
+        for engine in self._links:
+            engine.send(message, deadline_s)
+        answers = [engine.receive(deadline_s) for engine in self._links]
+        refusals = [answer["refused"] for answer in answers if "refused" in answer]
+        for engine, answer in zip(self._links, answers, strict=True):
+            if "refused" not in answer:
+                engine.send({"go": not refusals}, deadline_s)
+        return refusals
+
+    def _await_end(self, deadline_s: float) -> None:
+        """Wait until every engine has acknowledged: only then may the tensors be changed or freed."""
+        answers = [engine.receive(deadline_s) for engine in self._links]
+        if refusals := [answer["refused"] for answer in answers if "refused" in answer]:
+            raise Refused("; ".join(refusals))
+
+    def _agreed(self, go: bool) -> bool:
+        """Rank 0's decision, on all ranks of the trainer."""
+        if self.world_size == 1:
+            return go
+        decision = torch.tensor([int(go)], device=self.device)
+        torch.distributed.broadcast(decision, src=0)
+        return bool(decision.item())

@@ -1,0 +1,60 @@
+"""What is examined: an extension class, how its trainer sends, and which requirements it declares that it lacks."""
+
+import importlib
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An extension and the transport that drives it.
+
+    name: how reports call it. extension: `pkg.module:Class`. transport: "broadcast" (the trainer's `BroadcastSender` and
+    the worker's `update_weight` tensor by tensor) or "handles" (`HandleSender` and `update_weights_from_ipc_handles`).
+    lacks: {requirement id: reason} of what it is not made to do; those are judged unsupported, never passed.
+    """
+
+    name: str
+    extension: str
+    transport: str
+    lacks: dict[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def dotted(self) -> str:
+        """The extension as vLLM's `worker_extension_cls` wants it."""
+        return self.extension.replace(":", ".")
+
+
+TRANSPORT_METHODS = {
+    "broadcast": ("init_weight_update_group", "update_weight", "check_weights_changed"),
+    "handles": ("report_device_id", "update_weights_from_ipc_handles", "check_weights_changed"),
+}
+
+SUBJECTS: dict[str, Subject] = {
+    "broadcast": Subject("broadcast", "extensions.broadcast:WorkerExtension", "broadcast"),
+    "colocate": Subject("colocate", "extensions.colocate:ColocateWorkerExtension", "handles"),
+}
+
+
+def subject_from(extension: str) -> Subject:
+    """The subject for a user's class, given as `pkg.module:Class`; its methods tell the transport.
+
+    Raises ValueError, with what is missing, where it can't be imported or has the methods of no transport.
+    """
+    cls = load(extension)
+    for transport, methods in TRANSPORT_METHODS.items():
+        if all(callable(getattr(cls, method, None)) for method in methods):
+            return Subject(cls.__name__, extension, transport)
+    wanted = "; or ".join(f"{transport}: {', '.join(methods)}" for transport, methods in TRANSPORT_METHODS.items())
+    raise ValueError(f"{extension} has the methods of no known transport; expected {wanted}")
+
+
+def load(extension: str) -> type:
+    """Import `pkg.module:Class`. Raises ValueError with the reason where that fails."""
+    module, _, name = extension.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"expected an extension as pkg.module:Class, found {extension!r}: {error}") from error
+    if not isinstance(cls, type):
+        raise ValueError(f"{extension} is a {type(cls).__name__}, not a class")
+    return cls
