@@ -1,0 +1,112 @@
+"""What runs in a started process: builds one object and serves calls on it, one at a time.
+
+Started by suite.processes as ``python -m suite.child FD``, FD being its end of a socket pair. The first frame names
+the class and its arguments; each later frame is a call. Every answer is a result or an error as text. When the other
+end goes away, the janitor ends this process; where there is no janitor, it ends itself, whatever it is doing.
+"""
+
+import contextlib
+import faulthandler
+import importlib
+import io
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from suite import wire
+
+STACKS_SIGNAL = signal.SIGUSR2  # makes this process write the stacks of its threads to its log
+READY = 0  # the call number of the constructor
+JANITOR_S = 3.0  # what the janitor gets, which needs this process alive to see what shared memory it has
+
+
+class TolerantStream(io.TextIOWrapper):
+    """A text stream that loses what a full disk does not take, instead of raising in the middle of real work."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+class Server:
+    """Holds the one object that is called."""
+
+    def __init__(self) -> None:
+        self.served: Any = None
+
+    def construct(self, target: str, kwargs: dict[str, Any]) -> Any:
+        """Build the object ("pkg.module:Class") and return its facts(), where it has them."""
+        module, _, name = target.partition(":")
+        self.served = getattr(importlib.import_module(module), name)(**kwargs)
+        return self.served.facts() if hasattr(self.served, "facts") else {}
+
+    def call(self, method: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Call a method of the object."""
+        return getattr(self.served, method)(*args, **kwargs)
+
+    def close(self) -> None:
+        """Call the object's close(), where it has one."""
+        if hasattr(self.served, "close"):
+            self.served.close()
+
+
+def main() -> None:
+    """Serve until told to stop or until the other end is gone. Exits with 1 if the object could not be built."""
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock.set_inheritable(False)
+    os.register_at_fork(after_in_child=sock.close)
+    wire.send(sock, {"call": None})  # says that this process listens, and knows STACKS_SIGNAL
+    task = wire.receive(sock)
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(sock, requests), daemon=True).start()
+    server = Server()
+    wire.send_encoded(sock, _answer(READY, server.construct, task["target"], task["kwargs"]))
+    if server.served is None:
+        sys.exit(1)
+    while (request := requests.get())["method"] is not None:
+        answer = _answer(request["call"], server.call, request["method"], request["args"], request["kwargs"])
+        wire.send_encoded(sock, answer)
+    server.close()
+
+
+def _tolerant(stream: Any) -> TolerantStream:
+    return TolerantStream(stream.detach(), encoding="utf-8", errors="backslashreplace", write_through=True)
+
+
+def _read(sock: socket.socket, requests: "queue.SimpleQueue[dict[str, Any]]") -> None:
+    """Queue the calls as they come; the end of the stream is the end of the process."""
+    try:
+        while True:
+            requests.put(wire.receive(sock))
+    finally:
+        time.sleep(JANITOR_S)
+        os._exit(1)
+
+
+def _answer(call: int, function: Callable[..., Any], *args: Any) -> bytes:
+    """Run function and return its result, or what it raised, as an encoded answer."""
+    try:
+        return wire.encode({"call": call, "result": function(*args)})
+    except BaseException as error:  # SystemExit too: the caller has to hear of it
+        text = traceback.format_exc()
+        print(f"{type(error).__name__} goes back to pytest: {error}", file=sys.stderr)
+        said = {"kind": type(error).__name__, "message": str(error), "traceback": text}
+        return wire.encode({"call": call, "error": said})
+
+
+if __name__ == "__main__":
+    main()

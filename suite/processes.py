@@ -1,0 +1,422 @@
+"""Starting, calling, timing out, logging and ending engine and trainer processes.
+
+Every process holds one object whose methods are called over a socket pair (suite.wire, suite.child). Every wait has a
+deadline. Whatever ends pytest, a janitor (suite.janitor) that outlives it ends the processes and their descendants.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from getpass import getuser
+from pathlib import Path
+from typing import Any
+
+from suite import janitor, wire
+from suite.child import READY, STACKS_SIGNAL
+
+ROOT = Path(__file__).resolve().parent.parent
+_TAIL_BYTES = 1 << 16
+
+
+class RemoteError(Exception):
+    """What was called raised: `kind` (name of its class), `message`, `traceback` (text), `process` (its name)."""
+
+    def __init__(self, process: "Process", said: dict[str, str]) -> None:
+        self.kind, self.message, self.traceback = said["kind"], said["message"], said["traceback"]
+        self.process = process.name
+        super().__init__(
+            f"{self.kind} in process {self.process}: {self.message}\n\n"
+            f"{self.traceback.rstrip()}\n\nlog of {self.process}: {process.log_path}"
+        )
+
+
+class DeadlineExceeded(Exception):
+    """A process did not answer in time."""
+
+
+class ProcessDied(Exception):
+    """A process ended, or was ended, before it answered."""
+
+
+class Run:
+    """The processes of one run of the suite, and what has to be gone after it.
+
+    Args:
+        logs: directory for one log file a process; created if missing.
+    """
+
+    def __init__(self, logs: Path) -> None:
+        self.id = uuid.uuid4().hex[:8]
+        self.logs = Path(logs).resolve()
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.directory = Path(tempfile.mkdtemp(prefix=f"ws-{self.id}-"))
+        self.kept = sorted(os.listdir(janitor.SHARED_MEMORY)) if janitor.SHARED_MEMORY.is_dir() else []
+        self.processes: list[Process] = []
+        self.janitor = self._start_janitor()
+        self._labels: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, grace_s: float = 5) -> None:
+        """End everything that is left: processes side by side, then whatever the janitor finds. Safe to repeat."""
+        if self.janitor.stdin is None or self.janitor.stdin.closed:
+            return
+        stopping = [threading.Thread(target=process.stop, args=(grace_s,)) for process in self.processes]
+        for thread in stopping:
+            thread.start()
+        for thread in stopping:
+            thread.join(grace_s + janitor.END_DEADLINE_S + 5)
+        self.janitor.stdin.close()
+        try:
+            self.janitor.wait(janitor.END_DEADLINE_S + 5)
+        except subprocess.TimeoutExpired:
+            self.janitor.kill()
+        if self.janitor.returncode != 0:  # it was killed: do its work here
+            janitor.sweep(self.id, self.directory, self.kept, [process.pid for process in self.processes])
+
+    def register(self, process: "Process") -> None:
+        """Have a started process ended with the run."""
+        self.processes.append(process)
+        with contextlib.suppress(OSError):  # without a janitor, close() does its work
+            self.janitor.stdin.write(f"{process.pid}\n".encode())
+
+    def label(self, name: str) -> str:
+        """A name for files and marks, unused so far in this run: `engine`, then `engine.2`, ..."""
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+        with self._lock:
+            candidates = itertools.chain([stem], (f"{stem}.{count}" for count in itertools.count(2)))
+            label = next(candidate for candidate in candidates if candidate not in self._labels)
+            self._labels.add(label)
+        return label
+
+    def _start_janitor(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "suite.janitor"]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True, bufsize=0,
+        )  # fmt: skip
+        task = {"run_id": self.id, "directory": str(self.directory), "kept": self.kept}
+        process.stdin.write(json.dumps(task).encode() + b"\n")
+        return process
+
+
+class Call:
+    """A call on its way: its result, or what went wrong, some time later."""
+
+    def __init__(self, process: "Process", what: str) -> None:
+        self.process, self.what = process, what
+        self.started_at = time.monotonic()
+        self.finished_at: float | None = None
+        self.future: Future[Any] = Future()
+
+    def __str__(self) -> str:
+        return f"{self.what} in process {self.process.name}"
+
+    def done(self) -> bool:
+        """Whether there is a result or an error."""
+        return self.future.done()
+
+    def result(self, deadline_s: float) -> Any:
+        """Wait for the result. Raises RemoteError, ProcessDied or DeadlineExceeded (`deadline_s` from now)."""
+        if wait([self.future], deadline_s).not_done:
+            self.process.write_stacks()
+            raise self.overdue()
+        return self.future.result()
+
+    def error(self) -> BaseException | None:
+        """What the call raised; None while it runs and after it succeeded."""
+        return self.future.exception() if self.done() else None
+
+    def overdue(self) -> DeadlineExceeded:
+        """The error that says that this call is late."""
+        return DeadlineExceeded(f"{self} has not answered after {self.elapsed_s():.1f} s. {self.process.evidence()}")
+
+    def elapsed_s(self) -> float:
+        """Seconds from the call to its answer, or until now."""
+        return (self.finished_at or time.monotonic()) - self.started_at
+
+    def finish(self, result: Any = None, error: Exception | None = None) -> None:
+        """Take the answer. Called once, by the process."""
+        self.finished_at = time.monotonic()
+        if error is None:
+            self.future.set_result(result)
+        else:
+            self.future.set_exception(error)
+
+
+def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) -> list[Any]:
+    """Wait for all calls and return their results in order.
+
+    Once one has failed, the others get `after_failure_s` more. Raises the first failure by time, with the state of
+    the others as notes; DeadlineExceeded for the first unfinished call if none failed.
+    """
+    futures = [call.future for call in calls]
+    deadline = time.monotonic() + deadline_s
+    wait(futures, deadline_s, return_when=FIRST_EXCEPTION)
+    if any(call.error() for call in calls):
+        wait(futures, max(0, min(after_failure_s, deadline - time.monotonic())))
+    failed = [call for call in calls if call.error()]
+    late = [call for call in calls if not call.done()]
+    if not failed and not late:
+        return [future.result() for future in futures]
+    for call in late:
+        call.process.write_stacks()
+    first = min(failed, key=lambda call: call.finished_at) if failed else late[0]
+    error = first.error() or first.overdue()
+    for other in calls:
+        if other is not first:
+            error.add_note(f"meanwhile: {_state(other)}")
+    raise error
+
+
+def _state(call: Call) -> str:
+    if not call.done():
+        return f"{call} has not answered after {call.elapsed_s():.1f} s"
+    ending = f"raised {type(call.error()).__name__}: {call.error()}" if call.error() else "finished"
+    return f"{call} took {call.elapsed_s():.1f} s and {ending}"
+
+
+class Process:
+    """A started process and the object in it. Made by launch()."""
+
+    def __init__(self, run: Run, name: str, target: str, deadline_s: float) -> None:
+        self.run, self.name, self.start_deadline_s = run, name, deadline_s
+        self.label = run.label(name)
+        self.log_path = run.logs / f"{self.label}.log"
+        self.pid = 0
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._ended: str | None = None  # how, once it has
+        self._listening = False  # whether it has said so, and knows STACKS_SIGNAL
+        self._constructed = Call(self, f"starting {target}")
+        self._pending = {READY: self._constructed}
+        self._numbers = itertools.count(READY + 1)
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def start(self, task: bytes, env: dict[str, str | None]) -> None:
+        """Start the process and send it its encoded task. Called once, by launch()."""
+        self._sock, theirs = socket.socketpair()
+        log = _open_log(self.log_path)
+        command = [sys.executable, "-m", "suite.child", str(theirs.fileno())]
+        with theirs:
+            try:
+                self._popen = subprocess.Popen(
+                    command, cwd=ROOT, env=_environment(self.run, self.label, env), pass_fds=[theirs.fileno()],
+                    start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                )  # fmt: skip
+            finally:
+                os.close(log)
+        self.pid = self._popen.pid
+        self._outgoing.put(task)
+        self._sender = threading.Thread(target=self._send, name=f"send-{self.label}", daemon=True)
+        self._sender.start()
+        threading.Thread(target=self._receive, name=f"receive-{self.label}", daemon=True).start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._popen.poll() is None
+
+    def ready(self, deadline_s: float | None = None) -> Any:
+        """Wait for the constructor and return the object's facts(), {} where it has none.
+
+        Waits until `deadline_s` from now, at most until the deadline given to launch(). Raises as Call.result does.
+        """
+        left_s = self._constructed.started_at + self.start_deadline_s - time.monotonic()
+        return self._constructed.result(max(0, left_s if deadline_s is None else min(left_s, deadline_s)))
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Call:
+        """Call a method without waiting. Raises TypeError at once for arguments that are not plain data.
+
+        On a process that has ended the call fails at once: its result() raises.
+        """
+        call = Call(self, f"{method}()")
+        number = next(self._numbers)
+        request = wire.encode({"call": number, "method": method, "args": args, "kwargs": kwargs})
+        with self._lock:
+            if self._ended is None:
+                self._pending[number] = call
+                self._outgoing.put(request)
+                return call
+        call.finish(error=self._died(call))
+        return call
+
+    def call(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        """Call a method and wait for its result. Raises as Call.result does."""
+        return self.submit(method, *args, **kwargs).result(deadline_s)
+
+    def stop(self, grace_s: float = 5) -> None:
+        """End the process and its descendants, and unlink the shared memory that only they had. Safe to repeat.
+
+        The object's close() is called first, where it has one; what is not gone after `grace_s` is killed. A process
+        that has not answered its last call is killed without grace.
+        """
+        with self._lock:
+            stopped, self._stopped = self._stopped, True
+        if stopped:
+            return
+        memory = janitor.shared_memory_of(self._members())  # who has it may be gone before its own cleaner is
+        self._outgoing.put(wire.encode({"method": None}))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(0 if self._pending else grace_s)
+        deadline = time.monotonic() + min(grace_s, 1)
+        while not self.alive and self._members() and time.monotonic() < deadline:
+            time.sleep(0.1)  # its descendants clean up after it
+        janitor.end_process(self.run.id, self.label, self.pid, memory, self.run.kept)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(janitor.END_DEADLINE_S)
+        self._fail_pending()
+
+    def tail(self, lines: int = 40) -> str:
+        """The last lines of the log."""
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
+                text = log.read(_TAIL_BYTES).decode(errors="replace")
+        except OSError as error:
+            return f"(the log cannot be read: {error})"
+        return "\n".join(text.splitlines()[-lines:])
+
+    def evidence(self) -> str:
+        """The log's tail and path, for messages."""
+        return f"The log ends with:\n{self.tail()}\n\nlog of {self.name}: {self.log_path}"
+
+    def write_stacks(self) -> None:
+        """Have the process write the stacks of its threads to its log, to show where it is."""
+        if self._listening and self.alive:
+            os.kill(self.pid, STACKS_SIGNAL)
+            time.sleep(0.3)
+
+    def _members(self) -> set[int]:
+        return janitor.members(self.run.id, self.label, [self.pid])
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):  # the receiving side notices too, and says so
+            while (payload := self._outgoing.get()) is not None:
+                wire.send_encoded(self._sock, payload)
+
+    def _receive(self) -> None:
+        with contextlib.suppress(EOFError, OSError, wire.WireError):
+            while True:
+                self._take(wire.receive(self._sock, self._wait_for_data))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(5)  # the connection ends a moment before the process does
+        self._fail_pending()
+        self._outgoing.put(None)
+        self._sender.join()
+        self._sock.close()
+
+    def _wait_for_data(self) -> None:
+        """Wait until there is something to read. The process's end counts: a descendant may hold the connection."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        while not poll.poll(500):
+            if not self.alive and not poll.poll(0):
+                raise EOFError(f"process {self.name} ended")
+
+    def _take(self, answer: dict[str, Any]) -> None:
+        self._listening = True
+        with self._lock:
+            call = self._pending.pop(answer["call"], None)
+        if call is None:
+            return
+        if "error" not in answer:
+            call.finish(answer["result"])
+            return
+        error = RemoteError(self, answer["error"])
+        if call is self._constructed:
+            error.add_note(self.evidence())
+        call.finish(error=error)
+
+    def _fail_pending(self) -> None:
+        """The process has ended: so have the calls that it was to answer, now and later."""
+        with self._lock:
+            self._ended = self._ended or self._ending()
+            pending, self._pending = self._pending, {}
+        for call in pending.values():
+            call.finish(error=self._died(call))
+
+    def _ending(self) -> str:
+        code = self._popen.poll()
+        if self._stopped:
+            return "was stopped"
+        if code is None:
+            return "closed its connection"
+        return f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+
+    def _died(self, call: Call) -> Exception:
+        if isinstance(self._constructed.error(), RemoteError):
+            return self._constructed.error()
+        after = f"{call.elapsed_s():.1f} s after the call"
+        return ProcessDied(f"process {self.name} {self._ended}; no answer to {call.what}, {after}. {self.evidence()}")
+
+
+def launch(
+    run: Run,
+    name: str,
+    target: str,
+    kwargs: dict[str, Any] | None = None,
+    env: dict[str, str | None] | None = None,
+    deadline_s: float = 120,
+) -> Process:
+    """Start a process that builds one object and serves calls of its methods; returns at once.
+
+    Args:
+        run: the run it belongs to.
+        name: for messages and the log file `<run.logs>/<name>.log`.
+        target: the object's class, "pkg.module:Class".
+        kwargs: the constructor's arguments, plain data (suite.wire).
+        env: environment variables to set, or to remove (None), over pytest's own.
+        deadline_s: how long the constructor may take, from now.
+    """
+    task = wire.encode({"target": target, "kwargs": kwargs or {}})
+    process = Process(run, name, target, deadline_s)
+    process.start(task, env or {})
+    run.register(process)
+    return process
+
+
+def _environment(run: Run, label: str, changes: dict[str, str | None]) -> dict[str, str]:
+    """The environment of a process: pytest's own with the run's marks, a place for temporary files and `changes`."""
+    search = [str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    own: dict[str, str | None] = {
+        janitor.RUN_VARIABLE: run.id,
+        janitor.PROCESS_VARIABLE: label,
+        "SPT_NOENV": "1",  # setproctitle (vLLM's workers) would overwrite the environment that the marks are read from
+        "TMPDIR": str(run.directory),
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
+            "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getuser()}"
+        ),  # would be below TMPDIR, and lost with it
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in search if path)),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTEST_CURRENT_TEST": None,
+    }
+    wanted = {**os.environ, **own, **changes}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _open_log(path: Path) -> int:
+    """A descriptor to append to; where the disk takes no new file, the output is lost rather than the run."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)

@@ -1,0 +1,91 @@
+"""Objects that the selftests of suite.processes put into processes."""
+
+import ctypes
+import mmap
+import multiprocessing.shared_memory
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+_SLEEPER = "import time; time.sleep(600)"
+
+
+class Echo:
+    """Answers, raises, hangs and dies on request."""
+
+    def __init__(self, greeting: str = "hello", fail: str | None = None) -> None:
+        print(f"constructing with {greeting}")
+        if fail:
+            raise ValueError(fail)
+        self._greeting = greeting
+        self._kept: list[Any] = []
+
+    def facts(self) -> dict[str, Any]:
+        return {"greeting": self._greeting, "pid": os.getpid()}
+
+    def echo(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [list(args), kwargs]
+
+    def environment(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+    def fail(self, message: str) -> None:
+        raise LookupError(message)
+
+    def leave(self, code: int) -> None:
+        sys.exit(code)
+
+    def vanish(self) -> None:
+        print("about to vanish", flush=True)
+        os._exit(7)
+
+    def unsendable(self) -> object:
+        return {"found": [object()]}
+
+    def sleep(self, seconds: float) -> str:
+        time.sleep(seconds)
+        return "slept"
+
+    def sleep_in_native_code(self, seconds: int, hold_interpreter: bool) -> None:
+        """Sleep where no Python code runs; holding the interpreter's lock, no other thread runs either."""
+        library = ctypes.PyDLL(None) if hold_interpreter else ctypes.CDLL(None)
+        library.sleep(seconds)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        print(text, file=sys.stderr)
+
+    def write(self, text: str) -> None:
+        """Write past Python's streams, as native code does."""
+        os.write(1, text.encode())
+
+    def grandchildren(self, cleared: bool = False) -> list[int]:
+        """Start a process, one in a session of its own, and (cleared) one without this environment."""
+        plain = subprocess.Popen([sys.executable, "-c", _SLEEPER])
+        apart = subprocess.Popen([sys.executable, "-c", _SLEEPER], start_new_session=True)
+        bare = [subprocess.Popen([sys.executable, "-c", _SLEEPER], env={})] if cleared else []
+        self._kept += [plain, apart, *bare]
+        return [process.pid for process in (plain, apart, *bare)]
+
+    def shared_memory(self) -> str:
+        """Create a segment the way multiprocessing does; return its name."""
+        segment = multiprocessing.shared_memory.SharedMemory(create=True, size=4096)
+        self._kept.append(segment)
+        return segment.name
+
+    def attach(self, name: str) -> None:
+        """Map a segment that another process created."""
+        with open(f"/dev/shm/{name}", "r+b") as segment:  # SharedMemory(name) would unlink it at exit
+            self._kept.append(mmap.mmap(segment.fileno(), 4096))
+
+    def torch_shared_memory(self) -> list[str]:
+        """Share a tensor through torch's file_system strategy; return the names in /dev/shm that came of it."""
+        import torch
+        import torch.multiprocessing
+
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        tensor = torch.ones(1024).share_memory_()
+        self._kept.append(tensor)
+        return [name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")]

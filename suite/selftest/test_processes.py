@@ -1,0 +1,328 @@
+"""Processes start, answer, fail and end as promised, and leave nothing behind whatever ends pytest."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from suite import janitor, processes
+from suite.processes import DeadlineExceeded, Process, ProcessDied, RemoteError, Run, gather, launch
+
+ECHO = "suite.selftest.targets:Echo"
+GONE_WITHIN_S = 10
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    with Run(tmp_path / "logs") as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with Run(tmp_path_factory.mktemp("shared") / "logs") as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def echo(shared_run: Run) -> Process:
+    """One process for the tests that leave it usable."""
+    return start(shared_run, "echo")
+
+
+def start(run: Run, name: str = "worker", **kwargs: object) -> Process:
+    process = launch(run, name, ECHO, kwargs)
+    process.ready(20)
+    return process
+
+
+def running(pid: int) -> bool:
+    return any(found.pid == pid for found in janitor.running())
+
+
+def wait_until_gone(pids: list[int], memory: list[str], directory: Path) -> None:
+    deadline = time.monotonic() + GONE_WITHIN_S
+    left: tuple[object, ...] = ()
+    while time.monotonic() < deadline:
+        processes_left = [pid for pid in pids if running(pid)]
+        memory_left = [name for name in memory if (janitor.SHARED_MEMORY / name).exists()]
+        left = (processes_left, memory_left, directory.exists())
+        if not any(left):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"after {GONE_WITHIN_S} s there are still (processes, shared memory, directory): {left}")
+
+
+# ---- answers
+
+
+def test_facts_and_results_come_back(echo: Process):
+    assert echo.ready(5) == {"greeting": "hello", "pid": echo.pid}
+    assert echo.call("echo", 1, "two", deadline_s=5, three=b"3") == [[1, "two"], {"three": b"3"}]
+
+
+def test_large_arguments_and_results(echo: Process):
+    blob = os.urandom(10_000_000)
+    assert echo.call("echo", blob, deadline_s=20) == [[blob], {}]
+
+
+def test_calls_are_served_one_at_a_time_in_order(echo: Process):
+    calls = [echo.submit("echo", number) for number in range(20)]
+    assert [result[0][0] for result in gather(calls, deadline_s=10)] == list(range(20))
+
+
+def test_environment_is_pytests_own_with_changes(shared_run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WS_KEPT", "kept")
+    monkeypatch.setenv("WS_REMOVED", "removed")
+    process = launch(shared_run, "environment", ECHO, env={"WS_SET": "set", "WS_REMOVED": None})
+    wanted = {"WS_KEPT": "kept", "WS_SET": "set", "WS_REMOVED": None, janitor.RUN_VARIABLE: shared_run.id}
+    assert {name: process.call("environment", name, deadline_s=20) for name in wanted} == wanted
+
+
+def test_output_goes_to_the_log_from_the_start(echo: Process):
+    echo.call("say", "printed by the object", deadline_s=5)
+    echo.call("write", "written past python\n", deadline_s=5)
+    assert "constructing with hello" in echo.tail()
+    assert "printed by the object\nprinted by the object\nwritten past python" in echo.tail()
+    assert echo.tail(lines=1) == "written past python"
+
+
+# ---- failures
+
+
+def test_a_remote_exception_arrives_as_text(echo: Process):
+    with pytest.raises(RemoteError) as caught:
+        echo.call("fail", "no such weight", deadline_s=5)
+    assert (caught.value.kind, caught.value.message, caught.value.process) == ("LookupError", "no such weight", "echo")
+    assert "in fail" in caught.value.traceback
+    assert str(echo.log_path) in str(caught.value)
+    assert echo.call("echo", deadline_s=5) == [[], {}]
+
+
+def test_exit_within_a_call_is_an_error_not_the_end(echo: Process):
+    with pytest.raises(RemoteError, match="SystemExit"):
+        echo.call("leave", 3, deadline_s=5)
+    assert echo.call("echo", deadline_s=5) == [[], {}]
+
+
+def test_data_that_is_not_plain_is_refused_on_both_sides(echo: Process):
+    with pytest.raises(TypeError, match=r"value\['args'\]\[0\], found builtins.object"):
+        echo.submit("echo", object())
+    with pytest.raises(RemoteError, match=r"value\['result'\]\['found'\]\[0\], found builtins.object"):
+        echo.call("unsendable", deadline_s=5)
+
+
+def test_a_failing_constructor_says_why(run: Run):
+    process = launch(run, "broken", ECHO, {"fail": "no weights here"})
+    with pytest.raises(RemoteError) as caught:
+        process.ready(20)
+    assert caught.value.message == "no weights here"
+    assert "in __init__" in caught.value.traceback
+    assert "constructing with hello" in caught.value.__notes__[0]
+    with pytest.raises(RemoteError, match="no weights here"):
+        process.call("echo", deadline_s=5)
+
+
+@pytest.mark.parametrize("target", ["suite.selftest.no_such_module:Echo", "suite.selftest.targets:NoSuchClass"])
+def test_a_missing_class_says_so(run: Run, target: str):
+    with pytest.raises(RemoteError, match="no_such_module|NoSuchClass"):
+        launch(run, "missing", target).ready(20)
+
+
+def test_a_constructor_has_a_deadline(run: Run):
+    with pytest.raises(DeadlineExceeded, match="starting suite.selftest.targets:Echo in process slow"):
+        launch(run, "slow", ECHO, deadline_s=0.001).ready(20)
+
+
+def test_a_late_answer_raises_with_the_stacks(run: Run):
+    process = start(run)
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded) as caught:
+        process.call("sleep", 30, deadline_s=0.5)
+    assert time.monotonic() - started < 5
+    message = str(caught.value)
+    assert "sleep() in process worker has not answered after" in message
+    assert 'targets.py", line' in message and "in sleep" in message, message
+    assert str(process.log_path) in message
+
+
+def test_a_dead_process_fails_its_calls_and_later_ones(run: Run):
+    process = start(run)
+    pending = [process.submit("vanish"), process.submit("echo")]
+    for call in pending:
+        with pytest.raises(ProcessDied, match=r"(?s)worker exited with code 7.*about to vanish"):
+            call.result(10)
+    assert not process.alive
+    with pytest.raises(ProcessDied, match="exited with code 7"):
+        process.call("echo", deadline_s=5)
+
+
+def test_a_killed_process_with_living_descendants_is_noticed(run: Run):
+    process = start(run)
+    process.call("grandchildren", deadline_s=10)
+    pending = process.submit("sleep", 30)
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(ProcessDied, match="was killed by SIGKILL"):
+        pending.result(5)
+
+
+def test_gather_raises_the_first_failure_and_tells_of_the_others(run: Run):
+    failing, hanging, fine = (start(run, name) for name in ("failing", "hanging", "fine"))
+    calls = [hanging.submit("sleep", 30), failing.submit("fail", "bad tensor"), fine.submit("echo")]
+    started = time.monotonic()
+    with pytest.raises(RemoteError, match="bad tensor") as caught:
+        gather(calls, deadline_s=20, after_failure_s=0.5)
+    assert time.monotonic() - started < 5
+    notes = "\n".join(caught.value.__notes__)
+    assert "sleep() in process hanging has not answered after" in notes
+    assert "echo() in process fine took" in notes
+
+
+def test_gather_has_a_deadline(run: Run):
+    process = start(run)
+    with pytest.raises(DeadlineExceeded, match="sleep"):
+        gather([process.submit("echo"), process.submit("sleep", 30)], deadline_s=0.5)
+
+
+# ---- ends
+
+
+def test_stop_ends_descendants_and_their_shared_memory(run: Run):
+    process = start(run)
+    pids = [process.pid, *process.call("grandchildren", True, deadline_s=10)]
+    memory = [process.call("shared_memory", deadline_s=10)]
+    process.stop(grace_s=0.5)
+    assert [pid for pid in pids if running(pid)] == []
+    assert not (janitor.SHARED_MEMORY / memory[0]).exists()
+    with pytest.raises(ProcessDied, match="was stopped"):
+        process.call("echo", deadline_s=5)
+
+
+def test_stop_leaves_shared_memory_that_others_use(run: Run):
+    owner, user = start(run, "owner"), start(run, "user")
+    name = owner.call("shared_memory", deadline_s=10)
+    user.call("attach", name, deadline_s=10)
+    user.stop(grace_s=0)
+    assert (janitor.SHARED_MEMORY / name).exists()
+    owner.stop(grace_s=0)
+    assert not (janitor.SHARED_MEMORY / name).exists()
+
+
+@pytest.mark.parametrize("hold_interpreter", [False, True])
+def test_stop_ends_a_process_stuck_in_native_code(run: Run, hold_interpreter: bool):
+    process = start(run)
+    process.submit("sleep_in_native_code", 600, hold_interpreter)
+    time.sleep(0.3)
+    started = time.monotonic()
+    process.stop(grace_s=0.2)
+    assert not running(process.pid)
+    assert time.monotonic() - started < 5
+
+
+def test_close_ends_everything_and_removes_the_directory(tmp_path: Path):
+    run = Run(tmp_path / "logs")
+    processes_ = [start(run, "same name"), start(run, "same name")]
+    pids = [pid for process in processes_ for pid in [process.pid, *process.call("grandchildren", deadline_s=10)]]
+    assert run.directory.exists()
+    run.close(grace_s=0.5)
+    assert [pid for pid in pids if running(pid)] == []
+    assert not run.directory.exists()
+    assert sorted(path.name for path in run.logs.iterdir()) == ["same_name.2.log", "same_name.log"]
+    run.close()
+
+
+def test_close_does_the_janitors_work_when_that_is_gone(tmp_path: Path):
+    run = Run(tmp_path / "logs")
+    run.janitor.kill()
+    run.janitor.wait(5)
+    process = start(run)
+    run.close(grace_s=0)
+    assert not running(process.pid)
+    assert not run.directory.exists()
+
+
+def test_processes_outlive_the_thread_that_launched_them(run: Run):
+    found: list[Process] = []
+    thread = threading.Thread(target=lambda: found.append(start(run)))
+    thread.start()
+    thread.join(20)
+    time.sleep(0.2)
+    assert found[0].call("echo", 1, deadline_s=5) == [[1], {}]
+
+
+def test_a_full_disk_loses_output_and_nothing_else(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processes, "_open_log", lambda path: os.open("/dev/full", os.O_WRONLY))
+    process = start(run)
+    process.call("say", "lost", deadline_s=5)
+    with pytest.raises(RemoteError, match="bad"):
+        process.call("fail", "bad", deadline_s=5)
+    assert process.call("echo", 1, deadline_s=5) == [[1], {}]
+
+
+def test_a_log_that_cannot_be_created_is_no_reason_to_fail(run: Run):
+    (run.logs / "worker.log").mkdir()
+    process = start(run)
+    assert process.call("echo", 1, deadline_s=5) == [[1], {}]
+    assert "cannot be read" in process.tail()
+
+
+HOST = """
+import json, sys, time
+from pathlib import Path
+from suite.processes import Run, launch
+
+run = Run(Path(sys.argv[1]))
+stuck, busy = (launch(run, name, "suite.selftest.targets:Echo") for name in ("stuck", "busy"))
+pids = [stuck.pid, busy.pid, run.janitor.pid, *busy.call("grandchildren", True, deadline_s=20)]
+memory = [busy.call("shared_memory", deadline_s=20), *busy.call("torch_shared_memory", deadline_s=60)]
+stuck.submit("sleep_in_native_code", 600, True)
+print(json.dumps({"pids": pids, "memory": memory, "directory": str(run.directory)}), flush=True)
+time.sleep(600)
+"""
+
+
+def test_nothing_is_left_when_pytest_is_killed(tmp_path: Path):
+    pytest.importorskip("torch", reason="torch's shared memory is part of what has to be gone")
+    host = subprocess.Popen(
+        [sys.executable, "-c", HOST, str(tmp_path / "logs")], stdout=subprocess.PIPE, cwd=processes.ROOT
+    )
+    found = json.loads(host.stdout.readline())
+    assert len(found["memory"]) >= 2
+    assert all(running(pid) for pid in found["pids"])
+    assert all((janitor.SHARED_MEMORY / name).exists() for name in found["memory"])
+    host.kill()
+    host.wait(5)
+    wait_until_gone(found["pids"], found["memory"], Path(found["directory"]))
+
+
+LONELY = """
+import sys, time
+from pathlib import Path
+from suite.processes import Run, launch
+
+run = Run(Path(sys.argv[1]))
+run.janitor.kill()
+process = launch(run, "lonely", "suite.selftest.targets:Echo")
+process.ready(20)
+process.submit("sleep_in_native_code", 600, False)
+print(process.pid, run.directory, flush=True)
+time.sleep(600)
+"""
+
+
+def test_processes_end_without_a_janitor_too(tmp_path: Path):
+    command = [sys.executable, "-c", LONELY, str(tmp_path)]
+    host = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=processes.ROOT, text=True)
+    pid, directory = host.stdout.readline().split()
+    host.kill()
+    host.wait(5)
+    shutil.rmtree(directory)
+    wait_until_gone([int(pid)], [], Path(directory))

@@ -1,0 +1,65 @@
+"""Plain data over sockets: what goes in comes out, or is refused with the place of it."""
+
+import math
+import socket
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from suite import wire
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text().filter(lambda key: key != "__bytes__"), inner),
+)
+
+
+@given(PLAIN)
+def test_plain_data_round_trips(obj):
+    assert wire.decode(wire.encode(obj)) == obj
+
+
+def test_tuples_arrive_as_lists_and_nan_as_nan():
+    assert wire.decode(wire.encode((1, (2, math.inf)))) == [1, [2, math.inf]]
+    assert math.isnan(wire.decode(wire.encode(math.nan)))
+
+
+@pytest.mark.parametrize(
+    ("obj", "where"),
+    [
+        ({"a": [0, object()]}, r"value\['a'\]\[1\], found builtins.object"),
+        ({1, 2}, "value, found builtins.set"),
+        ({"a": {1: "x"}}, r"value\['a'\], found 1"),
+        ({"__bytes__": "eA=="}, "marks bytes"),
+        (len, "value, found builtins.builtin_function"),
+    ],
+)
+def test_other_data_is_refused_with_its_place(obj, where):
+    with pytest.raises(TypeError, match=where):
+        wire.encode(obj)
+
+
+def test_a_large_message_survives_partial_reads():
+    here, there = socket.socketpair()
+    there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sent = {"blob": bytes(range(256)) * 40_000, "numbers": list(range(10_000))}
+    thread = threading.Thread(target=lambda: (wire.send(here, sent), wire.send(here, "next"), here.close()))
+    with here, there:
+        thread.start()
+        assert wire.receive(there) == sent
+        assert wire.receive(there) == "next"
+        with pytest.raises(EOFError):
+            wire.receive(there)
+        thread.join(5)
+
+
+@pytest.mark.parametrize("data", [b"\0\0\0", b"\0" * 7 + b"\x05abc", b"\0" * 7 + b"\x02{x", b"\xff" * 16])
+def test_garbage_and_broken_frames_are_refused(data):
+    here, there = socket.socketpair()
+    with there:
+        here.sendall(data)
+        here.close()
+        with pytest.raises(wire.WireError, match="expected"):
+            wire.receive(there)
