@@ -181,21 +181,30 @@ def _signed(number: int) -> int:
     return (number + 2**31) % 2**32 - 2**31
 
 
-def write_config(spec: ModelSpec, directory: Path | str) -> Path:
+def write_config(spec: ModelSpec, directory: Path | str, dtype: torch.dtype | str = "bfloat16") -> Path:
     """Write config.json alone, which is enough for an engine with load_format="dummy"."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(spec.config, indent=2) + "\n")
+    config = spec.config | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return directory
 
 
 def write_checkpoint(spec: ModelSpec, seed: int, directory: Path | str, dtype: torch.dtype | str = "bfloat16") -> Path:
     """Write config.json and model.safetensors with the weights of `seed`; the whole model is held in memory once."""
+    weights = {name: values(name, shape, seed, dtype) for name, shape in tensors(spec)}
+    return save(spec, weights, directory)
+
+
+def save(spec: ModelSpec, weights: dict[str, torch.Tensor], directory: Path | str) -> Path:
+    """Write config.json and model.safetensors with these weights, all of one dtype, on the CPU and contiguous."""
     from safetensors.torch import save_file
 
-    directory = write_config(spec, directory)
-    weights = {name: values(name, shape, seed, dtype) for name, shape in tensors(spec)}
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    directory = write_config(spec, directory, next(iter(weights.values())).dtype)
+    # A model loaded from the file that was there may still map it: replaced, not written over.
+    partial = directory / "model.safetensors.partial"
+    save_file(weights, partial, metadata={"format": "pt"})
+    partial.replace(directory / "model.safetensors")
     return directory
 
 

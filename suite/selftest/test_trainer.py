@@ -1,0 +1,271 @@
+"""The trainer holds what was written, gives it out under the checkpoint's names, trains, and speaks for itself."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from suite import checkpoint, models
+from suite.models import MODELS
+from suite.processes import Process, Run, gather, launch
+from suite.trainer import LoadError, Trainer
+
+pytestmark = pytest.mark.selftest
+
+TINY = [name for name, spec in MODELS.items() if spec.purpose == "tiny"]
+SEED = 1
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [100, 3, 200, 300, 400, 500]]
+START_DEADLINE_S = 120
+DEADLINE_S = 60
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint of every tiny model."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: models.write_checkpoint(MODELS[name], SEED, root / name) for name in TINY}
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Iterator[Trainer]:
+    """One rank, in this process."""
+    trainer = Trainer()
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Iterator[list[Process]]:
+    """Two ranks, in processes of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Run(tmp_path_factory.mktemp("pair") / "logs") as run:
+        both = [
+            launch(run, f"trainer-{rank}", "suite.trainer:Trainer", dict(rank=rank, world_size=2, master_port=port))
+            for rank in range(2)
+        ]
+        for process in both:
+            process.ready(START_DEADLINE_S)
+        yield both
+
+
+def on_all(processes: list[Process], method: str, *args: object) -> list:
+    return gather([process.submit(method, *args) for process in processes], DEADLINE_S)
+
+
+def expected(name: str, seed: int) -> dict[str, torch.Tensor]:
+    return {tensor: models.values(tensor, shape, seed, "bfloat16") for tensor, shape in models.tensors(MODELS[name])}
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert sorted(found) == sorted(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        different = int((found[name] != tensor).sum())
+        assert not different, f"{name}: {different} of {tensor.numel()} elements differ"
+
+
+def read(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_gives_out_the_checkpoints_tensors(trainer, written, name):
+    sizes = trainer.load(str(written[name]))
+    assert sizes == {"parameters": len(models.tensors(MODELS[name])), "elements": MODELS[name].elements}
+    assert_same(dict(trainer.named_tensors()), expected(name, SEED))
+    layout = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in trainer.named_layout()]
+    assert layout == [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in trainer.named_tensors()]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tensors_are_views_of_the_weights(trainer, written, name):
+    trainer.load(str(written[name]))
+    own = {parameter.untyped_storage().data_ptr() for parameter in trainer._model.parameters()}
+    copied = [name for name, tensor in trainer.named_tensors() if tensor.untyped_storage().data_ptr() not in own]
+    assert not copied, f"copied instead of viewed: {copied}"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_fill_writes_the_seeds_weights_and_zero(trainer, written, name):
+    trainer.load(str(written[name]))
+    trainer.fill(2)
+    assert_same(dict(trainer.named_tensors()), expected(name, 2))
+    trainer.fill(None)
+    assert not any(tensor.any() for _, tensor in trainer.named_tensors())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_saves_the_file_that_was_loaded(trainer, written, name, tmp_path):
+    trainer.load(str(written[name]))
+    trainer.save(str(tmp_path))
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / file).read_bytes() == (written[name] / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_step_moves_weights_and_only_reports_what_moved(trainer, written, name):
+    trainer.load(str(written[name]))
+    before = {name: tensor.clone() for name, tensor in trainer.named_tensors()}
+    report = trainer.step(count=6, seed=3, learning_rate=0.01)
+    changed = sum(int((tensor != before[name]).sum()) for name, tensor in trainer.named_tensors())
+    assert report["changed_elements"] == changed > 0.8 * report["elements"], report
+    assert report["elements"] == MODELS[name].elements
+    assert report["loss"][0] > report["loss"][-1] > 0, "steps towards uniform tokens should lower the loss"
+    assert trainer.step(count=1, seed=4, learning_rate=0.0)["changed_elements"] == 0
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_greedy_tokens_are_those_of_transformers(trainer, written, name):
+    trainer.load(str(written[name]))
+    found = trainer.greedy(PROMPTS, 12)
+    for prompt, answer in zip(PROMPTS, found, strict=True):
+        generated = trainer._model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+        theirs = generated[0, len(prompt) :].tolist()
+        close = next((i for i, gap in enumerate(answer["gaps"]) if gap < 0.5), 12)
+        assert answer["tokens"][:close] == theirs[:close], f"first close call at {close}"
+        assert len(answer["tokens"]) == len(answer["logprobs"]) == len(answer["gaps"]) == 12
+        assert min(answer["gaps"]) >= 0 and max(answer["logprobs"]) <= 0
+    assert sum(len(answer["gaps"]) for answer in found if max(answer["gaps"]) > 0.5) > 0
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_scores_of_greedy_tokens_are_their_logprobs(trainer, written, name):
+    trainer.load(str(written[name]))
+    answers = trainer.greedy(PROMPTS, 8)
+    scores = trainer.score(PROMPTS, [answer["tokens"] for answer in answers])
+    for answer, score in zip(answers, scores, strict=True):
+        assert score == pytest.approx(answer["logprobs"], abs=0.5)
+    others = trainer.score(PROMPTS, [[(token + 1) % 512 for token in answer["tokens"]] for answer in answers])
+    assert max(sum(score) for score in others) < min(sum(score) for score in scores), "other tokens are likelier"
+
+
+def test_orders(trainer, written):
+    trainer.load(str(written["qwen3-moe-tiny"]))
+    names = [name for name, _ in trainer.named_tensors()]
+    assert [name for name, _ in trainer.named_tensors("reversed")] == names[::-1]
+    shuffled = [name for name, _ in trainer.named_tensors("shuffled:7")]
+    assert shuffled != names and sorted(shuffled) == sorted(names)
+    assert shuffled == [name for name, _ in trainer.named_layout("shuffled:7")]
+    assert_same(dict(trainer.named_tensors("shuffled:7")), expected("qwen3-moe-tiny", SEED))
+    with pytest.raises(ValueError, match="expected order checkpoint"):
+        list(trainer.named_tensors("sideways"))
+
+
+def test_alterations(trainer, written):
+    trainer.load(str(written["qwen3-untied-tiny"]))
+    alter = {
+        "rename": {"model.norm.weight": "model.nrom.weight"},
+        "drop": ["model.layers.0.self_attn.q_proj.weight"],
+        "truncate": ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.q_norm.weight"],
+        "cast": {"model.layers.0.mlp.up_proj.weight": "int32"},
+        "duplicate": ["model.layers.1.mlp.down_proj.weight"],
+        "add": {"lm_head.weight": "lm_foot.weight"},
+    }
+    plain = dict(trainer.named_tensors())
+    sent = list(trainer.named_tensors("checkpoint", alter))
+    by_name = dict(sent)
+    assert set(by_name) ^ set(plain) == {
+        "model.norm.weight", "model.nrom.weight", "model.layers.0.self_attn.q_proj.weight", "lm_foot.weight",
+    }  # fmt: skip
+    assert by_name["model.layers.0.self_attn.k_proj.weight"].shape == (127, 128)
+    assert by_name["model.layers.1.self_attn.q_norm.weight"].shape == (63,)
+    assert by_name["model.layers.0.mlp.up_proj.weight"].dtype == torch.int32
+    assert [name for name, _ in sent].count("model.layers.1.mlp.down_proj.weight") == 2
+    assert torch.equal(by_name["lm_foot.weight"], plain["lm_head.weight"])
+    announced = [(name, tensor.shape, tensor.dtype) for name, tensor in trainer.named_layout("checkpoint", alter)]
+    assert announced == [(name, tensor.shape, tensor.dtype) for name, tensor in sent]
+
+
+@pytest.mark.parametrize("kind", ["drop", "rename"])
+def test_altering_nothing_is_an_error(trainer, written, kind):
+    trainer.load(str(written["qwen3-tied-tiny"]))
+    alter = {"drop": {"drop": ["lm_head.weight"]}, "rename": {"rename": {"lm_head.weight": "x"}}}[kind]
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        list(trainer.named_tensors(alter=alter))
+
+
+def test_a_float32_trainer_holds_more_than_bfloat16(trainer, written):
+    trainer.load(str(written["llama-tiny"]), "float32")
+    trainer.fill(2)
+    tensor = dict(trainer.named_tensors())["lm_head.weight"]
+    assert tensor.dtype == torch.float32 and not torch.equal(tensor, tensor.bfloat16().float())
+    assert torch.equal(tensor.bfloat16(), expected("llama-tiny", 2)["lm_head.weight"])
+
+
+def test_random_weights_without_a_model(trainer, tmp_path):
+    spec = MODELS["qwen3-moe-tiny"]
+    sizes = trainer.load_random(str(models.write_config(spec, tmp_path)), "bfloat16", 3)
+    assert sizes == {"parameters": len(models.tensors(spec)), "elements": spec.elements}
+    assert_same(dict(trainer.named_tensors()), expected(spec.name, 3))
+    with pytest.raises(RuntimeError, match=r"call load\(\)"):
+        trainer.greedy(PROMPTS, 1)
+
+
+def test_a_checkpoint_with_a_missing_tensor_is_refused(trainer, tmp_path):
+    spec = MODELS["qwen3-tied-tiny"]
+    weights = expected(spec.name, 1)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    models.save(spec, weights, tmp_path)
+    with pytest.raises(LoadError, match="layers.1.mlp.up_proj.weight"):
+        trainer.load(str(tmp_path))
+    with pytest.raises(RuntimeError, match="holds no weights"):
+        list(trainer.named_tensors())
+
+
+def test_peak_memory_is_seen(trainer):
+    trainer.memory_mark()
+    held = torch.ones(64 * 1024 * 1024, dtype=torch.uint8)
+    del held
+    assert 60e6 < trainer.memory_peak() < 100e6
+
+
+def test_fused_experts_are_split_by_name():
+    gate_up = torch.arange(2 * 4 * 3).reshape(2, 4, 3)
+    views = checkpoint.views("model.layers.5.mlp.experts.gate_up_proj", gate_up, first_expert=6)
+    assert [name.removeprefix("model.layers.5.mlp.experts.") for name, _ in views] == [
+        "6.gate_proj.weight", "6.up_proj.weight", "7.gate_proj.weight", "7.up_proj.weight",
+    ]  # fmt: skip
+    assert torch.equal(views[2][1], gate_up[1, :2]) and torch.equal(views[3][1], gate_up[1, 2:])
+
+
+@pytest.mark.parametrize("name", ["qwen3-tied-tiny", "qwen3-moe-tiny"])
+def test_two_ranks_hold_and_train_one_model(pair, trainer, written, name, tmp_path):
+    sizes = on_all(pair, "load", str(written[name]))
+    trainer.load(str(written[name]))
+    assert sizes[0] == sizes[1] == {"parameters": len(models.tensors(MODELS[name])), "elements": MODELS[name].elements}
+    assert_answers_close(on_all(pair, "greedy", PROMPTS, 6), trainer.greedy(PROMPTS, 6))
+
+    on_all(pair, "fill", 2)
+    on_all(pair, "save", str(tmp_path / "filled"))
+    assert_same(read(tmp_path / "filled"), expected(name, 2))
+
+    reports = on_all(pair, "step", 1, 3, 0.01)
+    on_all(pair, "save", str(tmp_path / "trained"))
+    trained = read(tmp_path / "trained")
+    changed = sum(int((tensor != trained[key]).sum()) for key, tensor in expected(name, 2).items())
+    assert reports[0]["changed_elements"] == reports[1]["changed_elements"] == changed > 0.8 * MODELS[name].elements
+    assert reports[0]["loss"] != reports[1]["loss"], "the ranks should train on different tokens"
+    trainer.load(str(tmp_path / "trained"))
+    assert_answers_close(on_all(pair, "greedy", PROMPTS, 6), trainer.greedy(PROMPTS, 6))
+
+
+def test_two_ranks_hold_random_weights(pair, tmp_path):
+    spec = MODELS["qwen3-moe-tiny"]
+    on_all(pair, "load_random", str(models.write_config(spec, tmp_path)), "bfloat16", 3)
+    on_all(pair, "save", str(tmp_path / "saved"))
+    assert_same(read(tmp_path / "saved"), expected(spec.name, 3))
+
+
+def assert_answers_close(of_ranks: list[list[dict]], alone: list[dict]) -> None:
+    """All ranks compute with the whole model: they answer alike, and as one rank does."""
+    assert of_ranks[0] == of_ranks[1]
+    for found, wanted in zip(of_ranks[0], alone, strict=True):
+        close = next((i for i, gap in enumerate(wanted["gaps"]) if gap < 0.5), len(wanted["gaps"]))
+        assert found["tokens"][:close] == wanted["tokens"][:close]
+        assert found["logprobs"][:close] == pytest.approx(wanted["logprobs"][:close], abs=0.5)

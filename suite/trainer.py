@@ -1,0 +1,280 @@
+"""What runs in a trainer process: a Hugging Face model and its optimiser, one process a rank.
+
+Several ranks hold the model in shards (FSDP2) and gather each tensor when it is sent. Results are plain data.
+"""
+
+import gc
+import math
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from extensions.devices import device_id
+from suite import checkpoint, memory, models, oracles
+from suite.sending import Sending
+
+GROUP_TIMEOUT = timedelta(seconds=120)
+BATCH = (8, 64)  # sequences and tokens of one training step on one rank
+
+
+class LoadError(RuntimeError):
+    """A checkpoint that does not hold exactly the model's tensors."""
+
+
+class Trainer(Sending):
+    """One rank of a trainer. With several ranks, every method but the memory ones is called on all of them at once."""
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str = "cpu",
+        master_address: str = "127.0.0.1",
+        master_port: int | None = None,
+        threads: int = 1,
+    ) -> None:
+        """On "cuda" the rank takes the first GPU that it sees. Several ranks wait for each other, with a deadline."""
+        torch.set_num_threads(threads)
+        self.rank, self.world_size = rank, world_size
+        self.device = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self._mesh = self._join(master_address, master_port) if world_size > 1 else None
+        self._forget()
+
+    def facts(self) -> dict[str, Any]:
+        """What this rank runs on."""
+        return {
+            "rank": self.rank,
+            "device_id": device_id(self.device),
+            "torch": torch.__version__,
+            "transformers": metadata.version("transformers"),
+        }
+
+    def close(self) -> None:
+        """Let go of engines, model and group."""
+        self.disconnect()
+        self._forget()
+        if self._mesh is not None:
+            torch.distributed.destroy_process_group()
+
+    def load(self, path: str, dtype: str = "bfloat16") -> dict[str, int]:
+        """Load a checkpoint directory as transformers does, in place of what was held; its sizes.
+
+        Raises LoadError where the checkpoint lacks tensors of the model or has others.
+        """
+        from transformers import AutoModelForCausalLM, logging
+
+        self._forget()
+        logging.disable_progress_bar()
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+        )
+        if any(info.values()):
+            raise LoadError(f"{path} does not hold exactly the tensors of the model: {info}")
+        self._spec, self._model = models.read_spec(path), self._placed(model.eval())
+        return self._sizes()
+
+    def load_random(self, path: str, dtype: str, seed: int) -> dict[str, int]:
+        """Hold seeded tensors of the names and shapes that the config.json in `path` asks for, without a model."""
+        self._forget()
+        self._spec = models.read_spec(path)
+        self._tensors = {name: self._empty(shape, getattr(torch, dtype)) for name, shape in models.tensors(self._spec)}
+        self.fill(seed)
+        return self._sizes()
+
+    @torch.no_grad()
+    def fill(self, seed: int | None) -> None:
+        """Give every weight the value that models.write_checkpoint would write for this seed; None: zero."""
+        self._optimizer = None
+        for parameter, tensor in self._parameters().items():
+            local = _local(tensor)
+            if seed is None:
+                local.zero_()
+                continue
+            first = self._first_row(tensor)
+            if checkpoint.FUSED_EXPERTS.fullmatch(parameter):
+                for name, view in checkpoint.views(parameter, local, first):
+                    models.fill_values(view, name, tuple(view.shape), seed)
+            else:
+                start = first * math.prod(tensor.shape[1:])
+                models.fill_values(local, parameter, tuple(tensor.shape), seed, start)
+
+    def step(self, count: int, seed: int, learning_rate: float) -> dict[str, Any]:
+        """Take `count` AdamW steps on random tokens, each rank on its own.
+
+        Returns this rank's loss before each step, and how many elements of the whole model differ at the end from
+        what they were (a second copy of this rank's weights is held meanwhile).
+        """
+        before = [_local(tensor).detach().clone() for tensor in self._parameters().values()]
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(self._trained().parameters())
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        generator = torch.Generator().manual_seed(seed * self.world_size + self.rank)
+        losses = []
+        for _ in range(count):
+            tokens = torch.randint(self._spec.config["vocab_size"], BATCH, generator=generator).to(self.device)
+            loss = self._trained()(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+        after = self._parameters().values()
+        pairs = zip(before, after, strict=True)
+        changed = sum(int((old != _local(new)).sum()) for old, new in pairs)
+        return {"loss": losses, "changed_elements": self._summed(changed), "elements": self._sizes()["elements"]}
+
+    def save(self, path: str) -> None:
+        """Write a checkpoint directory with the weights as they are now; rank 0 writes, and all ranks wait for it."""
+        weights = {}
+        for name, tensor in self.named_tensors():
+            if self.rank == 0:
+                weights[name] = tensor.to("cpu", copy=True).contiguous()
+        if self.rank == 0:
+            models.save(self._spec, weights, path)
+        self._summed(0)  # rank 0 has written
+
+    def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[dict]:
+        """Greedy continuations by this model's own forward pass; see `oracles.greedy`."""
+        return oracles.greedy(self._logits, prompts, max_tokens, self.device)
+
+    def score(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[list[float]]:
+        """Log-probabilities of given continuations by this model's own forward pass; see `oracles.score`."""
+        return oracles.score(self._logits, prompts, continuations, self.device)
+
+    def named_tensors(
+        self, order: str = "checkpoint", alter: dict[str, Any] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(checkpoint name, whole tensor) of every weight; per-expert names, and no lm_head where it is tied.
+
+        On one rank the tensors are views of the weights. Several ranks gather them one parameter at a time, and all
+        have to iterate to the end. `order` is that of `checkpoint.ordered`, `alter` the fields of
+        `checkpoint.Alterations`.
+        """
+        return self._named(order, alter, _whole)
+
+    def named_layout(
+        self, order: str = "checkpoint", alter: dict[str, Any] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `named_tensors` gives, as tensors without data (meta): nothing is gathered."""
+        return self._named(order, alter, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
+    def memory_mark(self) -> None:
+        """Start measuring this rank's peak memory."""
+        self._marked = memory.mark(self.device)
+
+    def memory_peak(self) -> int:
+        """Bytes above the mark at the highest since then."""
+        return memory.peak_above(self._marked, self.device)
+
+    def _named(self, order: str, alter: dict[str, Any] | None, whole: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        parameters = self._parameters()
+        holder = {
+            name: parameter
+            for parameter, tensor in parameters.items()
+            for name, _ in checkpoint.views(parameter, torch.empty(tensor.shape, device="meta"))
+        }
+        alterations = checkpoint.Alterations.of(alter, list(holder))
+        held, views = None, {}
+        for name in checkpoint.ordered(list(holder), order):
+            if holder[name] != held:
+                views.clear()  # the parameter gathered before is freed first
+                held = holder[name]
+                views = dict(checkpoint.views(held, whole(parameters[held])))
+            yield from alterations.apply(name, views[name])
+
+    def _join(self, address: str, port: int | None) -> Any:
+        """Form the group of the trainer's own ranks."""
+        cuda = self.device.type == "cuda"
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            init_method=f"tcp://{address}:{port}",
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=GROUP_TIMEOUT,
+        )
+        return torch.distributed.init_device_mesh(self.device.type, (self.world_size,))
+
+    def _placed(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model on this rank's device, in shards where there are several ranks."""
+        if any(checkpoint.FUSED_EXPERTS.fullmatch(name) for name, _ in model.named_parameters()):
+            model.set_experts_implementation("eager")  # the plainest forward is the oracle
+        if self._mesh is None:
+            return model.to(self.device)
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=self._mesh)
+        return fully_shard(model, mesh=self._mesh)
+
+    def _forget(self) -> None:
+        self._spec: models.ModelSpec | None = None
+        self._model: torch.nn.Module | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _trained(self) -> torch.nn.Module:
+        if self._model is None:
+            raise RuntimeError(
+                "this trainer holds no model to compute with: call load() first (load_random is not enough)"
+            )
+        return self._model
+
+    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._trained()(input_ids=tokens, use_cache=False).logits
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        """What this rank holds by the names it has here, each once; shards (DTensor) where there are several ranks."""
+        if self._model is None:
+            if not self._tensors:
+                raise RuntimeError("this trainer holds no weights: call load() or load_random() first")
+            return self._tensors
+        if self._mesh is not None:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self._model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # a forward pass leaves the outermost parameters gathered
+        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+
+    def _empty(self, shape: models.Shape, dtype: torch.dtype) -> torch.Tensor:
+        if self._mesh is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        from torch.distributed.tensor import Shard, empty
+
+        return empty(shape, dtype=dtype, device_mesh=self._mesh, placements=[Shard(0)])
+
+    def _first_row(self, tensor: torch.Tensor) -> int:
+        """Where this rank's rows of the whole begin: shards are cut as torch.chunk does."""
+        if self._mesh is None:
+            return 0
+        rows = len(tensor)
+        return min(rows, -(-rows // self.world_size) * self.rank)
+
+    def _sizes(self) -> dict[str, int]:
+        shapes = [tensor.shape for _, tensor in self.named_layout()]
+        return {"parameters": len(shapes), "elements": sum(shape.numel() for shape in shapes)}
+
+    def _summed(self, number: int) -> int:
+        """The sum over all ranks; also a barrier."""
+        if self._mesh is None:
+            return number
+        total = torch.tensor([number])
+        torch.distributed.all_reduce(total)
+        return int(total.item())
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part, sharing memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
