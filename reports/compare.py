@@ -1,0 +1,181 @@
+"""Two runs side by side: what newly fails or passes, what became slower or faster, and how certain that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reports import statistics
+from reports.environment import differences
+from reports.load import Run, Timing, UnusableInput
+from reports.matrix import Cell, cells
+from reports.statistics import Ratio
+
+# What --fail-on may name. "failing" includes "failing-must".
+CAUSES = {
+    "failing": "a requirement that fails now and did not before",
+    "failing-must": "the same, MUST only",
+    "error": "one that the suite could judge before and cannot now",
+    "lost": "one that passed, or a benchmark that was measured, and now is not: unsupported, not applicable, absent",
+    "slower": "a benchmark slower beyond the threshold",
+}
+DEFAULT_CAUSES = ("failing", "error", "slower")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One requirement, subject, stage and model in both runs; None where a run does not have it."""
+
+    key: tuple[str, ...]
+    before: Cell | None
+    after: Cell | None
+
+    @property
+    def was(self) -> str:
+        return self.before.verdict if self.before else "absent"
+
+    @property
+    def now(self) -> str:
+        return self.after.verdict if self.after else "absent"
+
+    @property
+    def kind(self) -> str:
+        if self.now == self.was:
+            return "unchanged" if self.now != "fail" else "still failing"
+        if self.now == "fail":
+            return "newly failing"
+        if self.now == "error":
+            return "newly in error"
+        if self.after is None:
+            return "only in A"
+        if self.before is None:
+            return "only in B"
+        return {"pass": "newly passing"}.get(self.now, "no longer judged" if self.was == "pass" else "changed")
+
+    @property
+    def causes(self) -> set[str]:
+        found = set()
+        if self.kind == "newly failing":
+            found = {"failing", "failing-must"} if self.after and self.after.level == "MUST" else {"failing"}
+        elif self.kind == "newly in error":
+            found = {"error"}
+        if self.was == "pass" and self.now in ("unsupported", "not-applicable", "absent"):
+            found.add("lost")
+        return found
+
+    @property
+    def detail(self) -> str:
+        """What the deciding side says, and a change of the number of cases, which no verdict shows."""
+        text = (self.after or self.before).detail if self.kind != "unchanged" else ""
+        sides = (self.before, self.after)
+        if all(sides) and self.before.counts != self.after.counts and any(len(side.outcomes) > 1 for side in sides):
+            was, now = (", ".join(f"{count} {verdict}" for verdict, count in side.counts) for side in sides)
+            text = "\n".join(filter(None, [text, f"cases before: {was}; now: {now}"]))
+        return text
+
+
+@dataclass(frozen=True)
+class TimingChange:
+    """One benchmark in both runs. `judged_by` says whether seconds or the fraction of roofline decided."""
+
+    key: tuple[str, ...]
+    before: Timing | None
+    after: Timing | None
+    verdict: str
+    judged_by: str = "seconds"
+    why: str = ""
+    seconds: Ratio | None = None
+    relative: Ratio | None = None
+    roofline: Ratio | None = None
+
+    @property
+    def causes(self) -> set[str]:
+        return {"slower": {"slower"}, "only in A": {"lost"}}.get(self.verdict, set())
+
+    @property
+    def label(self) -> str:
+        return (self.after or self.before).label
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`differences` are (fact, in A, in B); `drift` has one entry for every roofline that both runs measured."""
+
+    a: Run
+    b: Run
+    threshold: float
+    differences: list[tuple[str, str, str]]
+    requirements: list[Change]
+    timings: list[TimingChange]
+
+    @property
+    def drift(self) -> list[tuple[str, Ratio]]:
+        return [(change.label, change.roofline) for change in self.timings if change.roofline]
+
+    @property
+    def inconclusive(self) -> list[TimingChange]:
+        return [change for change in self.timings if change.verdict == "inconclusive"]
+
+    def worse(self, causes: tuple[str, ...] = DEFAULT_CAUSES) -> list[Change | TimingChange]:
+        return [change for change in [*self.requirements, *self.timings] if change.causes & set(causes)]
+
+    def exit_status(self, causes: tuple[str, ...] = DEFAULT_CAUSES, strict: bool = False) -> int:
+        if self.worse(causes):
+            return 1
+        return 3 if strict and self.inconclusive else 0
+
+
+def compare(a: Run, b: Run, threshold: float = statistics.THRESHOLD, across_machines: bool = False) -> Comparison:
+    """Compare run B against run A. Raises UnusableInput for different hardware and for runs without common ground."""
+    if not across_machines:
+        same_hardware([a, b])
+    judged_a, judged_b = (cells(run.outcomes, "requirement", "subject", "stage", "model") for run in (a, b))
+    timed_a, timed_b = ({timing.key: timing for timing in run.timings} for run in (a, b))
+    if not (judged_a.keys() & judged_b.keys() or timed_a.keys() & timed_b.keys()):
+        raise UnusableInput(b.source, "", f"expected results that {a.source} has too, found none in common")
+    return Comparison(
+        a,
+        b,
+        threshold,
+        differences(a.environment, b.environment),
+        [Change(key, judged_a.get(key), judged_b.get(key)) for key in {**judged_a, **judged_b}],
+        [compare_timing(key, timed_a.get(key), timed_b.get(key), threshold) for key in {**timed_a, **timed_b}],
+    )
+
+
+def same_hardware(runs: list[Run]) -> None:
+    """Refuse runs of different machines: their times differ for reasons that are not vLLM's."""
+    known = [run for run in runs if run.environment.hardware]
+    for run in known[1:]:
+        if run.environment.hardware != known[0].environment.hardware:
+            expected = f"expected the hardware of {known[0].source}, {known[0].environment.hardware}"
+            found = f"found {run.environment.hardware}; --across-machines compares all the same"
+            raise UnusableInput(run.source, "environment", f"{expected}, {found}")
+
+
+def compare_timing(key: tuple[str, ...], a: Timing | None, b: Timing | None, threshold: float) -> TimingChange:
+    """Judge one benchmark, in seconds and against the roofline."""
+    if a is None or b is None:
+        return TimingChange(key, a, b, "only in B" if a is None else "only in A")
+    if a.failed or b.failed:
+        side, failed = ("B", b.failed) if b.failed else ("A", a.failed)
+        return TimingChange(key, a, b, "not compared", why=f"the test that timed it ended in {failed} in {side}")
+    seconds = statistics.compare(a.samples_s, b.samples_s, threshold)
+    if not (a.roofline_samples_s and b.roofline_samples_s):
+        return TimingChange(key, a, b, seconds.verdict, why=seconds.why, seconds=seconds)
+    rooflines = a.roofline_samples_s, b.roofline_samples_s
+    roofline = statistics.compare(*rooflines, threshold)
+    relative = statistics.compare_relative(a.samples_s, rooflines[0], b.samples_s, rooflines[1], threshold)
+    verdict, judged_by, why = _judged(seconds, relative, roofline)
+    return TimingChange(key, a, b, verdict, judged_by, why, seconds, relative, roofline)
+
+
+def _judged(seconds: Ratio, relative: Ratio, roofline: Ratio) -> tuple[str, str, str]:
+    """Where the hardware itself drifted, what counts is the fraction of roofline; where that is unsure, both count."""
+    if roofline.verdict == "same" or seconds.verdict == relative.verdict:
+        return seconds.verdict, "seconds", seconds.why
+    if roofline.verdict != "inconclusive":
+        return relative.verdict, "fraction of roofline", relative.why or f"the roofline itself is {roofline.verdict}"
+    if seconds.verdict == "inconclusive" or (seconds.verdict, relative.verdict) == ("same", "inconclusive"):
+        return seconds.verdict, "seconds", seconds.why
+    told = f"{seconds.verdict} in seconds, {relative.verdict} against a roofline that is itself unsure"
+    return "inconclusive", "both", f"{told}: {roofline.why} the roofline" if roofline.more else told

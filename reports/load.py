@@ -1,0 +1,294 @@
+"""From a file to a `Run`: the suite's run.json, or any pytest-benchmark JSON without the suite's sections."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from reports.environment import Environment, environment
+from reports.node import Node, UnusableInput, refuse_non_finite
+
+__all__ = ["Outcome", "Run", "Timing", "UnusableInput", "only", "parse", "read", "read_all"]
+
+SCHEMA = 1
+MAX_BYTES = 64_000_000
+VERDICTS = ("pass", "fail", "unsupported", "not-applicable", "error")
+LEVELS = ("MUST", "SHOULD")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One requirement judged once."""
+
+    requirement: str
+    level: str
+    subject: str
+    stage: str
+    model: str
+    verdict: str
+    detail: str = ""
+    duration_s: float = 0.0
+    nodeid: str = ""
+    text: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return (self.requirement, self.subject, self.stage, self.model)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One benchmark. Without raw samples (pytest-benchmark keeps them only when asked) `samples_s` is empty."""
+
+    group: str
+    subject: str
+    stage: str
+    model: str
+    name: str
+    fullname: str
+    samples_s: tuple[float, ...]
+    median_s: float
+    bytes_sent: float | None = None
+    tensors: float | None = None
+    parameters: float | None = None
+    roofline_kind: str = "roofline"
+    roofline_samples_s: tuple[float, ...] = ()
+    roofline_gb_per_s: float | None = None
+    engine_peak_extra_bytes: float | None = None
+    trainer_peak_extra_bytes: float | None = None
+    steps_s: tuple[tuple[str, float], ...] = ()
+    failed: str = ""
+    distinct: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
+        return (self.group, self.subject, self.stage, self.model, self.distinct)
+
+    @property
+    def label(self) -> str:
+        """What a reader knows it by; the test's name where the suite did not write who and where."""
+        return " ".join(part for part in (self.subject, self.stage, self.model, self.distinct) if part)
+
+    @property
+    def gb_per_s(self) -> float | None:
+        return self.bytes_sent / self.median_s / 1e9 if self.bytes_sent and self.median_s else None
+
+    @property
+    def fraction_of_roofline(self) -> float | None:
+        if self.gb_per_s is None or not self.roofline_gb_per_s:
+            return None
+        return self.gb_per_s / self.roofline_gb_per_s
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything one file says. `label` is short and unique among the runs shown together."""
+
+    source: str
+    label: str
+    when: str
+    environment: Environment
+    outcomes: tuple[Outcome, ...]
+    timings: tuple[Timing, ...]
+    timeline: tuple[tuple[str, str, float], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read(path: str | Path) -> Run:
+    """Read one file. Raises UnusableInput naming the file, the place and what was expected there."""
+    file = str(path)
+    try:
+        return parse(_document(file), file)
+    except RecursionError:
+        raise UnusableInput(file, "", "expected pytest-benchmark's JSON, found objects nested without end") from None
+
+
+def read_all(paths: Iterable[str | Path]) -> list[Run]:
+    """Read several files, in the order of their vLLM versions, with labels that tell them apart."""
+    runs = sorted((read(path) for path in paths), key=lambda run: (_version(run.label), run.when, run.source))
+    taken = Counter(run.label for run in runs)
+    return [run if taken[run.label] == 1 else replace(run, label=Path(run.source).stem) for run in runs]
+
+
+def only(run: Run, subjects: list[str], stages: list[str], models: list[str]) -> Run:
+    """The run with nothing but these subjects, stages and models; an empty list keeps all."""
+
+    def kept(item: Outcome | Timing) -> bool:
+        wanted = ((item.subject, subjects), (item.stage, stages), (item.model, models))
+        return all(not names or name in names for name, names in wanted)
+
+    return replace(run, outcomes=tuple(filter(kept, run.outcomes)), timings=tuple(filter(kept, run.timings)))
+
+
+def parse(document: Any, file: str) -> Run:
+    """Check a document already in memory and bring it into the shape that everything here works on."""
+    refuse_non_finite(document, file)
+    root = Node(document, file)
+    root.of(dict, "an object, as pytest-benchmark writes")
+    _check_schema(root)
+    if "benchmarks" not in root and "conformance" not in root:
+        raise root.refuse("pytest-benchmark's JSON, an object with a list 'benchmarks'", "no 'benchmarks'")
+    outcomes = tuple(_outcome(node) for node in root["conformance"]) if "conformance" in root else ()
+    notes: list[str] = []
+    timings = [_timing(node, notes) for node in root["benchmarks"]] if "benchmarks" in root else []
+    where = environment(root)
+    return Run(
+        source=file,
+        label=where.vllm or Path(file).stem,
+        when=(root["datetime"].optional_text() or "")[:19],
+        environment=where,
+        outcomes=outcomes,
+        timings=_told_apart(_joined(timings, outcomes), root),
+        timeline=tuple(_timeline(root)),
+        notes=tuple(notes),
+    )
+
+
+def _document(file: str) -> Any:
+    text = _text(file)
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _members(pairs, file))
+    except json.JSONDecodeError as error:
+        cut = not text[error.pos :].strip() or error.msg.startswith("Unterminated")
+        hint = "the file ends too early: was it cut off?" if cut else f"not JSON: {error.msg}"
+        raise UnusableInput(file, f"line {error.lineno} column {error.colno}", hint) from None
+    except ValueError as error:
+        raise UnusableInput(file, "", f"not JSON: {error}") from None
+
+
+def _text(file: str) -> str:
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UnusableInput(file, "", f"cannot be read: {error.strerror}") from None
+    if len(content) > MAX_BYTES:
+        limit = f"expected at most {MAX_BYTES // 10**6} MB, found more (a run of the suite is under 2 MB)"
+        raise UnusableInput(file, f"byte {MAX_BYTES}", limit)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableInput(file, f"byte {error.start}", "expected JSON in UTF-8, found other bytes") from None
+    if not text.strip():
+        raise UnusableInput(file, "line 1 column 1", "expected pytest-benchmark's JSON, found an empty file")
+    return text
+
+
+def _members(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        near = ", ".join(f"{key} {value!r}" for key, value in pairs if isinstance(value, str) and len(value) < 80)
+        place = f"the object with {near[:160]}" if near else f"the object with the members {', '.join(members)[:160]}"
+        raise UnusableInput(file, place, f"expected every name once, found {twice!r} twice: edited by hand?")
+    return members
+
+
+def _check_schema(root: Node) -> None:
+    if "schema" not in root:
+        if "conformance" in root:
+            raise root["schema"].refuse(f"schema {SCHEMA} beside 'conformance'")
+        return
+    for node in (root["schema"], root["environment"]["schema"] if "environment" in root else root["schema"]):
+        if type(node.value) is int and node.value > SCHEMA:
+            raise node.refuse(f"schema {SCHEMA}", f"{node.value}: a newer suite wrote it, read it with that one")
+        if type(node.value) is not int or node.value != SCHEMA:
+            raise node.refuse(f"schema {SCHEMA}")
+
+
+def _outcome(node: Node) -> Outcome:
+    return Outcome(
+        requirement=node["requirement"].text(),
+        level=node["level"].one_of(LEVELS),
+        subject=node["subject"].optional_text() or "",
+        stage=node["stage"].optional_text() or "",
+        model=node["model"].optional_text() or "",
+        verdict=node["verdict"].one_of(VERDICTS),
+        detail=node["detail"].optional_text() or "",
+        duration_s=node["duration_s"].optional_number() or 0.0,
+        nodeid=node["nodeid"].optional_text() or "",
+        text=node["text"].optional_text() or "",
+    )
+
+
+def _timing(node: Node, notes: list[str]) -> Timing:
+    stats, extra = node["stats"], node["extra_info"]
+    stats.of(dict, "an object with pytest-benchmark's statistics")
+    extra = extra if extra.value is not None else Node({}, node.file, extra.place)
+    samples = stats["data"].numbers()
+    if "data" in stats and not samples:
+        raise stats["data"].refuse("at least one sample")
+    median_s = statistics.median(samples) if samples else stats["median"].number()
+    said = stats["median"].optional_number()
+    if said is not None and abs(said - median_s) > 1e-6 * max(said, median_s):
+        notes.append(f"{stats['median'].place} is not the median of its data, which counts instead: edited by hand?")
+    bytes_sent, roofline = extra["bytes_sent"].optional_number(), extra["roofline_samples_s"].numbers()
+    roofline_gb_per_s = extra["roofline_gb_per_s"].optional_number()
+    if roofline_gb_per_s is None and roofline and bytes_sent and statistics.median(roofline):
+        roofline_gb_per_s = bytes_sent / statistics.median(roofline) / 1e9
+    steps = extra["steps_s"]
+    steps_s = tuple((name, _median(steps[name])) for name in steps.of(dict, "an object")) if "steps_s" in extra else ()
+    return Timing(
+        group=node["group"].optional_text() or "",
+        subject=extra["subject"].optional_text() or "",
+        stage=extra["stage"].optional_text() or "",
+        model=extra["model"].optional_text() or "",
+        name=node["name"].text(),
+        fullname=node["fullname"].optional_text() or node["name"].text(),
+        samples_s=samples,
+        median_s=median_s,
+        bytes_sent=bytes_sent,
+        tensors=extra["tensors"].optional_number(),
+        parameters=extra["parameters"].optional_number(),
+        roofline_kind=extra["roofline_kind"].optional_text() or "roofline",
+        roofline_samples_s=roofline,
+        roofline_gb_per_s=roofline_gb_per_s,
+        engine_peak_extra_bytes=extra["engine_peak_extra_bytes"].optional_number(),
+        trainer_peak_extra_bytes=extra["trainer_peak_extra_bytes"].optional_number(),
+        steps_s=steps_s,
+    )
+
+
+def _median(node: Node) -> float:
+    if isinstance(node.value, list):
+        return statistics.median(node.numbers()) if node.value else 0.0
+    return node.number()
+
+
+def _joined(timings: list[Timing], outcomes: tuple[Outcome, ...]) -> list[Timing]:
+    """pytest-benchmark also saves what was timed by a test that failed afterwards: such a time means nothing."""
+    failed = {item.nodeid: item.verdict for item in outcomes if item.nodeid and item.verdict in ("fail", "error")}
+    return [replace(timing, failed=failed.get(timing.fullname, "")) for timing in timings]
+
+
+def _told_apart(timings: list[Timing], root: Node) -> tuple[Timing, ...]:
+    """Add the test's name, then its path, to the key of those that the rest of the key does not tell apart."""
+    plain = [timing if timing.subject else replace(timing, distinct=timing.name) for timing in timings]
+    for attribute in ("name", "fullname"):
+        taken = Counter(timing.key for timing in plain)
+        plain = [t if taken[t.key] == 1 else replace(t, distinct=getattr(t, attribute)) for t in plain]
+    seen: dict[tuple[str, ...], int] = {}
+    for index, timing in enumerate(plain):
+        if timing.key in seen:
+            place = f"benchmarks[{index}]"
+            raise UnusableInput(root.file, place, f"expected every benchmark once, found benchmarks[{seen[timing.key]}]"
+                                f" again ({timing.fullname}): edited by hand?")  # fmt: skip
+        seen[timing.key] = index
+    return tuple(plain)
+
+
+def _timeline(root: Node) -> Iterable[tuple[str, str, float]]:
+    if "timeline" in root:
+        for node in root["timeline"]:
+            yield node["what"].text(), node["name"].optional_text() or "", node["elapsed_s"].number()
+
+
+def _version(label: str) -> tuple[tuple[int, int | str], ...]:
+    """Numbers by value and words by letter, so that 0.9 stands before 0.10."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.findall(r"\d+|[a-z]+", label.lower()))

@@ -1,0 +1,119 @@
+"""Self-contained HTML pages: no network, no script; light or dark as the reader's system is, on a phone and in print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reports import plots, text, units, versions
+from reports.compare import DEFAULT_CAUSES, Comparison, compare
+from reports.load import Run
+from reports.matrix import MEANING, ORDER, SYMBOL, Cell, cells, headline, in_order
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from matplotlib.figure import Figure
+
+
+def run_page(run: Run) -> str:
+    """The page of one run: verdict, requirements, throughput, time split, environment."""
+    verdict, sentence = headline(run)
+    return _render(
+        "run.html",
+        title=f"Weight sync into vLLM {run.environment.vllm}".strip(),
+        verdict=verdict,
+        sentence=sentence,
+        runs=[run],
+        notes=_notes([run]),
+        matrix=matrix(run),
+        failures=[o for verdict in ("fail", "error") for o in run.outcomes if o.verdict == verdict],
+        throughput=_plot(plots.throughput(run), "throughput", "GB/s against model size, with the roofline"),
+        steps=_plot(plots.steps(run), "steps", "Time of an update split by step"),
+        timings=[text.throughput_row(timing) for timing in run.timings],
+        head=text.THROUGHPUT_HEAD,
+        timeline=text.time_spent(run),
+    )
+
+
+def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) -> str:
+    """The page of a comparison: verdict, environment differences, requirements that changed, timings."""
+    return _render(
+        "compare.html",
+        title=f"{found.a.label} against {found.b.label}",
+        verdict="fail" if found.worse(causes) else "pass",
+        sentence=text.compare_headline(found, causes),
+        runs=[found.a, found.b],
+        notes=_notes([found.a, found.b]),
+        found=found,
+        changes=[change for change in found.requirements if change.kind != "unchanged" or change.detail],
+        unchanged=sum(change.kind == "unchanged" for change in found.requirements),
+        timings=[(change, text.timing_row(change)) for change in found.timings],
+        drift=text.drift_lines(found),
+        trend=_plot(plots.trend([found.a, found.b], with_strip=False), "trend", "Seconds of both runs"),
+    )
+
+
+def trend_page(runs: Sequence[Run], threshold: float) -> str:
+    """The page of several runs: what fails where, the times with intervals, each step's comparison with the last."""
+    steps = [compare(a, b, threshold, across_machines=True) for a, b in zip(runs, runs[1:], strict=False)]
+    return _render(
+        "trend.html",
+        title=f"{runs[0].label} to {runs[-1].label}",
+        verdict=headline(runs[-1])[0],
+        sentence=f"{runs[-1].label}: {headline(runs[-1])[1]}",
+        runs=runs,
+        notes=_notes(runs),
+        steps=steps,
+        step_lines=[text.compare_headline(step) for step in steps],
+        found=[cells(run.outcomes, "requirement") for run in runs],
+        requirements=in_order(outcome.requirement for run in runs for outcome in run.outcomes),
+        trend=_plot(plots.trend(runs, with_strip=False), "trend", "Seconds over versions, with intervals"),
+        head=versions.TIMING_HEAD,
+        timings=versions.timing_rows(runs, threshold),
+    )
+
+
+def matrix(run: Run) -> dict[str, Any]:
+    """Requirements by subject and stage: `columns` of (subject, [stages]), `rows` of (name, level, text, cells)."""
+    columns = [
+        (subject, in_order(o.stage for o in run.outcomes if o.subject == subject))
+        for subject in in_order(outcome.subject for outcome in run.outcomes)
+    ]
+    found = cells(run.outcomes, "requirement", "subject", "stage")
+    rows = []
+    for (name,), cell in cells(run.outcomes, "requirement").items():
+        row: list[Cell | None] = [found.get((name, subject, stage)) for subject, stages in columns for stage in stages]
+        rows.append((name, cell.level, cell.outcomes[0].text, row))
+    return {"columns": columns, "rows": rows}
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    return [f"{run.source}: {note}" for run in runs for note in run.notes]
+
+
+def _fact_names(runs: Sequence[Run]) -> list[str]:
+    return in_order(name for run in runs for name, _ in run.environment.facts)
+
+
+def _plot(figure: Figure | None, name: str, title: str) -> str:
+    from markupsafe import Markup
+
+    return Markup(plots.inline_svg(figure, name, title)) if figure else ""  # matplotlib escapes what it writes
+
+
+def _render(template: str, **values: Any) -> str:
+    return _templates().get_template(template).render(values)
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    where = FileSystemLoader(Path(__file__).parent / "templates")
+    found = Environment(loader=where, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found.globals |= {"SYMBOL": SYMBOL, "MEANING": MEANING, "ORDER": ORDER, "dark": plots.DARK, "light": plots.LIGHT}
+    found.filters |= {"plain": units.plain, "ratio": units.ratio, "seconds": units.seconds, "p": units.p_value, "dict": dict,
+                      "fact_names": _fact_names}  # fmt: skip
+    return found

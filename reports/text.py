@@ -1,0 +1,205 @@
+"""A run, a comparison or a trend on a terminal of 100 columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from reports import units
+from reports.compare import DEFAULT_CAUSES, Comparison, TimingChange
+from reports.load import Run, Timing
+from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order
+from reports.table import text_table, wrapped
+
+LINES_OF_A_MESSAGE = 6
+QUIET = ("unchanged", "still failing")
+VERDICT_SYMBOL = {"slower": "▲", "faster": "▼", "same": "=", "inconclusive": "?"}
+THROUGHPUT_HEAD = ("subject", "stage", "model", "sent", "median", "n", "GB/s", "roof", "of it", "engine+", "trainer+")
+THROUGHPUT_RIGHT = range(3, 11)
+
+
+def run_text(run: Run, width: int = 100) -> str:
+    """The closing summary: requirements x subjects, what is not a pass and why, throughput, where the time went."""
+    verdict, sentence = headline(run)
+    parts = [wrapped(f"{SYMBOL[verdict]} {sentence}", width, ""), wrapped(run.environment.line, width, "")]
+    if run.outcomes:
+        parts += [_requirements(run, width), *_reasons(run, width)]
+    if run.timings:
+        parts.append(_throughput(run.timings, width))
+    parts.append(time_spent(run))
+    return "\n\n".join(part for part in [*parts, *run.notes] if part)
+
+
+def time_spent(run: Run) -> str:
+    """Where the run's own time went, in one line; empty where it was not recorded."""
+    spent: Counter[str] = Counter()
+    for what, _, elapsed_s in run.timeline:
+        spent[what] += elapsed_s
+    return "Time went to: " + ", ".join(f"{w} {units.seconds(s)}" for w, s in spent.most_common()) if spent else ""
+
+
+def throughput_row(timing: Timing) -> tuple[str, ...]:
+    """The cells of THROUGHPUT_HEAD."""
+    named = (timing.subject or timing.distinct, timing.stage, timing.model)
+    if timing.subject and timing.distinct:
+        named = (timing.subject, timing.stage, f"{timing.model} {timing.distinct}")
+    return (
+        *named,
+        units.size(timing.bytes_sent),
+        units.seconds(timing.median_s) + (f" ({timing.failed})" if timing.failed else ""),
+        str(len(timing.samples_s)) if timing.samples_s else "-",
+        units.rate(timing.gb_per_s),
+        units.rate(timing.roofline_gb_per_s),
+        units.percent(timing.fraction_of_roofline),
+        units.size(timing.engine_peak_extra_bytes),
+        units.size(timing.trainer_peak_extra_bytes),
+    )
+
+
+def _requirements(run: Run, width: int) -> str:
+    subjects = in_order(outcome.subject for outcome in run.outcomes)
+    found = cells(run.outcomes, "requirement", "subject")
+    levels = cells(run.outcomes, "requirement")
+    names = in_order(outcome.requirement for outcome in run.outcomes)
+    rows = [
+        (name, levels[name,].level, *(_folded(found.get((name, subject))) for subject in subjects)) for name in names
+    ]
+    stages = in_order(outcome.stage for outcome in run.outcomes if outcome.stage)
+    legend = "; ".join(f"{symbol} {verdict}: {MEANING[verdict]}" for verdict, symbol in SYMBOL.items())
+    table = text_table(("requirement", "level", *(subject or "-" for subject in subjects)), rows, width)
+    return "\n".join([f"Stages: {', '.join(stages) or '-'}", "", table, "", wrapped(legend, width, "")])
+
+
+def _folded(cell: Cell | None) -> str:
+    """All stages and models of one place: the verdicts with how many cases each, and the stages of a failure."""
+    if cell is None:
+        return ""
+    parts = []
+    for verdict, count in cell.counts:
+        stages = in_order(o.stage for o in cell.outcomes if o.verdict == verdict and o.stage)
+        named = verdict in ("fail", "error") and stages and count < len(cell.outcomes)
+        parts.append(f"{SYMBOL[verdict]} {verdict} {count}" + (f" ({', '.join(stages)})" if named else ""))
+    return ", ".join(parts)
+
+
+def _reasons(run: Run, width: int) -> list[str]:
+    """Every failure with its message; the reasons for not judging once each."""
+    parts = []
+    for verdict in ("fail", "error"):
+        not_met = [outcome for outcome in run.outcomes if outcome.verdict == verdict]
+        for (requirement, detail), cell in cells(not_met, "requirement", "detail").items():
+            where = [" ".join(filter(None, [o.subject, o.stage, o.model])) for o in cell.outcomes]
+            head = f"{SYMBOL[verdict]} {verdict} {cell.level} {requirement}: {'; '.join(in_order(where))}"
+            message = wrapped(detail or "no message", width, lines=LINES_OF_A_MESSAGE)
+            parts.append(f"{wrapped(head, width, '')}\n{message}")
+    for verdict in ("unsupported", "not-applicable"):
+        counted = Counter(outcome.detail or "no reason given" for outcome in run.outcomes if outcome.verdict == verdict)
+        lines = [wrapped(f"{count} x {reason}", width, "    ", 2) for reason, count in counted.items()]
+        parts.append("\n".join([f"{SYMBOL[verdict]} {verdict}:", *lines]) if lines else "")
+    return parts
+
+
+def _throughput(timings: tuple[Timing, ...], width: int) -> str:
+    rows, head, right = [throughput_row(timing) for timing in timings], THROUGHPUT_HEAD, THROUGHPUT_RIGHT
+    used = [column for column in range(len(head)) if any(row[column] not in ("", "-") for row in rows)]
+    table = text_table(
+        [head[column] for column in used],
+        [[row[column] for column in used] for row in rows],
+        width,
+        [place for place, column in enumerate(used) if column in right],
+    )
+    kinds = in_order(timing.roofline_kind for timing in timings if timing.roofline_gb_per_s)
+    roof = f"roof: the hardware's own GB/s for the same bytes, same run ({', '.join(kinds)}). " if kinds else ""
+    peak = "+: peak memory beyond the weights. " if any(timing.engine_peak_extra_bytes for timing in timings) else ""
+    return f"Throughput\n\n{table}\n\n{wrapped(roof + peak, width, '')}".rstrip()
+
+
+def compare_headline(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) -> str:
+    """What matters in one line."""
+    kinds = Counter(change.kind for change in found.requirements)
+    timed = Counter(change.verdict for change in found.timings)
+    said = [f"{kinds[kind]} {kind}" for kind in kinds if kind not in QUIET]
+    said += [f"{timed[kind]} {kind}" for kind in ("slower", "faster", "inconclusive", "not compared") if timed[kind]]
+    return f"{'Worse' if found.worse(causes) else 'Nothing worse'}: {', '.join(said) or 'no change found'}."
+
+
+def compare_text(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES, width: int = 100) -> str:
+    """The verdict, environment, requirements that changed, timings."""
+    sides = [f"{side}  {run.source}\n   {run.environment.line}" for side, run in (("A", found.a), ("B", found.b))]
+    parts = [compare_headline(found, causes), "\n".join(wrapped(line, width, "") for line in sides)]
+    if found.differences:
+        rows = [(name, _short(a), _short(b)) for name, a, b in found.differences]
+        parts.append(text_table(("environment", "A", "B"), rows, width))
+    parts += [*_changes(found, width), _timings(found, width)]
+    notes = [f"{run.source}: {note}" for run in (found.a, found.b) for note in run.notes]
+    return "\n\n".join(part for part in [*parts, *notes] if part)
+
+
+def _short(value: str) -> str:
+    return value if "\n" not in value else f"({value.count(chr(10)) + 1} lines)"
+
+
+def _changes(found: Comparison, width: int) -> list[str]:
+    parts = []
+    told = [change for change in found.requirements if change.kind != "unchanged" or change.detail]
+    for kind in in_order(change.kind for change in told):
+        lines = [f"{kind.capitalize()}:"]
+        for change in (change for change in told if change.kind == kind):
+            name = f"{SYMBOL.get(change.now, '·')} {' '.join(filter(None, change.key))} ({change.was} -> {change.now})"
+            lines += [wrapped(name, width, "  "), wrapped(change.detail, width, lines=LINES_OF_A_MESSAGE)]
+        parts.append("\n".join(filter(None, lines)))
+    same = sum(change.kind == "unchanged" for change in found.requirements)
+    if found.requirements:
+        parts.append(f"{units.counted(same, 'requirement case')} unchanged.")
+    return parts
+
+
+def drift_lines(found: Comparison) -> list[str]:
+    """What the hardware's own speed did between the runs: those that moved or may have, and how many did not."""
+    moved = [(label, drift) for label, drift in found.drift if drift.verdict != "same"]
+    lines = [f"{drift.verdict}: {label} {units.ratio(drift)}" for label, drift in moved]
+    still = len(found.drift) - len(moved)
+    return [*lines, f"same: {still} of {units.counted(len(found.drift), 'roofline')}"] if found.drift else []
+
+
+def _timings(found: Comparison, width: int) -> str:
+    if not found.timings:
+        return ""
+    parts = [f"Timings: B's median over A's with its 95% interval, threshold {found.threshold * 100:.3g}%"]
+    head = ("verdict", "model", "A", "B", "B/A", "p", "against roofline")
+    for place in in_order(_place(change) for change in found.timings):
+        rows = [_timing_line(change) for change in found.timings if _place(change) == place]
+        table = text_table(head if place else ("verdict", "benchmark", *head[2:]), rows, width, (2, 3))
+        parts.append(f"{wrapped(place, width, '')}\n{table}" if place else table)
+    whys = [f"{change.verdict}: {change.label}: {change.why}" for change in found.timings if change.why]
+    parts.append("\n".join(wrapped(why, width, "  ") for why in whys))
+    drift = drift_lines(found)
+    parts.append("\n".join(["Roofline itself, B/A", *(wrapped(line, width, "  ") for line in drift)]) if drift else "")
+    return "\n\n".join(filter(None, parts))
+
+
+def _place(change: TimingChange) -> str:
+    timing = change.after or change.before
+    return " ".join(filter(None, [timing.group, timing.subject, timing.stage]))
+
+
+def _timing_line(change: TimingChange) -> tuple[str, ...]:
+    row, timing = timing_row(change), change.after or change.before
+    model = " ".join(filter(None, [timing.model, timing.distinct]))
+    return (row[0], model or change.label, row[2], row[3], row[4], row[5], row[8])
+
+
+def timing_row(change: TimingChange) -> tuple[str, ...]:
+    """verdict, what, A, B, B/A, p, fraction of roofline of A and of B, B/A against the roofline, the roofline's B/A."""
+    a, b = change.before, change.after
+    return (
+        f"{VERDICT_SYMBOL.get(change.verdict, '·')} {change.verdict}",
+        change.label,
+        units.seconds(a.median_s if a else None),
+        units.seconds(b.median_s if b else None),
+        units.ratio(change.seconds),
+        units.p_value(change.seconds),
+        units.percent(a.fraction_of_roofline if a else None),
+        units.percent(b.fraction_of_roofline if b else None),
+        units.ratio(change.relative),
+        units.ratio(change.roofline),
+    )
