@@ -152,9 +152,9 @@ def _repack_tied_head(model: torch.nn.Module) -> None:
 
     No tensor of its own arrives for it, so reload leaves it alone, while the parameter that it shares has changed.
     """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-    addresses = [m.weight.data_ptr() for m in model.modules() if hasattr(m, "org_vocab_size")]
+    addresses = [m.weight.data_ptr() for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
     for module in model.modules():
         packed = isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear")
         if packed and addresses.count(module.weight.data_ptr()) > 1:

@@ -7,6 +7,7 @@ with the probe's methods added. The subject's own methods stay as they are.
 import os
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -127,7 +128,13 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-if EXTENSION in os.environ:
+def __getattr__(name: str) -> type:
+    """`ProbedExtension` is made when vLLM asks for it, since the environment names the subject."""
+    if name != "ProbedExtension":
+        raise AttributeError(name)
+    return _probed(os.environ[EXTENSION])
 
-    class ProbedExtension(Probe, load(os.environ[EXTENSION])):
-        """The subject, with the probe beside it."""
+
+@cache
+def _probed(extension: str) -> type:
+    return type("ProbedExtension", (Probe, load(extension)), {"__doc__": f"{extension}, with the probe beside it."})

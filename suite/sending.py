@@ -1,4 +1,6 @@
-"""The trainer's half of every update, whatever trains: it needs `named_tensors`, `rank`, `world_size` and `device`."""
+"""The trainer's half of every update, whatever trains: it needs `named_tensors`, `named_layout`, `rank`,
+`world_size` and `device`.
+"""
 
 import time
 from typing import Any
@@ -77,7 +79,7 @@ class Sending:
         self._links = ()
 
     def _update_by_broadcast(self, deadline_s: float, order: str, alter: dict | None) -> dict:
-        manifest = manifest_of(self.named_tensors(order, alter))
+        manifest = manifest_of(self.named_layout(order, alter))
         go = True
         if self.rank == 0:
             refusals = self._announce({"manifest": manifest}, deadline_s)

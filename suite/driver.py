@@ -1,0 +1,233 @@
+"""One trainer, one or more engines and the steps that move weights between them, as tests use them."""
+
+import itertools
+import random
+import socket
+from dataclasses import dataclass
+
+from suite import models
+from suite.pool import EngineHandle, Pool
+from suite.processes import Process, Run, gather, launch
+from suite.stages import Stage
+from suite.subjects import Subject
+
+CALL_DEADLINE_S = 120.0
+ADDRESS = "127.0.0.1"
+
+# Two right computations in bfloat16 differ in a log-probability by less than this, and choose the same token where the
+# best logit leads by more than twice that. Measured on the tiny models: see suite/selftest/test_trainer.py.
+LOGPROB_TOLERANCE = 0.35
+CLEAR_GAP = 2 * LOGPROB_TOLERANCE
+PROMPTS, CANDIDATES, PROMPT_TOKENS, MAX_TOKENS = 6, 48, 12, 6
+
+_generations = itertools.count(1)
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as sock:
+        sock.bind((ADDRESS, 0))
+        return sock.getsockname()[1]
+
+
+class TrainerGroup:
+    """The ranks of one trainer. Every call goes to all of them."""
+
+    def __init__(self, run: Run, name: str, world_size: int, device: str, visible: list[str]) -> None:
+        port = free_port()
+        self.world_size = world_size
+        self.processes: list[Process] = []
+        for rank in range(world_size):
+            arguments = {"rank": rank, "world_size": world_size, "device": device, "master_port": port}
+            env = {"CUDA_VISIBLE_DEVICES": visible[rank] if visible else "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            self.processes.append(launch(run, f"{name}-rank{rank}", "suite.trainer:Trainer", arguments, env, CALL_DEADLINE_S))
+        self.connected: tuple[int, ...] = ()
+        self.held: object = None
+
+    def ready(self) -> None:
+        """Wait until all ranks are up."""
+        for process in self.processes:
+            process.ready(CALL_DEADLINE_S)
+
+    def call(self, method: str, *args: object, deadline_s: float = CALL_DEADLINE_S, **kwargs: object) -> list:
+        """Call a method on all ranks; their results by rank."""
+        return gather([p.submit(method, *args, **kwargs) for p in self.processes], deadline_s)
+
+    def load(self, path: str, dtype: str = "bfloat16") -> None:
+        """Load a checkpoint, unless it is what the trainer holds unchanged."""
+        if self.held != (path, dtype):
+            self.held = None
+            self.call("load", path, dtype)
+            self.held = (path, dtype)
+
+    def zero(self) -> None:
+        """Set every weight to zero."""
+        self.held = None
+        self.call("fill", None)
+
+    def step(self, count: int, seed: int, learning_rate: float) -> list[dict]:
+        """Take optimiser steps on random tokens."""
+        self.held = None
+        return self.call("step", count, seed, learning_rate)
+
+    @property
+    def alive(self) -> bool:
+        return all(process.alive for process in self.processes)
+
+    def stop(self) -> None:
+        """End all ranks."""
+        for process in self.processes:
+            process.stop()
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One update as it was measured: from the earliest start to the latest end, on the machine's monotonic clock."""
+
+    elapsed_s: float
+    bytes_sent: int
+    tensors: int
+    steps_s: dict[str, float]
+
+
+class Sync:
+    """A trainer connected to engines of one subject.
+
+    Args:
+        engines: at least one; all get every update.
+        where: what assertion messages end with.
+    """
+
+    def __init__(
+        self, pool: Pool, trainer: TrainerGroup, engines: list[EngineHandle], subject: Subject, stage: Stage, model: str
+    ) -> None:
+        self.pool, self.trainer, self.engines, self.subject = pool, trainer, engines, subject
+        self.stage, self.model = stage, model
+        self.spec = models.MODELS[model]
+        self.seed = engines[0].key.seed
+        self.where = f"[subject={subject.name} stage={stage.name} model={model}]"
+        self.updates = 0
+
+    def load(self, seed: int, dtype: str = "bfloat16") -> None:
+        """Have the trainer hold the checkpoint of a seed."""
+        self.trainer.load(self.pool.checkpoint(self.model, seed, dtype), dtype)
+
+    def connect(self) -> None:
+        """Connect the trainer with the engines, unless they still are."""
+        wanted = tuple(id(engine) for engine in self.engines)
+        if self.trainer.connected == wanted and all(e.connection == id(self.trainer) for e in self.engines):
+            return
+        self.trainer.connected = ()
+        by_broadcast = self.subject.transport == "broadcast"
+        ranks = self.trainer.processes[:1] if by_broadcast else self.trainer.processes
+        paths = [engine.link_path for engine in self.engines]
+        calls = [engine.process.submit("accept", len(ranks)) for engine in self.engines]
+        calls += [rank.submit("connect", paths, CALL_DEADLINE_S) for rank in ranks]
+        gather(calls, CALL_DEADLINE_S)
+        if by_broadcast:
+            self._open_group()
+        self.trainer.connected = wanted
+        for engine in self.engines:
+            engine.connection = id(self.trainer)
+
+    def _open_group(self) -> None:
+        port, offset = free_port(), 1
+        world_size = 1 + sum(engine.ranks for engine in self.engines)
+        calls = [self.trainer.processes[0].submit("open_group", ADDRESS, port, world_size)]
+        for engine in self.engines:
+            calls.append(engine.process.submit("join_group", ADDRESS, port, offset, world_size))
+            offset += engine.ranks
+        gather(calls, CALL_DEADLINE_S)
+
+    def update(self, deadline_s: float = CALL_DEADLINE_S, **how: object) -> Moved:
+        """One update of all engines; `how` is order= and alter= of the trainer's named_tensors.
+
+        Raises the first failure of either side.
+        """
+        self.connect()
+        self.updates += 1
+        calls = [engine.process.submit("update", deadline_s) for engine in self.engines]
+        calls += [rank.submit("update", self.subject.transport, deadline_s, **how) for rank in self.trainer.processes]
+        try:
+            halves = gather(calls, deadline_s + 10)
+        except Exception:
+            self.disconnect()
+            raise
+        started = min(half["started_s"] for half in halves)
+        ended = max(half["ended_s"] for half in halves)
+        sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])
+        return Moved(ended - started, sent["bytes_sent"], sent["tensors"], halves[0]["steps_s"])
+
+    def disconnect(self) -> None:
+        """Have the next update make new connections: after a failure the old ones may be out of step."""
+        self.trainer.connected = ()
+
+    def refusal(self, alter: dict, deadline_s: float) -> str:
+        """Attempt an update with these alterations and return the engine's error; fails if it succeeds."""
+        try:
+            self.update(deadline_s, alter=alter)
+        except Exception as error:
+            return f"{error}\n" + "\n".join(getattr(error, "__notes__", []))
+        raise AssertionError(f"expected an error for an update with {alter}, found success {self.where}")
+
+    def generate(self, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[dict]]:
+        """Greedy continuations, for each engine."""
+        calls = [engine.process.submit("generate", prompts, max_tokens) for engine in self.engines]
+        return gather(calls, CALL_DEADLINE_S)
+
+    def prompts(self, count: int = PROMPTS, seed: int = 0) -> list[list[int]]:
+        """Random prompts in the model's vocabulary."""
+        draw = random.Random(seed)
+        vocabulary = self.spec.config["vocab_size"]
+        return [[draw.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+
+    def oracle(self, seed: int) -> str:
+        """What an engine cold-loaded from the checkpoint of `seed` computes with."""
+        return self.pool.oracle(self.model, self.stage.name, seed, self.subject.name)
+
+    def compared(self, seed: int) -> list[dict]:
+        """Every engine rank compared with the cold-loaded one."""
+        path = self.oracle(seed)
+        return [result for engine in self.engines for result in self._probe(engine, "probe_compare", path)]
+
+    def expect_exact(self, seed: int) -> None:
+        """Every effective weight of every rank is bit-equal to the cold-loaded engine's."""
+        self._expect_none(self.compared(seed), f"the weights of an engine cold-loaded from checkpoint {seed}")
+
+    def expect_zero(self) -> None:
+        """Every effective weight element of every rank is zero, and there are some."""
+        results = [result for engine in self.engines for result in self._probe(engine, "probe_zero")]
+        self._expect_none(results, "zero in every element")
+
+    def expect_same_behaviour(self) -> None:
+        """Greedy tokens and log-probabilities are those of the trainer's own forward pass."""
+        prompts = self.prompts(CANDIDATES)
+        oracle = self.trainer.call("greedy", prompts, MAX_TOKENS)[0]
+        clear = [i for i, answer in enumerate(oracle) if min(answer["gaps"]) > CLEAR_GAP][:PROMPTS]
+        if len(clear) < PROMPTS:
+            raise RuntimeError(f"only {len(clear)} of {CANDIDATES} prompts have clear-cut answers: nothing can be told {self.where}")
+        for answers in self.generate([prompts[i] for i in clear]):
+            for index, answer in zip(clear, answers, strict=True):
+                self._expect_answer(oracle[index], answer, prompts[index])
+
+    def _expect_answer(self, expected: dict, found: dict, prompt: list[int]) -> None:
+        assert found["tokens"] == expected["tokens"], (
+            f"greedy tokens after {prompt}: expected the trainer's {expected['tokens']}, found {found['tokens']}"
+            f" after update {self.updates} {self.where}"
+        )
+        apart = max(abs(a - b) for a, b in zip(found["logprobs"], expected["logprobs"], strict=True))
+        assert apart <= LOGPROB_TOLERANCE, (
+            f"log-probabilities after {prompt}: expected the trainer's within {LOGPROB_TOLERANCE}, found {apart:.3f} apart"
+            f" after update {self.updates} {self.where}"
+        )
+
+    def _expect_none(self, results: list[dict], expected: str) -> None:
+        for result in results:
+            assert result["elements"] > 0, f"expected weights on rank {result['rank']}, found none to look at {self.where}"
+            assert result["differing"] == 0, (
+                f"expected {expected}, found {result['differing']} weights that differ on rank {result['rank']}:"
+                f" {'; '.join(result['first'])} after update {self.updates} {self.where}"
+            )
+
+    def _probe(self, engine: EngineHandle, method: str, *args: object) -> list[dict]:
+        return engine.process.call("rpc", method, *args, deadline_s=CALL_DEADLINE_S)

@@ -1,0 +1,259 @@
+"""Engines, started ahead of the tests that need them, shared between those tests, and ended after the last one.
+
+An engine that starts costs half a minute. The pool knows from the collected tests which ones will be needed, in which
+order; a thread starts the next while tests run on the ones before.
+"""
+
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from suite import models
+from suite.processes import Process, Run, launch
+from suite.stages import Stage
+from suite.subjects import Subject
+
+START_DEADLINE_S = 300.0
+CPU_STARTS = 2  # at once: more only get in each other's way
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """What makes two engines the same. `seed` is of the checkpoint it cold-loads, None for dummy weights."""
+
+    model: str
+    stage: str
+    subject: str
+    seed: int | None
+    options: tuple[tuple[str, object], ...] = ()
+    copy: int = 0
+
+    def __str__(self) -> str:
+        extra = "".join(f" {name}={value}" for name, value in self.options)
+        return f"{self.model} {self.stage} {self.subject} seed={self.seed}{extra}" + (f" #{self.copy}" if self.copy else "")
+
+
+@dataclass
+class EngineHandle:
+    """A started engine as pytest sees it."""
+
+    key: EngineKey
+    process: Process
+    link_path: str
+    ranks: int
+    connection: object = None  # which trainer and group it last joined
+    facts: dict = field(default_factory=dict)
+
+
+class Pool:
+    """Starts, lends and ends engines.
+
+    Args:
+        run: owns the processes.
+        stages, subjects: by name.
+        announce: called with a line of text when an engine starts, is ready, or fails.
+    """
+
+    def __init__(
+        self, run: Run, stages: dict[str, Stage], subjects: dict[str, Subject], announce: Callable[[str], None]
+    ) -> None:
+        self._run, self._stages, self._subjects, self._announce = run, stages, subjects, announce
+        self._needs: Counter[EngineKey] = Counter()
+        self._order: OrderedDict[EngineKey, None] = OrderedDict()
+        self._started: dict[EngineKey, EngineHandle] = {}
+        self._failed: dict[EngineKey, Exception] = {}
+        self._starting: set[EngineKey] = set()
+        self._wanted: EngineKey | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+        self.starting_s = 0.0
+
+    def plan(self, keys: list[EngineKey]) -> None:
+        """Say which engines will be needed, once for every need, in order; starts the first of them."""
+        with self._changed:
+            for key in keys:
+                self._needs[key] += 1
+                self._order[key] = None
+        for index in range(CPU_STARTS):
+            threading.Thread(target=self._work, name=f"engine-starter-{index}", daemon=True).start()
+
+    def get(self, key: EngineKey) -> EngineHandle:
+        """The engine, waiting for it to start. Raises what its start raised."""
+        deadline = time.monotonic() + START_DEADLINE_S + 60
+        with self._changed:
+            self._order.setdefault(key, None)
+            self._needs[key] = max(1, self._needs[key])
+            self._wanted = key
+            self._changed.notify_all()
+            while key not in self._started and key not in self._failed:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no engine {key} after {START_DEADLINE_S + 60:g} s")
+                self._changed.wait(POLL_S)
+            self._wanted = None
+            if key in self._failed:
+                raise self._failed[key]
+            return self._started[key]
+
+    def put(self, key: EngineKey) -> None:
+        """One need is met. The engine ends when no further test needs it."""
+        with self._changed:
+            self._needs[key] -= 1
+            over = self._needs[key] <= 0
+        if over:
+            self.discard(key)
+
+    def discard(self, key: EngineKey) -> None:
+        """End an engine: nothing needs it any more, or a test has left it in a state that no other can start from."""
+        with self._changed:
+            handle = self._started.pop(key, None)
+            self._changed.notify_all()
+        if handle is not None:
+            threading.Thread(target=handle.process.stop, name="engine-stopper", daemon=True).start()
+
+    def oracle(self, model: str, stage: str, seed: int, subject: str) -> str:
+        """Where an engine that cold-loaded this checkpoint has written what it computes with.
+
+        Another subject's engine with that checkpoint will do; where none is needed anyway, one is started for this.
+        """
+        path = self._oracle_path(model, stage, seed)
+        if not path.with_name(path.name + ".rank0.safetensors").exists():
+            keys = [k for k in self._order if (k.model, k.stage, k.seed, k.options) == (model, stage, seed, ())]
+            key = keys[0] if keys else EngineKey(model, stage, subject, seed)
+            self.get(key)
+            if not keys:
+                self.put(key)
+        return str(path)
+
+    def oracle_key(self, model: str, stage: str, seed: int, subjects: list[Subject], own: str) -> EngineKey:
+        """The engine that `oracle` would ask for, for planning ahead."""
+        other = next((s.name for i, s in enumerate(subjects) if seed_of(i) == seed), own)
+        return EngineKey(model, stage, other, seed)
+
+    def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
+        """The directory of a model's checkpoint, written when first asked for."""
+        directory = self._run.directory / "models" / f"{model}-{seed}-{dtype}"
+        with self._changed:
+            if not (directory / "model.safetensors").exists():
+                models.write_checkpoint(models.MODELS[model], seed, directory, dtype)
+        return str(directory)
+
+    def config(self, model: str) -> str:
+        """The directory of a model's config alone."""
+        return str(models.write_config(models.MODELS[model], self._run.directory / "models" / model))
+
+    def close(self) -> None:
+        """Stop starting. What runs is ended with the run."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _oracle_path(self, model: str, stage: str, seed: int) -> Path:
+        return self._run.directory / "oracles" / f"{model}-{stage}-{seed}"
+
+    def _work(self) -> None:
+        while (key := self._next()) is not None:
+            try:
+                handle = self._start(key)
+            except Exception as error:  # whatever it was, the test that needs the engine reports it
+                self._announce(f"engine {key}: failed to start ({type(error).__name__})")
+                with self._changed:
+                    self._failed[key] = error
+            else:
+                with self._changed:
+                    self._started[key] = handle
+            with self._changed:
+                self._starting.discard(key)
+                self._changed.notify_all()
+
+    def _next(self) -> EngineKey | None:
+        """The engine to start next: the one a test waits for, else the next in order while there is room."""
+        with self._changed:
+            while not self._closed:
+                waiting = [k for k in self._order if k not in self._started and k not in self._starting]
+                waiting = [k for k in waiting if k not in self._failed and self._needs[k] > 0]
+                urgent = [k for k in waiting if k == self._wanted]
+                if urgent or (waiting and len(self._started) + len(self._starting) < self._room()):
+                    key = (urgent or waiting)[0]
+                    self._starting.add(key)
+                    return key
+                self._changed.wait(1.0)
+            return None
+
+    def _room(self) -> int:
+        import psutil
+
+        # An engine rank takes about 1.2 GB of host memory, and one starting ahead must not crowd out those in use.
+        return max(3, int(psutil.virtual_memory().available / 4e9) + len(self._started))
+
+    def _start(self, key: EngineKey) -> EngineHandle:
+        stage, subject = self._stages[key.stage], self._subjects[key.subject]
+        started = time.monotonic()
+        self._announce(f"engine {key}: starting")
+        model = self.config(key.model) if key.seed is None else self.checkpoint(key.model, key.seed)
+        link_path = str(self._run.directory / f"{self._run.label('link')}.sock")
+        plain = {"name": subject.name, "extension": subject.extension, "transport": subject.transport}
+        oracle = key.seed is not None and not key.options
+        arguments = {
+            "model": model,
+            "subject": plain,
+            "link_path": link_path,
+            "tensor_parallel_size": stage.tensor_parallel_size,
+            "oracle_path": str(self._oracle_path(key.model, key.stage, key.seed)) if oracle else None,
+            "options": engine_options(stage) | ({"load_format": "dummy"} if key.seed is None else {}) | dict(key.options),
+        }
+        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
+        process = launch(self._run, name, "suite.engine:Engine", arguments, engine_environment(stage), START_DEADLINE_S)
+        try:
+            facts = process.ready(START_DEADLINE_S)
+        except Exception:
+            process.stop()
+            raise
+        elapsed_s = time.monotonic() - started
+        self.starting_s += elapsed_s
+        self._announce(f"engine {key}: ready after {elapsed_s:.0f} s")
+        return EngineHandle(key, process, link_path, stage.tensor_parallel_size * stage.pipeline_parallel_size, facts=facts)
+
+
+def seed_of(subject_index: int) -> int:
+    """The checkpoint that a subject's engines start from: two subjects are each other's cold-loaded reference."""
+    return 0 if subject_index == 0 else 1
+
+
+def engine_options(stage: Stage) -> dict:
+    """Arguments of vllm.LLM that every engine of a stage gets."""
+    options = {"dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 16, "seed": 0, "enforce_eager": True}
+    options["kv_cache_memory_bytes"] = (64 if stage.kind == "cpu" else 512) * 2**20
+    if stage.kind == "gpu":
+        options["gpu_memory_utilization"] = 0.05  # the cache's size is given; this is only what has to be free
+    if stage.pipeline_parallel_size > 1:
+        options["pipeline_parallel_size"] = stage.pipeline_parallel_size
+    return options
+
+
+def engine_environment(stage: Stage) -> dict[str, str | None]:
+    """What an engine's process has in its environment."""
+    common: dict[str, str | None] = {
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if stage.kind == "gpu":
+        return common | {"CUDA_VISIBLE_DEVICES": ",".join(stage.engine_devices)}
+    import os
+
+    cores = sorted(os.sched_getaffinity(0))
+    bound = "|".join(str(cores[rank % len(cores)]) for rank in range(stage.tensor_parallel_size))
+    return common | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "VLLM_CPU_OMP_THREADS_BIND": bound,
+        "OMP_NUM_THREADS": "1",
+        # One process less to start; workers and what they compute are the same.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Engines are eager, but the sampler compiles a helper for log-probabilities: 15 s for nothing examined here.
+        "TORCHDYNAMO_DISABLE": "1",
+    }
