@@ -20,7 +20,6 @@ import threading
 import time
 import uuid
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from getpass import getuser
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,27 @@ _TAIL_BYTES = 1 << 16
 class RemoteError(Exception):
     """What was called raised: `kind` (name of its class), `message`, `traceback` (text), `process` (its name)."""
 
-    def __init__(self, process: "Process", said: dict[str, str]) -> None:
-        self.kind, self.message, self.traceback = said["kind"], said["message"], said["traceback"]
+    def __init__(self, process: "Process", raised: dict[str, str]) -> None:
+        self.kind, self.message, self.traceback = raised["kind"], raised["message"], raised["traceback"]
         self.process = process.name
-        super().__init__(
-            f"{self.kind} in process {self.process}: {self.message}\n\n"
-            f"{self.traceback.rstrip()}\n\nlog of {self.process}: {process.log_path}"
-        )
+        self.said = f"{self.kind} in process {self.process}: {self.message}"
+        super().__init__(f"{self.said}\n\n{self.traceback.rstrip()}\n\nlog of {self.process}: {process.log_path}")
 
 
-class DeadlineExceeded(Exception):
+class NoAnswer(Exception):
+    """A process gave no answer: `said` says which and why, the message shows the end of its log too."""
+
+    def __init__(self, said: str, process: "Process") -> None:
+        self.said = said
+        log = f"log of {process.name}: {process.log_path}"
+        super().__init__(f"{said}. The log ends with:\n{process.tail()}\n\n{log}")
+
+
+class DeadlineExceeded(NoAnswer):
     """A process did not answer in time."""
 
 
-class ProcessDied(Exception):
+class ProcessDied(NoAnswer):
     """A process ended, or was ended, before it answered."""
 
 
@@ -147,7 +153,7 @@ class Call:
 
     def overdue(self) -> DeadlineExceeded:
         """The error that says that this call is late."""
-        return DeadlineExceeded(f"{self} has not answered after {self.elapsed_s():.1f} s. {self.process.evidence()}")
+        return DeadlineExceeded(f"{self} has not answered after {self.elapsed_s():.1f} s", self.process)
 
     def elapsed_s(self) -> float:
         """Seconds from the call to its answer, or until now."""
@@ -190,7 +196,7 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
 def _state(call: Call) -> str:
     if not call.done():
         return f"{call} has not answered after {call.elapsed_s():.1f} s"
-    ending = f"raised {type(call.error()).__name__}: {call.error()}" if call.error() else "finished"
+    ending = f"failed: {getattr(call.error(), 'said', call.error())}" if call.error() else "finished"
     return f"{call} took {call.elapsed_s():.1f} s and {ending}"
 
 
@@ -295,10 +301,6 @@ class Process:
             return f"(the log cannot be read: {error})"
         return "\n".join(text.splitlines()[-lines:])
 
-    def evidence(self) -> str:
-        """The log's tail and path, for messages."""
-        return f"The log ends with:\n{self.tail()}\n\nlog of {self.name}: {self.log_path}"
-
     def write_stacks(self) -> None:
         """Have the process write the stacks of its threads to its log, to show where it is."""
         if self._listening and self.alive:
@@ -343,7 +345,7 @@ class Process:
             return
         error = RemoteError(self, answer["error"])
         if call is self._constructed:
-            error.add_note(self.evidence())
+            error.add_note(f"The log ends with:\n{self.tail()}")
         call.finish(error=error)
 
     def _fail_pending(self) -> None:
@@ -366,7 +368,7 @@ class Process:
         if isinstance(self._constructed.error(), RemoteError):
             return self._constructed.error()
         after = f"{call.elapsed_s():.1f} s after the call"
-        return ProcessDied(f"process {self.name} {self._ended}; no answer to {call.what}, {after}. {self.evidence()}")
+        return ProcessDied(f"process {self.name} {self._ended}; no answer to {call.what}, {after}", self)
 
 
 def launch(
@@ -403,7 +405,7 @@ def _environment(run: Run, label: str, changes: dict[str, str | None]) -> dict[s
         "SPT_NOENV": "1",  # setproctitle (vLLM's workers) would overwrite the environment that the marks are read from
         "TMPDIR": str(run.directory),
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
-            "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getuser()}"
+            "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
         ),  # would be below TMPDIR, and lost with it
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in search if path)),
         "PYTHONUNBUFFERED": "1",

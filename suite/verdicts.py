@@ -1,0 +1,79 @@
+"""From how a test ended to its verdict.
+
+pass, fail, unsupported (the subject declares that it lacks it), not-applicable (the machine lacks it) or error (the
+suite itself could not tell). Only what is raised in a test's own call, and only an assertion or the failure of an
+examined process, is a fail; a set-up or tear-down that breaks is an error, never a skip and never a pass.
+"""
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import pytest
+
+from suite.processes import DeadlineExceeded, ProcessDied, RemoteError
+
+PASS, FAIL, ERROR = "pass", "fail", "error"
+UNSUPPORTED, NOT_APPLICABLE = "unsupported", "not-applicable"
+JUDGED = (PASS, FAIL, ERROR)
+FAILURES = (AssertionError, pytest.fail.Exception, RemoteError, DeadlineExceeded, ProcessDied)
+DETAIL_CHARACTERS = 2000
+
+
+class Unsupported(pytest.skip.Exception):
+    """The subject declares that it lacks what the requirement asks for."""
+
+
+class NotApplicable(pytest.skip.Exception):
+    """The machine or the stage lacks what the requirement needs."""
+
+
+def unsupported(reason: str) -> NoReturn:
+    """End the running test with the verdict unsupported."""
+    raise Unsupported(reason)
+
+
+def not_applicable(reason: str) -> NoReturn:
+    """End the running test with the verdict not-applicable."""
+    raise NotApplicable(reason)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict and, unless it is pass, why."""
+
+    verdict: str = PASS
+    detail: str = ""
+
+    def then(self, later: "Judgement") -> "Judgement":
+        """What holds after a later phase of the same test: a fail stays, a tear-down that breaks spoils a pass."""
+        return self if later.verdict == PASS or self.verdict == FAIL else later
+
+
+def judge(phase: str, error: BaseException | None) -> Judgement:
+    """The judgement of one phase (setup, call or teardown) that ended with this exception, or without one."""
+    if error is None:
+        return Judgement()
+    if isinstance(error, Unsupported):
+        return Judgement(UNSUPPORTED, str(error))
+    if isinstance(error, pytest.skip.Exception):
+        return Judgement(NOT_APPLICABLE, str(error))
+    if phase == "call" and _is_failure(error):
+        return Judgement(FAIL, _detail(error))
+    return Judgement(ERROR, f"{phase}: {_detail(error)}")
+
+
+def _is_failure(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_failure(inner) for inner in error.exceptions)
+    return isinstance(error, FAILURES)
+
+
+def _detail(error: BaseException) -> str:
+    """What was raised in a few lines: without remote tracebacks and logs, which the log files have."""
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(_detail(inner) for inner in error.exceptions)[:DETAIL_CHARACTERS]
+    said = getattr(error, "said", None) or str(error)
+    if not isinstance(error, FAILURES):
+        said = f"{type(error).__name__}: {said}"
+    notes = [note for note in getattr(error, "__notes__", []) if "\n" not in note]
+    return "\n".join([said, *notes])[:DETAIL_CHARACTERS]
