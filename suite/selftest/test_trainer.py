@@ -44,7 +44,9 @@ def pair(tmp_path_factory) -> Iterator[list[Process]]:
         port = free.getsockname()[1]
     with Run(tmp_path_factory.mktemp("pair") / "logs") as run:
         both = [
-            launch(run, f"trainer-{rank}", "suite.trainer:Trainer", dict(rank=rank, world_size=2, master_port=port))
+            launch(
+                run, f"trainer-{rank}", "suite.trainer:Trainer", {"rank": rank, "world_size": 2, "master_port": port}
+            )
             for rank in range(2)
         ]
         for process in both:
@@ -63,7 +65,7 @@ def expected(name: str, seed: int) -> dict[str, torch.Tensor]:
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     assert sorted(found) == sorted(wanted)
     for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
         different = int((found[name] != tensor).sum())
         assert not different, f"{name}: {different} of {tensor.numel()} elements differ"
 
@@ -130,8 +132,9 @@ def test_greedy_tokens_are_those_of_transformers(trainer, written, name):
         close = next((i for i, gap in enumerate(answer["gaps"]) if gap < 0.5), 12)
         assert answer["tokens"][:close] == theirs[:close], f"first close call at {close}"
         assert len(answer["tokens"]) == len(answer["logprobs"]) == len(answer["gaps"]) == 12
-        assert min(answer["gaps"]) >= 0 and max(answer["logprobs"]) <= 0
-    assert sum(len(answer["gaps"]) for answer in found if max(answer["gaps"]) > 0.5) > 0
+        assert min(answer["gaps"]) >= 0
+        assert max(answer["logprobs"]) <= 0
+    assert any(answer["gaps"][0] >= 0.5 for answer in found), "no token was compared"
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -150,7 +153,8 @@ def test_orders(trainer, written):
     names = [name for name, _ in trainer.named_tensors()]
     assert [name for name, _ in trainer.named_tensors("reversed")] == names[::-1]
     shuffled = [name for name, _ in trainer.named_tensors("shuffled:7")]
-    assert shuffled != names and sorted(shuffled) == sorted(names)
+    assert shuffled != names
+    assert sorted(shuffled) == sorted(names)
     assert shuffled == [name for name, _ in trainer.named_layout("shuffled:7")]
     assert_same(dict(trainer.named_tensors("shuffled:7")), expected("qwen3-moe-tiny", SEED))
     with pytest.raises(ValueError, match="expected order checkpoint"):
@@ -186,7 +190,7 @@ def test_alterations(trainer, written):
 def test_altering_nothing_is_an_error(trainer, written, kind):
     trainer.load(str(written["qwen3-tied-tiny"]))
     alter = {"drop": {"drop": ["lm_head.weight"]}, "rename": {"rename": {"lm_head.weight": "x"}}}[kind]
-    with pytest.raises(ValueError, match="lm_head.weight"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
         list(trainer.named_tensors(alter=alter))
 
 
@@ -194,7 +198,8 @@ def test_a_float32_trainer_holds_more_than_bfloat16(trainer, written):
     trainer.load(str(written["llama-tiny"]), "float32")
     trainer.fill(2)
     tensor = dict(trainer.named_tensors())["lm_head.weight"]
-    assert tensor.dtype == torch.float32 and not torch.equal(tensor, tensor.bfloat16().float())
+    assert tensor.dtype == torch.float32
+    assert not torch.equal(tensor, tensor.bfloat16().float())
     assert torch.equal(tensor.bfloat16(), expected("llama-tiny", 2)["lm_head.weight"])
 
 
@@ -212,7 +217,7 @@ def test_a_checkpoint_with_a_missing_tensor_is_refused(trainer, tmp_path):
     weights = expected(spec.name, 1)
     del weights["model.layers.1.mlp.up_proj.weight"]
     models.save(spec, weights, tmp_path)
-    with pytest.raises(LoadError, match="layers.1.mlp.up_proj.weight"):
+    with pytest.raises(LoadError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         trainer.load(str(tmp_path))
     with pytest.raises(RuntimeError, match="holds no weights"):
         list(trainer.named_tensors())
@@ -231,7 +236,8 @@ def test_fused_experts_are_split_by_name():
     assert [name.removeprefix("model.layers.5.mlp.experts.") for name, _ in views] == [
         "6.gate_proj.weight", "6.up_proj.weight", "7.gate_proj.weight", "7.up_proj.weight",
     ]  # fmt: skip
-    assert torch.equal(views[2][1], gate_up[1, :2]) and torch.equal(views[3][1], gate_up[1, 2:])
+    assert torch.equal(views[2][1], gate_up[1, :2])
+    assert torch.equal(views[3][1], gate_up[1, 2:])
 
 
 @pytest.mark.parametrize("name", ["qwen3-tied-tiny", "qwen3-moe-tiny"])
