@@ -17,7 +17,9 @@ class WorkerExtension(UpdateBracket):
 
     _weight_sync_group: Communicator | None = None
 
-    def init_weight_update_group(self, master_address: str, master_port: int, rank_offset: int, world_size: int) -> None:
+    def init_weight_update_group(
+        self, master_address: str, master_port: int, rank_offset: int, world_size: int
+    ) -> None:
         """Join the trainer's group as rank `rank_offset` + this worker's rank in its engine.
 
         `world_size` counts the trainer and the workers of all engines; with several engines each has its own

@@ -49,7 +49,9 @@ class ColocateWorkerExtension(UpdateBracket):
     def _weight_sync_compare(self, names: set[str]) -> None:
         waiting = {name for name, expected in self._weight_sync_pending.items() if expected is not None}
         if unannounced := sorted(names - waiting):
-            raise ManifestError(f"{len(unannounced)} handles were not announced, first {unannounced[0]}; none was opened")
+            raise ManifestError(
+                f"{len(unannounced)} handles were not announced, first {unannounced[0]}; none was opened"
+            )
 
 
 class HandleSender:

@@ -25,7 +25,8 @@ ALIGNMENT_BYTES = 64
 # The arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor after the tensor class, in order.
 CUDA_FIELDS = (
     "shape", "stride", "storage_offset", "storage_class", "dtype", "device_index", "memory_handle", "storage_bytes",
-    "storage_offset_bytes", "requires_grad", "ref_counter_handle", "ref_counter_offset", "event_handle", "event_sync_required",
+    "storage_offset_bytes", "requires_grad", "ref_counter_handle", "ref_counter_offset", "event_handle",
+    "event_sync_required",
 )  # fmt: skip
 CUDA_BYTES = ("memory_handle", "ref_counter_handle", "event_handle")
 CUDA_COUNTS = ("storage_offset", "storage_bytes", "storage_offset_bytes", "ref_counter_offset")
@@ -128,12 +129,15 @@ def _open_cuda(handle: dict, device: torch.device) -> torch.Tensor:
     return rebuild_cuda_tensor(
         torch.Tensor, torch.Size(shape), tuple(stride), offset, torch.UntypedStorage, dtype, index,
         handle["memory_handle"], handle["storage_bytes"], handle["storage_offset_bytes"], False,
-        handle["ref_counter_handle"], handle["ref_counter_offset"], handle["event_handle"], bool(handle["event_sync_required"]),
+        handle["ref_counter_handle"], handle["ref_counter_offset"], handle["event_handle"],
+        bool(handle["event_sync_required"]),
     )  # fmt: skip
 
 
 def _open_shared_memory(handle: dict) -> torch.Tensor:
-    _require_keys(handle, {"kind", "segment", "dtype", "shape", "stride", "storage_offset", "storage_bytes", "offset_bytes"})
+    _require_keys(
+        handle, {"kind", "segment", "dtype", "shape", "stride", "storage_offset", "storage_bytes", "offset_bytes"}
+    )
     segment = handle["segment"]
     if not isinstance(segment, str) or not SEGMENT_NAME.fullmatch(segment):
         raise HandleError(f"expected a segment called weight-sync-..., found {segment!r:.120}")
@@ -177,7 +181,9 @@ def _layout(handle: dict, dtype: torch.dtype) -> tuple[list[int], list[int], int
             raise HandleError(f"{name}: expected a list of sizes, found {values!r:.80}")
     if len(shape) != len(stride):
         raise HandleError(f"expected as many strides as sizes, found {len(stride)} and {len(shape)}")
-    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else offset - 1
+    last = (
+        offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else offset - 1
+    )
     if (last + 1) * dtype.itemsize > _count(handle, "storage_bytes"):
         raise HandleError(f"shape {list(shape)} with strides {list(stride)} reaches outside its storage")
     return list(shape), list(stride), offset
@@ -210,11 +216,12 @@ class SharedSegment:
         """Copy the tensors in, one after the other, and return their handles."""
         handles, start = {}, 0
         for name, tensor in named_tensors:
-            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            whole = tensor.detach().contiguous()
+            flat = whole.view(-1).view(torch.uint8)
             self._bytes[start : start + flat.numel()].copy_(flat)
             handles[name] = {
                 "kind": "shared_memory", "segment": self.name, "offset_bytes": start, "storage_bytes": flat.numel(),
-                "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "stride": list(tensor.contiguous().stride()),
+                "dtype": dtype_name(whole.dtype), "shape": list(whole.shape), "stride": list(whole.stride()),
                 "storage_offset": 0,
             }  # fmt: skip
             start += _aligned(flat.numel())

@@ -38,7 +38,9 @@ def expected_weights(model: torch.nn.Module, hf_config: object) -> tuple[Shapes,
     return required, optional
 
 
-def _of_module(prefix: str, module: torch.nn.Module, packed: dict[str, list[str]]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+def _of_module(
+    prefix: str, module: torch.nn.Module, packed: dict[str, list[str]]
+) -> Iterator[tuple[str, tuple[int, ...] | None]]:
     from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -92,7 +94,9 @@ def _expert_count(module: torch.nn.Module) -> int:
 def _expert_sizes(module: torch.nn.Module) -> tuple[int, int]:
     """(hidden, intermediate) without sharding and without the padding some kernels want."""
     config = module.moe_config
-    per_rank = getattr(config, "intermediate_size_per_partition_unpadded", None) or config.intermediate_size_per_partition
+    per_rank = (
+        getattr(config, "intermediate_size_per_partition_unpadded", None) or config.intermediate_size_per_partition
+    )
     hidden = getattr(config, "hidden_dim_unpadded", None) or config.hidden_dim
     return int(hidden), int(per_rank) * int(config.moe_parallel_config.tp_size)
 

@@ -25,7 +25,9 @@ def manifest_of(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Manifest:
 def parse(manifest: object) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """`{name: (dtype, shape)}`, or ManifestError naming the entries that are malformed or there twice."""
     if not isinstance(manifest, list | tuple) or not manifest:
-        raise ManifestError(f"a manifest is a non-empty list of entries, found {type(manifest).__name__} {manifest!r:.80}")
+        raise ManifestError(
+            f"a manifest is a non-empty list of entries, found {type(manifest).__name__} {manifest!r:.80}"
+        )
     parsed: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     duplicates = []
     for index, entry in enumerate(manifest):

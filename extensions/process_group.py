@@ -1,8 +1,8 @@
 """A communicator between one trainer and the workers of any number of engines.
 
 It leaves torch.distributed's global group alone, since both the trainer and vLLM have one of their own. NCCL moves
-tensors of CUDA devices, gloo those of CPUs, behind one `broadcast`. Ranks find each other through a TCPStore that rank 0
-serves; what passes through it is text and NCCL's identifier as bytes, and nothing is unpickled.
+tensors of CUDA devices, gloo those of CPUs, behind one `broadcast`. Ranks find each other through a TCPStore that rank
+0 serves; what passes through it is text and NCCL's identifier as bytes, and nothing is unpickled.
 """
 
 import secrets
@@ -45,9 +45,9 @@ def stateless_init_process_group(
 ) -> Communicator:
     """Join `world_size` ranks at `master_address:master_port`, where rank 0 listens, and return the communicator.
 
-    NCCL where `device` is a CUDA device (an int is a CUDA ordinal), gloo on `"cpu"`. Before it is handed out, every rank
-    has named the same world size and backend, and a random value has been broadcast by rank 0 and seen to arrive: a
-    communicator that is disabled, or one that "broadcasts" nothing (vllm#57022), never leaves this function.
+    NCCL where `device` is a CUDA device (an int is a CUDA ordinal), gloo on `"cpu"`. Before it is handed out, every
+    rank has named the same world size and backend, and a random value has been broadcast by rank 0 and seen to
+    arrive: a communicator that is disabled, or one that "broadcasts" nothing (vllm#57022), never leaves this function.
 
     Raises ValueError for impossible ranks or sizes, GroupError where the ranks disagree or data does not arrive, and
     TimeoutError where a rank is missing after `timeout_s` seconds. The name and signature are those of vLLM's RLHF
@@ -82,7 +82,9 @@ def _open_store(address: str, port: int, rank: int, timeout_s: float, where: str
         raise TimeoutError(f"{where}: no answer within {timeout_s:g} s ({error})") from error
 
 
-def _agree(store: torch.distributed.TCPStore, rank: int, world_size: int, backend: str, timeout_s: float, where: str) -> None:
+def _agree(
+    store: torch.distributed.TCPStore, rank: int, world_size: int, backend: str, timeout_s: float, where: str
+) -> None:
     """Wait until all ranks are there and have named the same world size and device type."""
     mine = f"world_size={world_size} device={backend}"
     if store.add(f"taken/{rank}", 1) > 1:

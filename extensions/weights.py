@@ -1,8 +1,8 @@
 """The weights that a model computes with, which are not always its parameters.
 
-vLLM's CPU backend packs the weight of a linear layer for its matrix kernels and leaves an empty parameter behind, and it
-keeps a packed copy beside the output embedding that its parameter no longer governs. "Every parameter is zero" is true
-of empty parameters, whatever the layer computes. Such weights are read back through the layer: applied to the
+vLLM's CPU backend packs the weight of a linear layer for its matrix kernels and leaves an empty parameter behind, and
+it keeps a packed copy beside the output embedding that its parameter no longer governs. "Every parameter is zero" is
+true of empty parameters, whatever the layer computes. Such weights are read back through the layer: applied to the
 identity it returns its weight, exactly, since every output is one product by 1 plus zeros.
 """
 

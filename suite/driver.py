@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from suite import models
 from suite.pool import EngineHandle, Pool
-from suite.processes import Process, Run, gather, launch
+from suite.processes import Process, RemoteError, Run, gather, launch
 from suite.stages import Stage
 from suite.subjects import Subject
 
@@ -39,8 +39,14 @@ class TrainerGroup:
         self.processes: list[Process] = []
         for rank in range(world_size):
             arguments = {"rank": rank, "world_size": world_size, "device": device, "master_port": port}
-            env = {"CUDA_VISIBLE_DEVICES": visible[rank] if visible else "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            self.processes.append(launch(run, f"{name}-rank{rank}", "suite.trainer:Trainer", arguments, env, CALL_DEADLINE_S))
+            env = {
+                "CUDA_VISIBLE_DEVICES": visible[rank] if visible else "",
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+            }
+            self.processes.append(
+                launch(run, f"{name}-rank{rank}", "suite.trainer:Trainer", arguments, env, CALL_DEADLINE_S)
+            )
         self.connected: tuple[int, ...] = ()
         self.held: object = None
 
@@ -158,6 +164,46 @@ class Sync:
         sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])
         return Moved(ended - started, sent["bytes_sent"], sent["tensors"], halves[0]["steps_s"])
 
+    def roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
+        """What this run's hardware takes to move `nbytes` once: (how, seconds of every sample).
+
+        For a broadcast, one broadcast of one tensor in a group like the update's; for handles, one copy on the
+        engine's device, on all ranks at once, of which the slowest counts.
+        """
+        on_gpu, engine = self.stage.kind == "gpu", self.engines[0].process
+        if self.subject.transport == "broadcast":
+            self._join_roofline()
+            return "NCCL broadcast" if on_gpu else "gloo broadcast", self._broadcasts(nbytes, samples)
+        copies = [engine.call("rpc", "probe_copy", nbytes, deadline_s=CALL_DEADLINE_S) for _ in range(samples + 1)][1:]
+        engine.call("rpc", "probe_forget", deadline_s=CALL_DEADLINE_S)
+        return "device copy" if on_gpu else "memory copy", [max(ranks) for ranks in copies]
+
+    def _join_roofline(self) -> None:
+        port, world_size = free_port(), 1 + self.engines[0].ranks
+        calls = [self.trainer.processes[0].submit("join_roofline", ADDRESS, port, world_size)]
+        calls.append(self.engines[0].process.submit("rpc", "probe_join", ADDRESS, port, 1, world_size))
+        gather(calls, CALL_DEADLINE_S)
+
+    def _broadcasts(self, nbytes: int, samples: int) -> list[float]:
+        """Each sample from the earliest start to the latest end; the first, which allocates, is left out."""
+        seconds = []
+        for _ in range(samples + 1):
+            calls = [self.trainer.processes[0].submit("send_roofline", nbytes)]
+            calls.append(self.engines[0].process.submit("receive", nbytes))
+            halves = gather(calls, CALL_DEADLINE_S)
+            seconds.append(max(half["ended_s"] for half in halves) - min(half["started_s"] for half in halves))
+        self.engines[0].process.call("rpc", "probe_forget", deadline_s=CALL_DEADLINE_S)
+        return seconds[1:]
+
+    def peak_memory(self) -> tuple[int, int]:
+        """Bytes that engine and trainer take at the most above what they had before one update, over all ranks."""
+        engine = self.engines[0].process
+        engine.call("rpc", "probe_memory_mark", deadline_s=CALL_DEADLINE_S)
+        self.trainer.call("memory_mark")
+        self.update()
+        peaks = engine.call("rpc", "probe_memory_peak", deadline_s=CALL_DEADLINE_S)
+        return sum(peaks), sum(self.trainer.call("memory_peak"))
+
     def disconnect(self) -> None:
         """Have the next update make new connections: after a failure the old ones may be out of step."""
         self.trainer.connected = ()
@@ -166,8 +212,8 @@ class Sync:
         """Attempt an update with these alterations and return the engine's error; fails if it succeeds."""
         try:
             self.update(deadline_s, alter=alter)
-        except Exception as error:
-            return f"{error}\n" + "\n".join(getattr(error, "__notes__", []))
+        except RemoteError as error:  # one that runs into its deadline is not refused: that goes to the test
+            return "\n".join([str(error), *getattr(error, "__notes__", [])])
         raise AssertionError(f"expected an error for an update with {alter}, found success {self.where}")
 
     def generate(self, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[dict]]:
@@ -181,14 +227,13 @@ class Sync:
         vocabulary = self.spec.config["vocab_size"]
         return [[draw.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
-    def oracle(self, seed: int) -> str:
-        """What an engine cold-loaded from the checkpoint of `seed` computes with."""
-        return self.pool.oracle(self.model, self.stage.name, seed, self.subject.name)
-
     def compared(self, seed: int) -> list[dict]:
-        """Every engine rank compared with the cold-loaded one."""
-        path = self.oracle(seed)
-        return [result for engine in self.engines for result in self._probe(engine, "probe_compare", path)]
+        """Every engine rank compared with that of an engine of its stage, cold-loaded from the checkpoint of `seed`."""
+        results = []
+        for engine in self.engines:
+            path = self.pool.oracle(self.model, engine.key.stage, seed, self.subject.name)
+            results += self._probe(engine, "probe_compare", path)
+        return results
 
     def expect_exact(self, seed: int) -> None:
         """Every effective weight of every rank is bit-equal to the cold-loaded engine's."""
@@ -199,13 +244,58 @@ class Sync:
         results = [result for engine in self.engines for result in self._probe(engine, "probe_zero")]
         self._expect_none(results, "zero in every element")
 
+    def expect_all_different(self, seed: int) -> None:
+        """Not one weight is the checkpoint's yet: else finding it there after an update would prove nothing."""
+        for result in self.compared(seed):
+            same = result["weights"] - result["differing"]
+            assert same == 0, f"expected every weight to differ from checkpoint {seed}, found {same} equal {self.where}"
+
+    def snapshot(self) -> str:
+        """Have all ranks write what they compute with now; returns where."""
+        path = str(self.pool.scratch())
+        for index, engine in enumerate(self.engines):
+            self._probe(engine, "probe_save", f"{path}-{index}")
+        return path
+
+    def expect_equal_to(self, snapshot: str, what: str) -> None:
+        """Every effective weight is bit-equal to a snapshot of the same engines."""
+        results = [
+            result
+            for index, engine in enumerate(self.engines)
+            for result in self._probe(engine, "probe_compare", f"{snapshot}-{index}")
+        ]
+        self._expect_none(results, what)
+
+    def expect_moved_from(self, seed: int) -> None:
+        """Hardly a weight is the checkpoint's any more, and none is zero."""
+        for result in self.compared(seed):
+            assert result["differing"] == result["weights"], (
+                f"expected every weight to have moved from checkpoint {seed}, found"
+                f" {result['weights'] - result['differing']} of {result['weights']} as before {self.where}"
+            )
+
+    def differing_from_zero(self) -> int:
+        """How many weights have an element that is not zero."""
+        return sum(r["differing"] for engine in self.engines for r in self._probe(engine, "probe_zero"))
+
+    def expect_reported_zero(self, expected: bool) -> None:
+        """The extension's own check_weights_changed() says on every rank whether all weights are zero."""
+        for engine in self.engines:
+            found = self._probe(engine, "check_weights_changed")
+            assert found == [expected] * engine.ranks, (
+                f"expected check_weights_changed() to say {expected} on every rank, found {found}"
+                f" after update {self.updates} {self.where}"
+            )
+
     def expect_same_behaviour(self) -> None:
         """Greedy tokens and log-probabilities are those of the trainer's own forward pass."""
         prompts = self.prompts(CANDIDATES)
         oracle = self.trainer.call("greedy", prompts, MAX_TOKENS)[0]
         clear = [i for i, answer in enumerate(oracle) if min(answer["gaps"]) > CLEAR_GAP][:PROMPTS]
         if len(clear) < PROMPTS:
-            raise RuntimeError(f"only {len(clear)} of {CANDIDATES} prompts have clear-cut answers: nothing can be told {self.where}")
+            raise RuntimeError(
+                f"only {len(clear)} of {CANDIDATES} prompts have clear-cut answers: nothing can be told {self.where}"
+            )
         for answers in self.generate([prompts[i] for i in clear]):
             for index, answer in zip(clear, answers, strict=True):
                 self._expect_answer(oracle[index], answer, prompts[index])
@@ -223,7 +313,9 @@ class Sync:
 
     def _expect_none(self, results: list[dict], expected: str) -> None:
         for result in results:
-            assert result["elements"] > 0, f"expected weights on rank {result['rank']}, found none to look at {self.where}"
+            assert result["elements"] > 0, (
+                f"expected weights on rank {result['rank']}, found none to look at {self.where}"
+            )
             assert result["differing"] == 0, (
                 f"expected {expected}, found {result['differing']} weights that differ on rank {result['rank']}:"
                 f" {'; '.join(result['first'])} after update {self.updates} {self.where}"

@@ -15,6 +15,10 @@ class Cancelled(RuntimeError):
     """The trainer called the update off, since another engine refused it."""
 
 
+class WorkerError(RuntimeError):
+    """A worker method raised, on one rank or more."""
+
+
 class Engine:
     """A vLLM engine with a subject's extension in its workers.
 
@@ -28,7 +32,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: str, subject: dict, link_path: str, tensor_parallel_size: int, oracle_path: str | None, options: dict
+        self,
+        model: str,
+        subject: dict,
+        link_path: str,
+        tensor_parallel_size: int,
+        oracle_path: str | None,
+        options: dict,
     ) -> None:
         os.environ[EXTENSION] = subject["extension"]  # before the workers are made: they inherit it
         from vllm import LLM
@@ -52,8 +62,15 @@ class Engine:
         return {"devices": self.rpc("probe_device")}
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
-        """Call a worker method on all ranks; returns their results in rank order."""
-        return self._llm.collective_rpc(method, args=args)
+        """Call a worker method on all ranks; returns their results in rank order.
+
+        Raises WorkerError with what every rank raised, if any did.
+        """
+        answers = self._llm.collective_rpc("probe_call", args=(method, args))
+        if failed := {rank: answer for rank, answer in enumerate(answers) if "error" in answer}:
+            print(*(answer["traceback"] for answer in failed.values()), sep="\n", flush=True)  # to the log
+            raise WorkerError(f"{method}: " + "; ".join(f"rank {rank}: {a['error']}" for rank, a in failed.items()))
+        return [answer["result"] for answer in answers]
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> list[dict]:
         """Greedy continuations: {"tokens": [...], "logprobs": [log-probability of each]} for each prompt."""
@@ -119,11 +136,10 @@ class Engine:
         steps_s = {"begin": begun - arrived, "transfer": transferred - begun, "end": ended - transferred}
         return {"started_s": started, "ended_s": ended, "steps_s": steps_s}
 
-    def receive(self, nbytes: int, count: int) -> dict:
-        """The engine's half of `count` roofline broadcasts, back to back in the workers."""
+    def receive(self, nbytes: int) -> dict:
+        """The engine's half of one roofline broadcast."""
         started = time.monotonic()
-        for _ in range(count):
-            self.rpc("probe_receive", nbytes)
+        self.rpc("probe_receive", nbytes)
         return {"started_s": started, "ended_s": time.monotonic()}
 
     def close(self) -> None:

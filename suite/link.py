@@ -1,7 +1,7 @@
 """The line between a trainer and an engine: what a real training loop would send by Ray or HTTP.
 
-Manifests, acknowledgements and handles go from trainer to engine directly, over a Unix socket, as plain data (suite.wire).
-pytest is not on the way, so what is measured has no hop that a training loop would not have.
+Manifests, acknowledgements and handles go from trainer to engine directly, over a Unix socket, as plain data
+(suite.wire). pytest is not on the way, so what is measured has no hop that a training loop would not have.
 """
 
 import socket
@@ -84,4 +84,3 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
-

@@ -34,7 +34,9 @@ class EngineKey:
 
     def __str__(self) -> str:
         extra = "".join(f" {name}={value}" for name, value in self.options)
-        return f"{self.model} {self.stage} {self.subject} seed={self.seed}{extra}" + (f" #{self.copy}" if self.copy else "")
+        return f"{self.model} {self.stage} {self.subject} seed={self.seed}{extra}" + (
+            f" #{self.copy}" if self.copy else ""
+        )
 
 
 @dataclass
@@ -145,6 +147,10 @@ class Pool:
         """The directory of a model's config alone."""
         return str(models.write_config(models.MODELS[model], self._run.directory / "models" / model))
 
+    def scratch(self) -> Path:
+        """A path for a snapshot of an engine's weights, unused so far."""
+        return self._run.directory / "snapshots" / self._run.label("snapshot")
+
     def close(self) -> None:
         """Stop starting. What runs is ended with the run."""
         with self._changed:
@@ -203,7 +209,9 @@ class Pool:
             "link_path": link_path,
             "tensor_parallel_size": stage.tensor_parallel_size,
             "oracle_path": str(self._oracle_path(key.model, key.stage, key.seed)) if oracle else None,
-            "options": engine_options(stage) | ({"load_format": "dummy"} if key.seed is None else {}) | dict(key.options),
+            "options": engine_options(stage)
+            | ({"load_format": "dummy"} if key.seed is None else {})
+            | dict(key.options),
         }
         name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
         process = launch(self._run, name, "suite.engine:Engine", arguments, engine_environment(stage), START_DEADLINE_S)
@@ -215,7 +223,9 @@ class Pool:
         elapsed_s = time.monotonic() - started
         self.starting_s += elapsed_s
         self._announce(f"engine {key}: ready after {elapsed_s:.0f} s")
-        return EngineHandle(key, process, link_path, stage.tensor_parallel_size * stage.pipeline_parallel_size, facts=facts)
+        return EngineHandle(
+            key, process, link_path, stage.tensor_parallel_size * stage.pipeline_parallel_size, facts=facts
+        )
 
 
 def seed_of(subject_index: int) -> int:

@@ -6,6 +6,7 @@ with the probe's methods added. The subject's own methods stay as they are.
 
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,18 @@ SHOWN = 5
 class Probe:
     """Reads what the worker computes with; changes nothing."""
 
+    def probe_call(self, method: str, args: list) -> dict:
+        """Call a worker method and return {"result": ...} or {"error": what it raised}.
+
+        Under tensor parallelism vLLM's executor stops reading replies at the first rank that raised. The replies of
+        the other ranks stay in their queues and answer the calls that follow (seen in vLLM 0.24 to 0.32). An error that
+        travels as a result leaves the queues in step, and tells what every rank found.
+        """
+        try:
+            return {"result": getattr(self, method)(*args)}
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
     def probe_save(self, path: str) -> int:
         """Write this rank's effective weights to `<path>.rank<r>.safetensors`. Returns the elements written."""
         from safetensors.torch import save_file
@@ -40,13 +53,14 @@ class Probe:
         """Compare bit by bit with what `probe_save` wrote: elements looked at, and what differs where."""
         from safetensors.torch import load_file
 
-        expected, differing, elements = load_file(_of_rank(path, self.rank)), [], 0
+        expected, differing, elements, weights = load_file(_of_rank(path, self.rank)), [], 0, 0
         for name, weight in self._probe_weights():
-            elements += weight.numel()
+            elements, weights = elements + weight.numel(), weights + 1
             reference = expected.pop(name, None)
             differing += _difference(name, weight.cpu(), reference)
         differing += [f"{name}: expected, but the engine has none" for name in expected]
-        return {"rank": self.rank, "elements": elements, "differing": len(differing), "first": differing[:SHOWN]}
+        counts = {"elements": elements, "weights": weights, "differing": len(differing)}
+        return {"rank": self.rank, **counts, "first": differing[:SHOWN]}
 
     def probe_zero(self) -> dict:
         """How many effective elements there are, and which weights have some that aren't zero."""
@@ -76,7 +90,9 @@ class Probe:
 
     def probe_join(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Join a group of the probe's own, for rooflines."""
-        self._probe_group = stateless_init_process_group(address, port, rank_offset + self.rank, world_size, self.device)
+        self._probe_group = stateless_init_process_group(
+            address, port, rank_offset + self.rank, world_size, self.device
+        )
 
     def probe_receive(self, nbytes: int) -> None:
         """Receive one broadcast of `nbytes`: what the hardware takes for the same bytes."""
@@ -116,7 +132,9 @@ def _difference(name: str, weight: torch.Tensor, reference: torch.Tensor | None)
     if reference is None:
         return [f"{name}: the engine has it, the reference does not"]
     if (weight.shape, weight.dtype) != (reference.shape, reference.dtype):
-        return [f"{name}: expected {tuple(reference.shape)} {reference.dtype}, found {tuple(weight.shape)} {weight.dtype}"]
+        return [
+            f"{name}: expected {tuple(reference.shape)} {reference.dtype}, found {tuple(weight.shape)} {weight.dtype}"
+        ]
     size = weight.element_size()
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     count = int((weight.contiguous().view(bits) != reference.contiguous().view(bits)).sum())

@@ -29,6 +29,7 @@ class Sending:
     _broadcaster: BroadcastSender | None = None
     _hander: HandleSender | None = None
     _roofline: Communicator | None = None
+    _roofline_buffer: torch.Tensor | None = None
 
     def connect(self, link_paths: list[str], deadline_s: float) -> None:
         """Connect to the engines that listen at these paths, and hang up on earlier ones."""
@@ -58,12 +59,12 @@ class Sending:
         """Serve the probes' group."""
         self._roofline = stateless_init_process_group(address, port, 0, world_size, self.device)
 
-    def send_roofline(self, nbytes: int, count: int) -> dict:
-        """Broadcast `nbytes` `count` times; returns when it started and ended (monotonic clock)."""
-        buffer = torch.ones(nbytes, dtype=torch.uint8, device=self.device)
+    def send_roofline(self, nbytes: int) -> dict:
+        """Broadcast `nbytes` as one tensor; returns when it started and ended (monotonic clock)."""
+        if self._roofline_buffer is None or self._roofline_buffer.numel() != nbytes:
+            self._roofline_buffer = torch.ones(nbytes, dtype=torch.uint8, device=self.device)
         started = time.monotonic()
-        for _ in range(count):
-            self._roofline.broadcast(buffer, src=0)
+        self._roofline.broadcast(self._roofline_buffer, src=0)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return {"started_s": started, "ended_s": time.monotonic()}
@@ -75,7 +76,7 @@ class Sending:
                 closing.close()
         if self._hander is not None:
             self._hander.release()
-        self._broadcaster = self._roofline = self._hander = None
+        self._broadcaster = self._roofline = self._roofline_buffer = self._hander = None
         self._links = ()
 
     def _update_by_broadcast(self, deadline_s: float, order: str, alter: dict | None) -> dict:

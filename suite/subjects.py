@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 class Subject:
     """An extension and the transport that drives it.
 
-    name: how reports call it. extension: `pkg.module:Class`. transport: "broadcast" (the trainer's `BroadcastSender` and
-    the worker's `update_weight` tensor by tensor) or "handles" (`HandleSender` and `update_weights_from_ipc_handles`).
+    name: how reports call it. extension: `pkg.module:Class`. transport: "broadcast" (the trainer's `BroadcastSender`
+    and the worker's `update_weight`, tensor by tensor) or "handles" (`HandleSender` and
+    `update_weights_from_ipc_handles`).
     lacks: {requirement id: reason} of what it is not made to do; those are judged unsupported, never passed.
     """
 
@@ -18,10 +19,9 @@ class Subject:
     transport: str
     lacks: dict[str, str] = field(default_factory=dict, hash=False)
 
-    @property
-    def dotted(self) -> str:
-        """The extension as vLLM's `worker_extension_cls` wants it."""
-        return self.extension.replace(":", ".")
+    def load(self) -> type:
+        """The class itself."""
+        return load(self.extension)
 
 
 TRANSPORT_METHODS = {

@@ -1,0 +1,1 @@
+"""What is measured: its data is verified before it is timed."""

@@ -1,0 +1,1 @@
+"""One file a family of requirements. A test reads as the requirement that it judges."""

@@ -1,0 +1,47 @@
+"""errors.*: a wrong update is refused in time, by name, and the engine goes on as before."""
+
+import pytest
+
+from suite import models
+from suite.driver import Sync
+
+MODELS = ["qwen3-tied-tiny"]
+DEADLINE_S = 30.0
+UNKNOWN = "model.layers.0.mlp.ghost_proj.weight"
+
+
+@pytest.mark.requirement("errors.unknown_name", models=MODELS)
+def test_unknown_name(sync: Sync, target: int) -> None:
+    _refused(sync, target, {"add": {_some_weight(sync): UNKNOWN}}, named=UNKNOWN)
+
+
+@pytest.mark.requirement("errors.missing_name", models=MODELS)
+def test_missing_name(sync: Sync, target: int) -> None:
+    _refused(sync, target, {"drop": [_some_weight(sync)]}, named=_some_weight(sync))
+
+
+@pytest.mark.requirement("errors.shape", models=MODELS)
+def test_shape(sync: Sync, target: int) -> None:
+    _refused(sync, target, {"truncate": [_some_weight(sync)]}, named=_some_weight(sync))
+
+
+@pytest.mark.requirement("errors.dtype", models=MODELS)
+def test_dtype(sync: Sync, target: int) -> None:
+    _refused(sync, target, {"cast": {_some_weight(sync): "int32"}}, named=_some_weight(sync))
+
+
+def _some_weight(sync: Sync) -> str:
+    return next(name for name, _ in models.tensors(sync.spec) if name.endswith("1.mlp.down_proj.weight"))
+
+
+def _refused(sync: Sync, target: int, alter: dict, named: str) -> None:
+    sync.load(sync.seed)
+    sync.update()
+    answers, weights = sync.generate(sync.prompts()), sync.snapshot()
+    sync.load(target)
+    error = sync.refusal(alter, DEADLINE_S)
+    assert named in error, f"expected an error that names {named}, found: {error} {sync.where}"
+    assert sync.generate(sync.prompts()) == answers, f"expected the answers from before the refused update {sync.where}"
+    sync.expect_equal_to(weights, "the weights from before the refused update")
+    sync.update()
+    sync.expect_exact(target)

@@ -1,0 +1,32 @@
+"""names.*: an extension can be added to vLLM's worker at all."""
+
+import pytest
+
+from suite.plugin import timeline
+from suite.processes import Run, launch
+from suite.subjects import Subject
+
+IMPORT_DEADLINE_S = 120.0
+
+
+@pytest.fixture(scope="session")
+def worker_names(run: Run) -> list[str]:
+    """Every attribute of the installed vLLM's worker classes, asked of a process that has no extension in it."""
+    with timeline("starting", "worker names"):
+        process = launch(
+            run, "worker-names", "suite.workers:WorkerNames", {}, {"CUDA_VISIBLE_DEVICES": ""}, IMPORT_DEADLINE_S
+        )
+        names = process.ready(IMPORT_DEADLINE_S)["names"]
+    process.stop()
+    return names
+
+
+@pytest.mark.requirement("names.free")
+def test_free(subject: Subject, worker_names: list[str]) -> None:
+    assert len(worker_names) > 20, f"expected the names of vLLM's worker, found {worker_names}"
+    own = {name for name in dir(subject.load()) if not name.startswith("__")}
+    taken = sorted(own & set(worker_names))
+    assert not taken, (
+        f"expected names that vLLM's worker does not have, found {', '.join(taken)} [subject={subject.name}];"
+        " rename them: vLLM refuses to start with an extension whose names its worker has"
+    )

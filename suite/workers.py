@@ -1,0 +1,24 @@
+"""What vLLM's own worker classes are called and have, without an engine."""
+
+import importlib
+
+WORKERS = ("vllm.v1.worker.gpu_worker:Worker", "vllm.v1.worker.cpu_worker:CPUWorker")
+
+
+class WorkerNames:
+    """Imports the worker classes of the installed vLLM; those of other platforms may not be importable."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        for worker in WORKERS:
+            module, _, name = worker.partition(":")
+            try:
+                cls = getattr(importlib.import_module(module), name)
+            except (ImportError, OSError) as error:
+                print(f"{worker} is not of this platform: {error}")  # to the log
+                continue
+            self._names |= set(dir(cls))
+
+    def facts(self) -> dict:
+        """{"names": every attribute of the classes}."""
+        return {"names": sorted(self._names)}
