@@ -1,0 +1,167 @@
+"""Stages follow from the devices that this process may use, and every stage that does not has its reason."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from suite import stages
+from suite.stages import STAGES, Device, Machine, available_stages, parse_listing, unavailable, visible_devices
+
+pytestmark = pytest.mark.selftest
+
+LISTING = """\
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa1111-0000-0000-0000-000000000000)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa2222-0000-0000-0000-000000000000)
+"""
+SLICED = """\
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa1111-0000-0000-0000-000000000000)
+  MIG 3g.40gb     Device  0: (UUID: MIG-bbbb1111-0000-0000-0000-000000000000)
+  MIG 1g.10gb     Device  1: (UUID: MIG-bbbb2222-0000-0000-0000-000000000000)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa2222-0000-0000-0000-000000000000)
+"""
+GPU0, GPU1 = parse_listing(LISTING)
+
+
+def machine_of(gpus: int, cores: int = 2, note: str = "") -> Machine:
+    return Machine(tuple(Device(f"GPU-{i}", "H100", i) for i in range(gpus)), cores, 2**34, note)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "held"),
+    [
+        (0, ["cpu-tp1", "cpu-tp2"]),
+        (1, ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1"]),
+        (2, ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"]),
+        (3, [stage.name for stage in STAGES if stage.name != "gpu-split-tp2"]),
+        (4, [stage.name for stage in STAGES]),
+        (8, [stage.name for stage in STAGES]),
+    ],
+)
+def test_stages_by_the_number_of_gpus(gpus, held):
+    machine = machine_of(gpus)
+    assert sorted(stage.name for stage in available_stages(machine)) == sorted(held)
+    assert set(unavailable(machine)) == {stage.name for stage in STAGES} - set(held)
+
+
+def test_every_rank_has_a_device_and_only_colocated_ones_share():
+    for stage in available_stages(machine_of(8)):
+        if stage.kind == "cpu":
+            assert stage.engine_devices == stage.trainer_devices == ()
+            continue
+        assert len(stage.trainer_devices) == stage.trainer_world_size
+        assert len(set(stage.engine_devices)) == stage.engines * stage.engine_ranks
+        assert len({*stage.trainer_devices, *stage.engine_devices}) == stage.gpus
+        shared = set(stage.trainer_devices) & set(stage.engine_devices)
+        assert shared == (set(stage.trainer_devices) if stage.colocated else set())
+        of_engines = [device for i in range(stage.engines) for device in stage.devices_of_engine(i)]
+        assert tuple(of_engines) == stage.engine_devices
+
+
+def test_reasons_say_what_is_needed_what_is_there_and_why():
+    reasons = unavailable(machine_of(1, cores=1, note="CUDA_VISIBLE_DEVICES='1' shows 1 of the 2 devices"))
+    assert reasons["cpu-tp2"] == "needs 2 CPU cores, one for each rank; this process may use 1"
+    assert reasons["gpu-split"] == ("needs 2 whole GPUs, found 1 (CUDA_VISIBLE_DEVICES='1' shows 1 of the 2 devices)")
+
+
+def test_slices_hold_a_stage_of_one_device():
+    machine = Machine(tuple(parse_listing(SLICED)), 2, 2**34)
+    held = {stage.name: stage for stage in available_stages(machine)}
+    assert held["gpu-colocate-tp1"].engine_devices == ("MIG-bbbb1111-0000-0000-0000-000000000000",)
+    assert "gpu-split" not in held
+
+
+def test_listing_gives_slices_in_place_of_their_gpu():
+    assert [(device.uuid[:8], device.name, device.gpu) for device in parse_listing(SLICED)] == [
+        ("MIG-bbbb", "MIG 3g.40gb", 0), ("MIG-bbbb", "MIG 1g.10gb", 0), ("GPU-aaaa", "NVIDIA H100 80GB HBM3", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, [GPU0, GPU1]),
+        ("", []),
+        ("0", [GPU0]),
+        ("1,0", [GPU1, GPU0]),
+        (" 1 , 0 ", [GPU1, GPU0]),
+        ("0,7,1", [GPU0]),
+        ("-1,0", []),
+        ("1,-1,0", [GPU1]),
+        ("0,0", []),
+        ("0,,1", [GPU0]),
+        ("1x,0", [GPU1, GPU0]),
+        ("x1", []),
+        (GPU1.uuid, [GPU1]),
+        (f"{GPU1.uuid},{GPU0.uuid}", [GPU1, GPU0]),
+        (f"{GPU1.uuid},{GPU1.uuid[:10]}", []),
+        ("GPU-aaaa2", [GPU1]),
+        ("GPU-aaaa", []),
+        ("GPU-ffff,GPU-aaaa2", []),
+        ("GPU-aaaa2,0", [GPU1]),
+        ("0,GPU-aaaa2", [GPU0]),
+        ("MIG-bbbb1", []),
+    ],
+)
+def test_cuda_visible_devices(value, expected):
+    assert visible_devices(value, [GPU0, GPU1]) == expected
+
+
+def test_cuda_visible_devices_with_slices():
+    first, second, whole = parse_listing(SLICED)
+    assert visible_devices("0", [first, second, whole]) == [first]
+    assert visible_devices("MIG-bbbb2,MIG-bbbb1", [first, second, whole]) == [second, first]
+    assert visible_devices("1", [first, second, whole]) == [whole]
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Put a program that prints `said` and ends with `code` in nvidia-smi's place; None for no program."""
+
+    def install(said: str | None, code: int = 0) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        if said is not None:
+            program = tmp_path / "nvidia-smi"
+            program.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\nexit {code}\n")
+            program.chmod(0o755)
+
+    return install
+
+
+def test_this_machine_as_nvidia_smi_and_the_environment_say(nvidia_smi, monkeypatch):
+    nvidia_smi(LISTING)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = stages.machine()
+    assert found.devices == (GPU0, GPU1)
+    assert found.note == ""
+    assert found.cpu_cores == len(os.sched_getaffinity(0))
+    assert 2**28 < found.memory_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aaaa2")
+    found = stages.machine()
+    assert found.devices == (GPU1,)
+    assert found.note == "CUDA_VISIBLE_DEVICES='GPU-aaaa2' shows 1 of the 2 devices"
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "note"),
+    [
+        (None, 0, "there is no nvidia-smi"),
+        ("Failed to initialize NVML: Driver/library version mismatch\n", 18, "18 and said: Failed to initialize NVML"),
+        ("No devices were found\n", 6, "No devices were found"),
+        ("", 0, "said: nothing"),
+    ],
+)
+def test_a_machine_without_gpus_says_why(nvidia_smi, said, code, note):
+    nvidia_smi(said, code)
+    found = stages.machine()
+    assert found.devices == ()
+    assert note in found.note
+    assert note in unavailable(found)["gpu-colocate-tp1"]
+
+
+def test_a_limit_of_the_control_group_counts(tmp_path: Path, monkeypatch):
+    for text, expected in (("268435456\n", 2**28), ("max\n", stages.machine().memory_bytes)):
+        (tmp_path / "memory.max").write_text(text)
+        monkeypatch.setattr(stages, "CGROUP_MEMORY", tmp_path / "memory.max")
+        assert stages.machine().memory_bytes == expected
+        monkeypatch.undo()
