@@ -102,10 +102,17 @@ def _answer(call: int, function: Callable[..., Any], *args: Any) -> bytes:
     try:
         return wire.encode({"call": call, "result": function(*args)})
     except BaseException as error:  # SystemExit too: the caller has to hear of it
-        text = traceback.format_exc()
         print(f"{type(error).__name__} goes back to pytest: {error}", file=sys.stderr)
-        said = {"kind": type(error).__name__, "message": str(error), "traceback": text}
+        said = {"kind": type(error).__name__, "message": str(error), "traceback": _traceback(error)}
         return wire.encode({"call": call, "error": said})
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback without this file's frames, which every one would begin with."""
+    found = error.__traceback__
+    while found and found.tb_frame.f_code.co_filename == __file__:
+        found = found.tb_next
+    return "".join(traceback.format_exception(type(error), error, found))
 
 
 if __name__ == "__main__":

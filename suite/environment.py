@@ -71,9 +71,10 @@ def _version(distribution: str) -> str | None:
 
 def _devices() -> list[dict[str, Any]]:
     found = _nvidia_smi("name,uuid,memory.total")
+    sizes = [int(mebibytes) << 20 if mebibytes.isdigit() else None for _, _, mebibytes in found]
     return [
-        {"kind": "cuda", "name": name, "uuid": uuid, "memory_bytes": int(mebibytes) << 20 if mebibytes.isdigit() else None}
-        for name, uuid, mebibytes in found
+        {"kind": "cuda", "name": name, "uuid": uuid, "memory_bytes": size}
+        for (name, uuid, _), size in zip(found, sizes, strict=True)
     ]
 
 

@@ -208,6 +208,7 @@ class Process:
         self.label = run.label(name)
         self.log_path = run.logs / f"{self.label}.log"
         self.pid = 0
+        self.used_s = time.monotonic()  # when it was last called or answered, on the monotonic clock
         self._lock = threading.Lock()
         self._stopped = False
         self._ended: str | None = None  # how, once it has
@@ -246,6 +247,7 @@ class Process:
 
         Waits until `deadline_s` from now, at most until the deadline given to launch(). Raises as Call.result does.
         """
+        self.used_s = time.monotonic()
         left_s = self._constructed.started_at + self.start_deadline_s - time.monotonic()
         return self._constructed.result(max(0, left_s if deadline_s is None else min(left_s, deadline_s)))
 
@@ -255,6 +257,7 @@ class Process:
         On a process that has ended the call fails at once: its result() raises.
         """
         call = Call(self, f"{method}()")
+        self.used_s = call.started_at
         number = next(self._numbers)
         request = wire.encode({"call": number, "method": method, "args": args, "kwargs": kwargs})
         with self._lock:
@@ -336,6 +339,7 @@ class Process:
 
     def _take(self, answer: dict[str, Any]) -> None:
         self._listening = True
+        self.used_s = time.monotonic()
         with self._lock:
             call = self._pending.pop(answer["call"], None)
         if call is None:

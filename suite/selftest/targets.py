@@ -89,3 +89,13 @@ class Echo:
         tensor = torch.ones(1024).share_memory_()
         self._kept.append(tensor)
         return [name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")]
+
+
+class Reference:
+    """Has the methods that make a worker extension a subject."""
+
+    def init_weight_update_group(self) -> None: ...
+
+    def update_weight(self) -> None: ...
+
+    def check_weights_changed(self) -> None: ...

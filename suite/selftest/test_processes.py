@@ -133,12 +133,12 @@ def test_a_failing_constructor_says_why(run: Run):
 
 @pytest.mark.parametrize("target", ["suite.selftest.no_such_module:Echo", "suite.selftest.targets:NoSuchClass"])
 def test_a_missing_class_says_so(run: Run, target: str):
-    with pytest.raises(RemoteError, match="no_such_module|NoSuchClass"):
+    with pytest.raises(RemoteError, match=r"no_such_module|NoSuchClass"):
         launch(run, "missing", target).ready(20)
 
 
 def test_a_constructor_has_a_deadline(run: Run):
-    with pytest.raises(DeadlineExceeded, match="starting suite.selftest.targets:Echo in process slow"):
+    with pytest.raises(DeadlineExceeded, match=r"starting suite\.selftest\.targets:Echo in process slow"):
         launch(run, "slow", ECHO, deadline_s=0.001).ready(20)
 
 
@@ -150,7 +150,8 @@ def test_a_late_answer_raises_with_the_stacks(run: Run):
     assert time.monotonic() - started < 5
     message = str(caught.value)
     assert "sleep() in process worker has not answered after" in message
-    assert 'targets.py", line' in message and "in sleep" in message, message
+    assert 'targets.py", line' in message
+    assert "in sleep" in message
     assert str(process.log_path) in message
 
 

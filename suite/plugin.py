@@ -1,0 +1,318 @@
+"""pytest's side of the suite: options, cases, verdicts, artefacts and the closing summary."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from suite import selection, verdicts
+from suite.models import MODELS
+from suite.processes import Run
+from suite.record import JUNIT, LOGS, Record
+from suite.selection import NOTHING, MissingStage, Selection
+from suite.subjects import Subject
+from suite.verdicts import Judgement
+
+SELFTESTS = Path(__file__).resolve().parent / "selftest"
+LOG_LINES = 40
+MEASURING = "benchmark"  # what stands for the requirement where a measurement failed
+SUMMARY_COLUMNS = 100
+MARKERS = (
+    "cpu: judges or measures an engine on this machine's CPU",
+    "gpu: judges or measures an engine on GPUs",
+    "benchmark: measures; its data is verified before it is timed",
+    "selftest: tests the suite itself",
+    "requirement(id, models=None): the requirement that a test judges, and the models it is judged with",
+    "models(cpu=[...], gpu=[...]): the models that a test takes, by the kind or the name of the stage",
+)
+
+_started_s = time.monotonic()
+_speaking = threading.Lock()
+
+
+@dataclass
+class Progress:
+    """How a test is doing."""
+
+    began_s: float = field(default_factory=time.monotonic)
+    duration_s: float = 0.0
+    judgement: Judgement = field(default_factory=Judgement)
+
+
+@dataclass
+class State:
+    """What one session of pytest holds; `examining` says whether anything but selftests may run."""
+
+    config: pytest.Config
+    examining: bool
+    record: Record | None = None
+    run: Run | None = None
+    selection: Selection | None = None
+    progress: dict[str, Progress] = field(default_factory=dict)
+    verdicts: Counter[str] = field(default_factory=Counter)
+
+
+_state: State | None = None
+
+
+def announce(text: str) -> None:
+    """Write a line to the terminal at once, whatever is being captured; from any thread."""
+    terminal = _state and _state.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal:
+        with _speaking:
+            terminal.write_line(f"{time.monotonic() - _started_s:7.1f} s  {text}")
+            terminal.flush()
+
+
+def timeline(what: str, name: str) -> AbstractContextManager[None]:
+    """Put down in run.json how long the block takes: "starting", "moving" or "judging", and what."""
+    return _state.record.span(what, name) if _state and _state.record else contextlib.nullcontext()
+
+
+# ---- options and configuration
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("weight sync")
+    group.addoption("--subject", action="append", default=[], metavar="NAME", help="examine this subject (repeatable)")
+    group.addoption(
+        "--extension", action="append", default=[], metavar="PKG.MODULE:CLASS",
+        help="examine this worker extension class, alone or beside --subject (repeatable)",
+    )  # fmt: skip
+    group.addoption("--model", action="append", default=[], metavar="NAME", help="use this model only (repeatable)")
+    group.addoption("--stage", action="append", default=[], metavar="NAME", help="use this stage only (repeatable)")
+    group.addoption("--report", default=None, metavar="DIR", help="where the artefacts go (default: reports/latest)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    global _state
+    _state = State(config, examining=not _selftests_only(config))
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    config.option.benchmark_quiet = True  # its table knows nothing of bytes and rooflines: the summary does
+    if _state.examining and not config.option.collectonly:
+        directory = Path(config.getoption("report") or config.rootpath / "reports" / "latest").resolve()
+        _state.record = Record(directory, config)
+        config.option.xmlpath = config.option.xmlpath or str(directory / JUNIT)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _end)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse options that name nothing, and free the terminal reporter from pytest's capturing."""
+    if _state.examining:
+        _state.selection = selection.select(session.config)
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        if terminal._tw._file is sys.stdout:
+            descriptor = os.dup(sys.stdout.fileno())
+            terminal._tw._file = os.fdopen(descriptor, "w", 1, encoding="utf-8", errors="backslashreplace")
+
+
+def pytest_unconfigure() -> None:
+    global _state
+    if _state and _state.run:
+        _state.run.close()
+    _state = None
+
+
+def _end(number: int, _: object) -> None:
+    pytest.exit(f"ended by {signal.Signals(number).name}", returncode=pytest.ExitCode.INTERRUPTED)
+
+
+def _selftests_only(config: pytest.Config) -> bool:
+    paths = [Path(config.invocation_params.dir, argument.partition("::")[0]).resolve() for argument in config.args]
+    below = bool(paths) and all(SELFTESTS in (path, *path.parents) for path in paths)
+    return below or config.option.markexpr == "selftest"
+
+
+# ---- collection
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Selftests run when asked for, by path or by marker."""
+    asked = config.args_source != pytest.Config.ArgsSource.TESTPATHS or "selftest" in config.option.markexpr
+    return True if collection_path == SELFTESTS and not asked else None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if _examines(metafunc.definition):
+        selection.parametrize(metafunc, _state.selection)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Drop what nothing was asked of, mark the rest, and bring those that share engines together."""
+    items[:] = [item for item in items if NOTHING not in _params(item).values()]
+    for item in items:
+        if SELFTESTS in item.path.parents:
+            item.add_marker("selftest")
+        if _examines(item) and "stage" not in _params(item):
+            item.add_marker("cpu")
+            item.add_marker("gpu")
+    collected = {item.nodeid: index for index, item in enumerate(items)}
+    yield
+    items.sort(key=lambda item: (*_place(item), collected[item.nodeid]))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if _state.record and _any_examine(session.items):
+        _state.record.begin()
+
+
+def _examines(item: pytest.Item) -> bool:
+    """Whether a test judges a requirement or measures, and so needs an engine."""
+    marked = any(item.get_closest_marker(name) for name in ("requirement", "models", "benchmark"))
+    return marked and SELFTESTS not in item.path.parents
+
+
+def _any_examine(items: list[pytest.Item]) -> bool:
+    return any(_examines(item) for item in items)
+
+
+def _params(item: pytest.Item) -> dict[str, Any]:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params if callspec else {}
+
+
+def _place(item: pytest.Item) -> tuple[int, ...]:
+    """Selftests first, then what needs no engine, then stage by stage and model by model; measuring comes last."""
+    params = _params(item)
+    if SELFTESTS in item.path.parents:
+        return (0, 0, 0, 0)
+    stage, model = getattr(params.get("stage"), "name", None), params.get("model")
+    examined = _state.selection
+    stages = [*examined.stages, *examined.missing] if examined else []
+    measures = item.get_closest_marker("benchmark") is not None
+    return (1, _index(stages, stage), measures, _index([*MODELS], model))
+
+
+def _index(names: list[str], name: str | None) -> int:
+    return names.index(name) if name in names else -1
+
+
+# ---- running
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Leave the host's name out: a report can be handed on."""
+    machine_info.pop("node", None)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """The run that engine and trainer processes belong to; ended with the session."""
+    logs = _state.record.directory / LOGS if _state.record else tmp_path_factory.mktemp("run") / LOGS
+    _state.run = Run(logs)
+    yield _state.run
+    _state.run.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """End what cannot be judged before any fixture starts a process for it."""
+    _state.progress[item.nodeid] = Progress()
+    if not _examines(item):
+        return
+    params, requirement = _params(item), selection.requirement_of(item)
+    if isinstance(params.get("stage"), MissingStage):
+        verdicts.not_applicable(f"{params['stage'].name}: {params['stage'].reason}")
+    subject = params.get("subject")
+    if requirement and isinstance(subject, Subject) and requirement.id in subject.lacks:
+        verdicts.unsupported(subject.lacks[requirement.id])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    progress = _state.progress[item.nodeid]
+    progress.judgement = progress.judgement.then(
+        verdicts.judge(call.when, call.excinfo.value if call.excinfo else None)
+    )
+    progress.duration_s += call.duration if call.when == "call" else 0
+    if report.failed and _state.run:
+        report.sections += [
+            (f"end of {process.log_path}", process.tail(LOG_LINES))
+            for process in _state.run.processes
+            if process.used_s >= progress.began_s
+        ]
+    if call.when == "teardown" and _state.record and _examines(item):
+        _put_down(item, progress)
+    return report
+
+
+def _put_down(item: pytest.Item, progress: Progress) -> None:
+    """Add the verdict to the record and write that: what comes next may end the run."""
+    _state.verdicts[progress.judgement.verdict] += 1
+    requirement, params = selection.requirement_of(item), _params(item)
+    entry = {
+        "requirement": requirement.id if requirement else MEASURING,
+        "level": requirement.level if requirement else "MUST",
+        "text": requirement.text if requirement else "What is measured is verified before it is timed.",
+        **{name: getattr(params.get(name), "name", params.get(name)) for name in ("subject", "stage", "model")},
+        "verdict": progress.judgement.verdict,
+        "detail": progress.judgement.detail,
+        "duration_s": round(progress.duration_s, 3),
+        "nodeid": item.nodeid,
+    }
+    if requirement or progress.judgement.verdict in (verdicts.FAIL, verdicts.ERROR):
+        _state.record.conformance.append(entry)
+    _state.record.write()
+
+
+# ---- the end
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run that was to judge or measure and found nothing that applies is no success."""
+    if session.exitstatus == pytest.ExitCode.OK and _nothing_judged():
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    record = _state.record
+    if record is None or not record.began:
+        return
+    document = record.write()
+    record.write_page(document)
+    terminalreporter.section("weight sync", sep="=")
+    terminalreporter.write_line(_summary(document))
+    if _nothing_judged():
+        found = ", ".join(f"{count} {verdict}" for verdict, count in _state.verdicts.items()) or "no case left"
+        terminalreporter.write_line(f"\nNothing was judged ({found}): the run says nothing.", red=True)
+        for reason in dict.fromkeys(entry["detail"] for entry in record.conformance if entry["detail"]):
+            terminalreporter.write_line(f"  {reason}")
+    for problem in record.problems:
+        terminalreporter.write_line(problem, red=True)
+    terminalreporter.write_line(f"\nArtefacts in {record.directory}: {', '.join(record.artefacts())}")
+
+
+def _nothing_judged() -> bool:
+    began = _state.record is not None and _state.record.began
+    return began and not any(_state.verdicts[verdict] for verdict in verdicts.JUDGED)
+
+
+def _summary(document: dict[str, Any]) -> str:
+    try:
+        import reports
+
+        return reports.render_text(document, width=SUMMARY_COLUMNS)
+    except Exception as error:  # the artefacts and the verdicts stand all the same
+        return f"no summary: {type(error).__name__}: {error}"

@@ -1,0 +1,155 @@
+"""Which subjects, stages and models a run examines, and the cases that follow for each test."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from suite import environment, models, stages
+from suite.requirements import REQUIREMENTS, Requirement
+from suite.stages import Stage
+from suite.subjects import SUBJECTS, Subject, subject_from
+
+KINDS = ("cpu", "gpu")
+NOTHING = object()
+Models = Sequence[str] | Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class MissingStage:
+    """A stage that this machine cannot hold."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the command line asks for and this machine can hold.
+
+    subjects, stages: by name. missing: the stages that cannot be held, of the kinds that were asked for.
+    models: names given by --model; empty for all.
+    """
+
+    subjects: dict[str, Subject]
+    stages: dict[str, Stage]
+    missing: dict[str, MissingStage] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+
+
+def select(config: pytest.Config) -> Selection:
+    """Read the options. Raises pytest.UsageError for a name that does not exist."""
+    available, missing = all_stages()
+    names = config.getoption("stage")
+    _expect_known("--stage", names, [*available, *missing])
+    _expect_known("--model", config.getoption("model"), models.MODELS)
+    if names:
+        available = {name: stage for name, stage in available.items() if name in names}
+        missing = {name: stage for name, stage in missing.items() if name in names}
+    asked = [kind for kind in KINDS if re.search(rf"\b{kind}\b", config.getoption("markexpr"))]
+    if available and not names:  # where nothing can be held, the reasons are all there is to say
+        missing = {name: stage for name, stage in missing.items() if stage.kind in asked}
+    return Selection(subjects(config), available, missing, tuple(config.getoption("model")))
+
+
+def subjects(config: pytest.Config) -> dict[str, Subject]:
+    """The subjects of --subject and --extension; the reference subjects where neither is given."""
+    names, extensions = config.getoption("subject"), config.getoption("extension")
+    _expect_known("--subject", names, SUBJECTS)
+    found = {name: SUBJECTS[name] for name in names or ([] if extensions else SUBJECTS)}
+    for extension in extensions:
+        try:
+            subject = subject_from(extension)
+        except ValueError as error:
+            raise pytest.UsageError(f"--extension {extension}: {error}") from error
+        if subject.name in found:
+            raise pytest.UsageError(f"--extension {extension}: there is a subject {subject.name} already")
+        found[subject.name] = subject
+    return found
+
+
+def requirement_of(definition: pytest.Item) -> Requirement | None:
+    """The requirement that a test judges, by its marker."""
+    marker = definition.get_closest_marker("requirement")
+    if marker is None:
+        return None
+    if len(marker.args) != 1 or marker.args[0] not in REQUIREMENTS:
+        raise pytest.UsageError(f"{definition.nodeid}: expected the id of a requirement, found {marker.args}")
+    return REQUIREMENTS[marker.args[0]]
+
+
+def parametrize(metafunc: pytest.Metafunc, selection: Selection) -> None:
+    """Give a test that judges or measures its cases: subjects x stages x models, as far as it takes them.
+
+    Where nothing of what was asked for concerns it, its only case is NOTHING, which is not to be run.
+    """
+    names = [name for name in ("subject", "stage", "model") if name in metafunc.fixturenames]
+    if names:
+        nothing = pytest.param(*(NOTHING for _ in names), id="nothing")
+        metafunc.parametrize(names, [*_cases(metafunc.definition, names, selection)] or [nothing], scope="session")
+
+
+def _cases(definition: pytest.Item, names: list[str], selection: Selection) -> Iterator[object]:
+    requirement = requirement_of(definition)
+    wanted = _models(definition) if "model" in names else ()
+    kinds = KINDS if requirement is None or requirement.kind == "both" else (requirement.kind,)
+    everywhere = [*selection.stages.values(), *selection.missing.values()] if "stage" in names else [None]
+    for stage in everywhere:
+        if stage is not None and stage.kind not in kinds:
+            continue
+        if isinstance(stage, MissingStage) or "model" not in names:
+            chosen: Sequence[str | None] = [None]
+        else:
+            chosen = [name for name in _of_kind(wanted, stage) if name in (selection.models or models.MODELS)]
+        for subject in selection.subjects.values() if "subject" in names else [None]:
+            for model in chosen:
+                yield _case(names, {"subject": subject, "stage": stage, "model": model})
+
+
+def _case(names: list[str], values: dict[str, object]) -> object:
+    parts = [getattr(values[name], "name", values[name]) for name in names]
+    marks = [getattr(pytest.mark, values["stage"].kind)] if values["stage"] else []
+    return pytest.param(*(values[name] for name in names), id="-".join(filter(None, parts)), marks=marks)
+
+
+def _models(definition: pytest.Item) -> Models:
+    """The models that a test's marker names: one list, or lists by kind or name of the stage."""
+    requirement, by_kind = definition.get_closest_marker("requirement"), definition.get_closest_marker("models")
+    wanted = (requirement and requirement.kwargs.get("models")) or (by_kind and by_kind.kwargs)
+    if not wanted:
+        raise pytest.UsageError(f"{definition.nodeid} takes a model and names none: requirement(..., models=[...])")
+    return wanted
+
+
+def _of_kind(wanted: Models, stage: Stage | None) -> Sequence[str]:
+    if isinstance(wanted, Mapping):
+        return (
+            wanted.get(stage.name, wanted.get(stage.kind, ()))
+            if stage
+            else [name for names in wanted.values() for name in names]
+        )
+    return wanted
+
+
+def all_stages() -> tuple[dict[str, Stage], dict[str, MissingStage]]:
+    """Every stage: those that this machine can hold with the installed vLLM, and those that it cannot."""
+    machine = stages.machine()
+    available, missing = {}, {}
+    for stage in stages.available_stages(machine):
+        reason = environment.lacks_engine(stage.kind)
+        if reason is None:
+            available[stage.name] = stage
+        else:
+            missing[stage.name] = MissingStage(stage.name, stage.kind, reason)
+    for name, reason in stages.unavailable(machine).items():
+        kind = name.partition("-")[0]
+        missing[name] = MissingStage(name, kind, environment.lacks_engine(kind) or reason)
+    return available, missing
+
+
+def _expect_known(option: str, names: Sequence[str], known: Sequence[str] | Mapping[str, object]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise pytest.UsageError(f"{option} {unknown[0]}: expected one of {', '.join(known)}")

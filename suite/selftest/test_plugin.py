@@ -1,0 +1,451 @@
+"""The plugin judges, records and says what it should, in runs of pytest of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from suite import janitor, processes, selection
+
+DEADLINE_S = 60
+
+# What a run of its own examines: two stages that are there, one that is not, two requirements.
+CONFTEST = """
+import dataclasses
+import pytest
+from suite import selection
+from suite.stages import Stage
+from suite.subjects import SUBJECTS
+
+pytest_plugins = ["suite.plugin"]
+
+
+def stage(name):
+    values = dict(name=name, kind="cpu", tensor_parallel_size=1, trainer_world_size=1, colocated=False,
+                  engine_devices=[], trainer_devices=[])
+    return Stage(**values)
+
+
+here = {name: stage(name) for name in ("cpu-tp1", "cpu-tp2")}
+away = {"gpu-split": selection.MissingStage("gpu-split", "gpu", "needs 2 GPUs, found 0")}
+selection.all_stages = lambda: (dict(here), dict(away))
+SUBJECTS["lacking"] = dataclasses.replace(
+    SUBJECTS["broadcast"], name="lacking", lacks={"update.exact": "moves no weights"}
+)
+"""
+TESTS = """
+import time
+import pytest
+from suite import plugin, verdicts
+from suite.processes import launch
+
+ECHO = "suite.selftest.targets:Echo"
+"""
+ONE_CASE = ("--subject=broadcast", "--stage=cpu-tp1")
+
+
+@dataclass
+class Finished:
+    """A run of pytest that has ended."""
+
+    code: int
+    output: str
+    report: Path
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return json.loads((self.report / "run.json").read_text())
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """Verdict by the test's name and id."""
+        return {entry["nodeid"].partition("::")[2]: entry["verdict"] for entry in self.document["conformance"]}
+
+    def detail(self, test: str) -> str:
+        return next(entry["detail"] for entry in self.document["conformance"] if test in entry["nodeid"])
+
+
+def begin(directory: Path, tests: str, *arguments: str, conftest: str = CONFTEST) -> subprocess.Popen[str]:
+    (directory / "conftest.py").write_text(conftest)
+    (directory / "test_it.py").write_text(TESTS + tests)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={directory}", "--report=report"]
+    search = os.pathsep.join([str(processes.ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [*command, *arguments], cwd=directory, env={**os.environ, "PYTHONPATH": search},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(started: subprocess.Popen[str], directory: Path) -> Finished:
+    output, _ = started.communicate(timeout=DEADLINE_S)
+    print(output)
+    return Finished(started.returncode, output, directory / "report")
+
+
+def examine(directory: Path, tests: str, *arguments: str, conftest: str = CONFTEST) -> Finished:
+    return finish(begin(directory, tests, *arguments, conftest=conftest), directory)
+
+
+# ---- verdicts
+
+JUDGING = """
+@pytest.fixture
+def broken_setup():
+    raise ValueError("no such device")
+
+@pytest.fixture
+def skipping_setup():
+    pytest.skip("not today")
+
+@pytest.fixture
+def broken_teardown():
+    yield
+    raise ValueError("did not end")
+
+def judged(function):
+    return pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])(function)
+
+@judged
+def test_passes(subject, stage, model):
+    assert (subject.name, stage.name, model) == ("broadcast", "cpu-tp1", "qwen3-tied-tiny")
+
+@judged
+def test_fails(subject, stage, model):
+    assert 1 + 1 == 3, "12 of 32768 elements differ"
+
+@judged
+def test_fails_remotely(subject, stage, model, run):
+    launch(run, "worker", ECHO).call("fail", "no such weight", deadline_s=20)
+
+@judged
+def test_is_late(subject, stage, model, run):
+    launch(run, "sleeper", ECHO).call("sleep", 60, deadline_s=2)
+
+@judged
+def test_expects_an_error(subject, stage, model):
+    with pytest.raises(ValueError):
+        pass
+
+@judged
+def test_is_unsupported(subject, stage, model):
+    verdicts.unsupported("the subject lacks it")
+
+@judged
+def test_is_not_applicable(subject, stage, model):
+    verdicts.not_applicable("the machine lacks it")
+
+@judged
+def test_breaks(subject, stage, model):
+    raise ValueError("bug in the test")
+
+@judged
+def test_breaks_in_setup(subject, stage, model, broken_setup):
+    pass
+
+@judged
+def test_skips_in_setup(subject, stage, model, skipping_setup):
+    pass
+
+@judged
+def test_breaks_in_teardown(subject, stage, model, broken_teardown):
+    pass
+
+@judged
+def test_fails_and_breaks_in_teardown(subject, stage, model, broken_teardown):
+    assert False, "wrong weights"
+
+def test_of_nothing():
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    directory = tmp_path_factory.mktemp("judged")
+    return examine(directory, JUDGING, *ONE_CASE)
+
+
+@pytest.mark.parametrize(
+    ("test", "verdict", "detail"),
+    [
+        ("passes", "pass", ""),
+        ("fails", "fail", "12 of 32768 elements differ"),
+        ("fails_remotely", "fail", "LookupError in process worker: no such weight"),
+        ("is_late", "fail", "sleep() in process sleeper has not answered after 2"),
+        ("expects_an_error", "fail", "DID NOT RAISE"),
+        ("is_unsupported", "unsupported", "the subject lacks it"),
+        ("is_not_applicable", "not-applicable", "the machine lacks it"),
+        ("breaks", "error", "call: ValueError: bug in the test"),
+        ("breaks_in_setup", "error", "setup: ValueError: no such device"),
+        ("skips_in_setup", "not-applicable", "not today"),
+        ("breaks_in_teardown", "error", "teardown: ValueError: did not end"),
+        ("fails_and_breaks_in_teardown", "fail", "wrong weights"),
+    ],
+)
+def test_verdict(judged: Finished, test: str, verdict: str, detail: str):
+    case = f"test_{test}[broadcast-cpu-tp1-qwen3-tied-tiny]"
+    assert judged.verdicts[case] == verdict
+    assert detail in judged.detail(case)
+    assert bool(judged.detail(case)) == (verdict != "pass")
+
+
+def test_only_what_judges_a_requirement_is_recorded(judged: Finished):
+    assert len(judged.document["conformance"]) == 12
+    entry = judged.document["conformance"][0]
+    assert {name: entry[name] for name in ("requirement", "level", "subject", "stage", "model")} == {
+        "requirement": "update.exact",
+        "level": "MUST",
+        "subject": "broadcast",
+        "stage": "cpu-tp1",
+        "model": "qwen3-tied-tiny",
+    }
+    assert entry["duration_s"] >= 0
+
+
+def test_failing_reports_show_the_logs_of_the_processes_they_used(judged: Finished):
+    remote = judged.output.partition("_ test_fails_remotely")[2].partition("_ test_is_late")[0]
+    assert f"end of {judged.report / 'logs' / 'worker.log'}" in remote
+    assert "constructing with hello" in remote
+    assert "sleeper.log" not in remote
+
+
+def test_artefacts(judged: Finished):
+    assert judged.code == 1
+    document = judged.document
+    assert document["schema"] == 1
+    assert document["environment"]["python"]
+    assert {"machine_info", "commit_info", "benchmarks", "datetime", "version", "timeline"} <= document.keys()
+    assert "node" not in document["machine_info"]
+    cases = ElementTree.parse(judged.report / "junit.xml").getroot().iter("testcase")
+    assert len(list(cases)) >= 13
+    assert sorted(path.name for path in (judged.report / "logs").iterdir()) == ["sleeper.log", "worker.log"]
+    assert f"Artefacts in {judged.report}: " in judged.output
+    assert (judged.report / "report.html").read_text().lstrip().lower().startswith("<!doctype html")
+
+
+# ---- selection
+
+SELECTING = """
+@pytest.mark.requirement("update.exact", models={"cpu": ["qwen3-tied-tiny", "llama-tiny"], "gpu": ["qwen3-0.6b"]})
+def test_exact(subject, stage, model):
+    pass
+
+@pytest.mark.requirement("names.free")
+def test_names(subject):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (
+            ("--subject=broadcast",),
+            [
+                "test_names[broadcast]",
+                "test_exact[broadcast-cpu-tp1-qwen3-tied-tiny]",
+                "test_exact[broadcast-cpu-tp1-llama-tiny]",
+                "test_exact[broadcast-cpu-tp2-qwen3-tied-tiny]",
+                "test_exact[broadcast-cpu-tp2-llama-tiny]",
+            ],
+        ),
+        (
+            ("--subject=broadcast", "--subject=colocate", "-m", "gpu"),
+            [
+                "test_names[broadcast]",
+                "test_names[colocate]",
+                "test_exact[broadcast-gpu-split]",
+                "test_exact[colocate-gpu-split]",
+            ],
+        ),
+        (
+            ("--extension=suite.selftest.targets:Reference", "--stage=cpu-tp2", "--model=llama-tiny", "-m", "cpu"),
+            ["test_names[Reference]", "test_exact[Reference-cpu-tp2-llama-tiny]"],
+        ),
+        (("--subject=broadcast", "--model=qwen3-8b"), ["test_names[broadcast]"]),
+    ],
+)
+def test_cases_are_subjects_by_stages_by_models(tmp_path: Path, arguments: tuple[str, ...], found: list[str]):
+    finished = examine(tmp_path, SELECTING, "--collect-only", "-q", *arguments)
+    lines = finished.output.splitlines()
+    assert [line.partition("::")[2] for line in lines if "::" in line] == found
+    assert not finished.report.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "said"),
+    [
+        ("subject", "brodcast", "--subject brodcast: expected one of broadcast, colocate"),
+        ("stage", "cpu-tp9", "--stage cpu-tp9: expected one of here, away"),
+        ("model", "gpt", "--model gpt: expected one of qwen3-tied-tiny"),
+        ("extension", "nowhere:Class", "--extension nowhere:Class: expected an extension as pkg.module:Class"),
+        ("extension", "suite.selftest.targets:Echo", "has the methods of no known transport"),
+    ],
+)
+def test_unknown_names_are_usage_errors(monkeypatch: pytest.MonkeyPatch, option: str, name: str, said: str):
+    away = selection.MissingStage("away", "gpu", "needs a GPU")
+    monkeypatch.setattr(selection, "all_stages", lambda: ({"here": None}, {"away": away}))
+    options = {"subject": [], "stage": [], "model": [], "extension": [], "markexpr": ""} | {option: [name]}
+    with pytest.raises(pytest.UsageError) as caught:
+        selection.select(SimpleNamespace(getoption=options.__getitem__))
+    assert said in str(caught.value)
+
+
+def test_a_usage_error_ends_pytest_as_such(tmp_path: Path):
+    finished = examine(tmp_path, SELECTING, "--model=gpt")
+    assert finished.code == pytest.ExitCode.USAGE_ERROR
+    assert "ERROR: --model gpt: expected one of qwen3-tied-tiny" in finished.output
+
+
+def test_what_the_machine_cannot_hold_is_said_and_is_no_success(tmp_path: Path):
+    finished = examine(
+        tmp_path, SELECTING.partition('@pytest.mark.requirement("names')[0], "-m", "gpu", "--subject=broadcast"
+    )
+    assert finished.verdicts == {"test_exact[broadcast-gpu-split]": "not-applicable"}
+    assert finished.detail("test_exact") == "gpu-split: needs 2 GPUs, found 0"
+    assert finished.code == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert "Nothing was judged (1 not-applicable)" in finished.output
+
+
+def test_what_the_subject_declares_to_lack_is_unsupported_and_no_success(tmp_path: Path):
+    finished = examine(tmp_path, SELECTING, "--subject=lacking", "--stage=cpu-tp1", "-k", "test_exact")
+    assert set(finished.verdicts.values()) == {"unsupported"}
+    assert finished.detail("llama-tiny") == "moves no weights"
+    assert finished.code == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.mark.parametrize("marker", ['requirement("update.exakt")', 'requirement("update.exact")'])
+def test_a_marker_that_names_no_requirement_or_no_model_is_refused(tmp_path: Path, marker: str):
+    finished = examine(tmp_path, f"@pytest.mark.{marker}\ndef test_it(subject, stage, model): pass")
+    assert finished.code != 0
+    assert "expected the id of a requirement" in finished.output or "takes a model and names none" in finished.output
+
+
+# ---- measuring
+
+MEASURING = """
+@pytest.mark.benchmark(group="update")
+@pytest.mark.models(cpu=["qwen3-1m"])
+def test_update(benchmark, subject, stage, model):
+    benchmark.extra_info["bytes_sent"] = 2_000_000
+    benchmark.pedantic(time.sleep, args=(0.001,), rounds=3)
+    assert subject.name == "broadcast", "moved the wrong bytes"
+"""
+
+
+def test_measurements_are_recorded_with_their_raw_samples(tmp_path: Path):
+    finished = examine(tmp_path, MEASURING, "--subject=broadcast", "--subject=colocate", "--stage=cpu-tp1")
+    good, _ = finished.document["benchmarks"]
+    assert len(good["stats"]["data"]) == 3
+    assert good["params"] == {"subject": "broadcast", "stage": "cpu-tp1", "model": "qwen3-1m"}
+    (failed,) = finished.document["conformance"]
+    assert (failed["verdict"], failed["requirement"], failed["subject"]) == ("fail", "benchmark", "colocate")
+    assert finished.code == 1
+
+
+# ---- runs that end early
+
+ENDING = """
+@pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
+def test_first(subject, stage, model, run):
+    with plugin.timeline("starting", "worker"):
+        pids = launch(run, "worker", ECHO).call("grandchildren", True, deadline_s=20)
+    print("captured")
+    plugin.announce(f"started {' '.join(map(str, pids))}")
+
+@pytest.mark.requirement("update.zeroed", models=["qwen3-tied-tiny"])
+def test_second(subject, stage, model, run):
+    plugin.announce("now")
+    run.processes[0].call("sleep", 60, deadline_s=60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
+    ids=[
+        "kill",
+        "term",
+        "ctrl-c",
+    ],
+)
+def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path, number: signal.Signals, code: int):
+    started = begin(tmp_path, ENDING, *ONE_CASE)
+    lines: list[str] = []
+    while not lines or not lines[-1].endswith(" s  now\n"):
+        lines.append(started.stdout.readline())
+        assert lines[-1], "".join(lines)
+    pids = [int(word) for line in lines if "  started " in line for word in line.partition("  started ")[2].split()]
+    assert len(pids) == 3
+    assert not any("captured" in line for line in lines)
+    started.send_signal(number)
+    finished = finish(started, tmp_path)
+    assert finished.code == code
+    assert finished.verdicts == {"test_first[broadcast-cpu-tp1-qwen3-tied-tiny]": "pass"}
+    assert [entry["name"] for entry in finished.document["timeline"]] == ["worker"]
+    assert (finished.report / "report.html").exists() == (number != signal.SIGKILL)
+    expect_gone(pids)
+
+
+def expect_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while left := [found.pid for found in janitor.running() if found.pid in pids]:
+        assert time.monotonic() < deadline, f"still there after 10 s: {left}"
+        time.sleep(0.1)
+
+
+# ---- what must not end a run
+
+PASSING = """
+@pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
+def test_exact(subject, stage, model):
+    pass
+"""
+
+
+def test_a_report_that_cannot_be_written_is_said_and_ends_nothing(tmp_path: Path):
+    conftest = CONFTEST + "\nimport reports\ndef broken(*_, **__): raise RuntimeError('no ink')\n"
+    conftest += "reports.write_html = reports.render_text = broken\n"
+    finished = examine(tmp_path, PASSING, *ONE_CASE, conftest=conftest)
+    assert finished.code == 0
+    assert "report.html: RuntimeError: no ink" in finished.output
+    assert "no summary: RuntimeError: no ink" in finished.output
+    assert set(finished.verdicts.values()) == {"pass"}
+
+
+def test_a_directory_that_cannot_be_written_to_is_said_and_ends_nothing(tmp_path: Path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "run.json").mkdir()
+    finished = examine(tmp_path, PASSING, *ONE_CASE)
+    assert finished.code == 0
+    assert finished.output.count("could not write") == 1
+    assert "1 passed" in finished.output
+
+
+def test_selftests_alone_leave_no_artefacts_and_may_pass(tmp_path: Path):
+    own = processes.ROOT / "suite" / "selftest" / "test_wire.py"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "suite.plugin",
+        "-m",
+        "selftest",
+        f"--report={tmp_path / 'report'}",
+    ]
+    done = subprocess.run(
+        [*command, f"{own}::test_tuples_arrive_as_lists_and_nan_as_nan"], cwd=processes.ROOT, timeout=60
+    )
+    assert done.returncode == 0
+    assert not (tmp_path / "report").exists()
