@@ -1,3 +1,3 @@
-"""Loads the suite's plugin: its options have to be known before anything is collected."""
+"""Loads the suite's plugins: their options have to be known before anything is collected."""
 
-pytest_plugins = ["suite.plugin"]
+pytest_plugins = ["suite.plugin", "suite.fixtures"]

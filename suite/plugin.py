@@ -74,6 +74,13 @@ def announce(text: str) -> None:
             terminal.flush()
 
 
+def current_selection() -> Selection:
+    """The subjects, stages and models of this session. Raises RuntimeError where nothing is examined."""
+    if _state is None or _state.selection is None:
+        raise RuntimeError("there is no selection: this session of pytest runs nothing but selftests")
+    return _state.selection
+
+
 def timeline(what: str, name: str) -> AbstractContextManager[None]:
     """Put down in run.json how long the block takes: "starting", "moving" or "judging", and what."""
     return _state.record.span(what, name) if _state and _state.record else contextlib.nullcontext()
