@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--markdown", type=Path, metavar="FILE", help="write a pull request's comment")
     added.add_argument("--strict", action="store_true", help="exit 3 where a timing is inconclusive")
     causes = "; ".join(f"{name}: {meaning}" for name, meaning in CAUSES.items())
-    added.add_argument("--fail-on", type=_causes, default=DEFAULT_CAUSES, metavar="LIST", help=f"what exits 1, separated "
-                       f"by commas, or none (default {','.join(DEFAULT_CAUSES)}). {causes}")  # fmt: skip
+    shown = f"what exits 1, separated by commas, or none (default {','.join(DEFAULT_CAUSES)}). {causes}"
+    added.add_argument("--fail-on", type=_causes, default=DEFAULT_CAUSES, metavar="LIST", help=shown)
     added = command("trend", _trend, "+", help="several runs in the order of their versions")
     _machines(added)
     for kind, what in (("html", "the page"), ("png", "the picture"), ("svg", "the picture")):
@@ -148,7 +148,7 @@ def _trend(options: argparse.Namespace) -> int:
     for path in filter(None, (options.png, options.svg)):
         from reports import plots
 
-        sheet = plots.trend(runs, across=2)
+        sheet = plots.trend_picture(runs)
         if sheet is None:
             raise UnusableInput(str(options.files[0]), "", "expected timings or failures to draw, found none")
         plots.save(sheet, path, "svg" if path == options.svg else "png")
@@ -157,7 +157,7 @@ def _trend(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    print(versions.markdown_tables(_several(options)))
+    print(versions.markdown_tables(_several(options), options.threshold))
     return 0
 
 

@@ -58,8 +58,8 @@ class Change:
             found = {"failing", "failing-must"} if self.after and self.after.level == "MUST" else {"failing"}
         elif self.kind == "newly in error":
             found = {"error"}
-        if self.was == "pass" and self.now in ("unsupported", "not-applicable", "absent"):
-            found.add("lost")
+        elif self.before and self.before.passes > (self.after.passes if self.after else 0):
+            found = {"lost"}
         return found
 
     @property

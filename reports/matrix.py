@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from reports.load import Outcome, Run
 
 # One verdict stands for several cases: the first of these that any of them has.
-ORDER = ("fail", "error", "unsupported", "pass", "not-applicable")
-SYMBOL = {"pass": "✓", "fail": "✗", "error": "!", "unsupported": "∅", "not-applicable": "–"}
+ORDER = ("fail", "error", "pass", "unsupported", "not-applicable")
+SYMBOL = {"pass": "✓", "fail": "✗", "error": "!", "unsupported": "∅", "not-applicable": "-"}
 MEANING = {
     "pass": "met",
     "fail": "not met",
@@ -35,6 +35,10 @@ class Cell:
     def counts(self) -> list[tuple[str, int]]:
         counted = Counter(outcome.verdict for outcome in self.outcomes)
         return [(verdict, counted[verdict]) for verdict in ORDER if verdict in counted]
+
+    @property
+    def passes(self) -> int:
+        return dict(self.counts).get("pass", 0)
 
     @property
     def detail(self) -> str:

@@ -1,9 +1,10 @@
-"""Self-contained HTML pages: no network, no script; light or dark as the reader's system is, on a phone and in print."""
+"""Self-contained HTML pages: no network, no script; light or dark as the reader has it, on a phone and in print."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,8 @@ def run_page(run: Run) -> str:
         notes=_notes([run]),
         matrix=matrix(run),
         failures=[o for verdict in ("fail", "error") for o in run.outcomes if o.verdict == verdict],
-        throughput=_plot(plots.throughput(run), "throughput", "GB/s against model size, with the roofline"),
-        steps=_plot(plots.steps(run), "steps", "Time of an update split by step"),
+        throughput=_plots(plots.throughput(run), "throughput", "GB/s against model size, with the roofline"),
+        steps=_plots(plots.steps(run), "steps", "Time of an update split by step"),
         timings=[text.throughput_row(timing) for timing in run.timings],
         head=text.THROUGHPUT_HEAD,
         timeline=text.time_spent(run),
@@ -41,7 +42,7 @@ def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) ->
     """The page of a comparison: verdict, environment differences, requirements that changed, timings."""
     return _render(
         "compare.html",
-        title=f"{found.a.label} against {found.b.label}",
+        title=f"From {found.a.label} to {found.b.label}",
         verdict="fail" if found.worse(causes) else "pass",
         sentence=text.compare_headline(found, causes),
         runs=[found.a, found.b],
@@ -51,16 +52,16 @@ def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) ->
         unchanged=sum(change.kind == "unchanged" for change in found.requirements),
         timings=[(change, text.timing_row(change)) for change in found.timings],
         drift=text.drift_lines(found),
-        trend=_plot(plots.trend([found.a, found.b], with_strip=False), "trend", "Seconds of both runs"),
+        trend=_plots(plots.trend([found.a, found.b]), "trend", "Seconds of both runs"),
     )
 
 
 def trend_page(runs: Sequence[Run], threshold: float) -> str:
     """The page of several runs: what fails where, the times with intervals, each step's comparison with the last."""
-    steps = [compare(a, b, threshold, across_machines=True) for a, b in zip(runs, runs[1:], strict=False)]
+    steps = [compare(a, b, threshold, across_machines=True) for a, b in pairwise(runs)]
     return _render(
         "trend.html",
-        title=f"{runs[0].label} to {runs[-1].label}",
+        title=f"From {runs[0].label} to {runs[-1].label}",
         verdict=headline(runs[-1])[0],
         sentence=f"{runs[-1].label}: {headline(runs[-1])[1]}",
         runs=runs,
@@ -69,9 +70,9 @@ def trend_page(runs: Sequence[Run], threshold: float) -> str:
         step_lines=[text.compare_headline(step) for step in steps],
         found=[cells(run.outcomes, "requirement") for run in runs],
         requirements=in_order(outcome.requirement for run in runs for outcome in run.outcomes),
-        trend=_plot(plots.trend(runs, with_strip=False), "trend", "Seconds over versions, with intervals"),
-        head=versions.TIMING_HEAD,
-        timings=versions.timing_rows(runs, threshold),
+        trend=_plots(plots.trend(runs), "trend", "Seconds over versions, with intervals"),
+        legend_of_times=versions.LEGEND,
+        timings=versions.seconds_rows(runs, threshold, intervals=True),
     )
 
 
@@ -93,14 +94,21 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     return [f"{run.source}: {note}" for run in runs for note in run.notes]
 
 
+def _breakable(name: str) -> str:
+    """A dotted name that a narrow column may break at its dots and underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup(str(escape(units.plain(name))).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+
+
 def _fact_names(runs: Sequence[Run]) -> list[str]:
     return in_order(name for run in runs for name, _ in run.environment.facts)
 
 
-def _plot(figure: Figure | None, name: str, title: str) -> str:
-    from markupsafe import Markup
+def _plots(figures: list[Figure], name: str, title: str) -> list[str]:
+    from markupsafe import Markup  # what matplotlib writes is escaped already
 
-    return Markup(plots.inline_svg(figure, name, title)) if figure else ""  # matplotlib escapes what it writes
+    return [Markup(plots.inline_svg(sheet, f"{name}{i}", title)) for i, sheet in enumerate(figures)]
 
 
 def _render(template: str, **values: Any) -> str:
@@ -114,6 +122,5 @@ def _templates() -> Environment:
     where = FileSystemLoader(Path(__file__).parent / "templates")
     found = Environment(loader=where, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     found.globals |= {"SYMBOL": SYMBOL, "MEANING": MEANING, "ORDER": ORDER, "dark": plots.DARK, "light": plots.LIGHT}
-    found.filters |= {"plain": units.plain, "ratio": units.ratio, "seconds": units.seconds, "p": units.p_value, "dict": dict,
-                      "fact_names": _fact_names}  # fmt: skip
+    found.filters |= {"plain": units.plain, "dict": dict, "breakable": _breakable, "fact_names": _fact_names}
     return found

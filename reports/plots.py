@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from reports import statistics, units
@@ -36,6 +38,7 @@ DARK = {f"--series-{place}": colour for place, colour in enumerate(DARK_SERIES, 
 DARK |= {"--ink": "#e6e9ee", "--line": "#3a424d", "--paper": "#14181d"}
 PANEL_INCHES = (5.2, 3.7)
 GREATEST_NUMBER_OF_PANELS = 12
+LONGEST_NAME = 40
 SETTINGS = {
     "font.family": "sans-serif", "font.size": 11, "axes.titlesize": 11.5, "axes.titleweight": "bold",
     "legend.fontsize": 9.5, "svg.fonttype": "none", "svg.hashsalt": "reports", "text.parse_math": False,
@@ -46,12 +49,21 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Our look. Names that matplotlib's font lacks and values that it finds odd are to be drawn, not warned about."""
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def figure(panels: Sequence[Callable[[Axes], None]], across: int = 1, strip: Strip | None = None) -> Figure:
     """Panels side by side, `across` in a row, and a strip over the whole width below. Nothing global is touched."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(SETTINGS):
+    with _settings():
         panels = panels[:GREATEST_NUMBER_OF_PANELS]
         rows, across = math.ceil(len(panels) / across), min(across, max(len(panels), 1))
         below = strip.inches if strip else 0.0
@@ -67,19 +79,16 @@ def figure(panels: Sequence[Callable[[Axes], None]], across: int = 1, strip: Str
 
 def save(sheet: Figure, path: Path, kind: str) -> None:
     """Write a picture, `kind` "png" or "svg"; the same runs give the same bytes."""
-    import matplotlib
-
-    with matplotlib.rc_context(SETTINGS):
+    with _settings():
         sheet.savefig(path, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else {"Software": None})
 
 
 def inline_svg(sheet: Figure, name: str, title: str) -> str:
     """The figure as an <svg> element for a page: scalable, in the page's colours, its ids made unique by `name`."""
-    import matplotlib
     from markupsafe import escape
 
     stream = io.StringIO()
-    with matplotlib.rc_context(SETTINGS):
+    with _settings():
         sheet.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     svg = stream.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
@@ -92,8 +101,8 @@ def inline_svg(sheet: Figure, name: str, title: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
 
 
-def throughput(run: Run) -> Figure | None:
-    """GB/s against model size, one panel a stage, each roofline drawn in; None where no run moved known bytes."""
+def throughput(run: Run) -> list[Figure]:
+    """GB/s against model size, one figure a stage, each roofline drawn in; none where no known bytes were moved."""
     timed = [t for t in run.timings if t.gb_per_s and (t.parameters or t.bytes_sent) and not t.failed]
     stages = in_order(timing.stage for timing in timed)
     subjects = in_order(timing.subject for timing in timed)
@@ -101,29 +110,35 @@ def throughput(run: Run) -> Figure | None:
     def panel(stage: str) -> Callable[[Axes], None]:
         return lambda axes: _throughput_panel(axes, [t for t in timed if t.stage == stage], subjects, stage)
 
-    return figure([panel(stage) for stage in stages]) if timed else None
+    return [figure([panel(stage)]) for stage in stages]
 
 
-def steps(run: Run) -> Figure | None:
-    """Where an update's time goes: the median of each step, stacked; None where no steps were measured."""
+def steps(run: Run) -> list[Figure]:
+    """Where an update's time goes: the median of each step, stacked; none where no steps were measured."""
     timed = [timing for timing in run.timings if timing.steps_s]
-    if not timed:
-        return None
     names = in_order(name for timing in timed for name, _ in timing.steps_s)
 
     def panel(place: tuple[str, str]) -> Callable[[Axes], None]:
         chosen = [timing for timing in timed if (timing.subject, timing.stage) == place]
-        return lambda axes: _steps_panel(axes, chosen, names, " ".join(filter(None, place)))
+        return lambda axes: _steps_panel(axes, chosen, names, _name(*place))
 
-    return figure([panel(place) for place in dict.fromkeys((t.subject, t.stage) for t in timed)])
+    return [figure([panel(place)]) for place in dict.fromkeys((t.subject, t.stage) for t in timed)]
 
 
-def trend(runs: Sequence[Run], across: int = 1, with_strip: bool = True) -> Figure | None:
-    """Seconds of every benchmark over the runs with intervals and, below, the requirements that any run fails."""
+def trend(runs: Sequence[Run]) -> list[Figure]:
+    """Median time of every benchmark over the runs with intervals, one figure a subject and stage."""
+    return [figure([panel]) for panel in _trend_panels(runs)]
+
+
+def trend_picture(runs: Sequence[Run]) -> Figure | None:
+    """The same in one picture and, below, the requirements that any run fails."""
+    panels, strip = _trend_panels(runs), Strip(runs)
+    return figure(panels, 2, strip if strip.names else None) if panels or strip.names else None
+
+
+def _trend_panels(runs: Sequence[Run]) -> list[Callable[[Axes], None]]:
     places = dict.fromkeys((t.group, t.subject, t.stage) for run in runs for t in run.timings)
-    panels = [_trend_panel(runs, place) for place in places]
-    strip = Strip(runs) if with_strip else None
-    return figure(panels, across, strip) if panels or strip else None
+    return [_trend_panel(runs, place) for place in places]
 
 
 def _throughput_panel(axes: Axes, timed: list[Timing], subjects: list[str], stage: str) -> None:
@@ -133,13 +148,13 @@ def _throughput_panel(axes: Axes, timed: list[Timing], subjects: list[str], stag
         mine = [timing for timing in timed if timing.subject == subject]
         mine.sort(key=lambda timing: _extent(timing, by_parameters))
         extents = [_extent(timing, by_parameters) for timing in mine]
-        axes.plot(extents, [t.gb_per_s for t in mine], label=subject or "update", **_style(place))
+        axes.plot(extents, [t.gb_per_s for t in mine], label=_name(subject or "update"), **_style(place))
         roofed = [(extent, t) for extent, t in zip(extents, mine, strict=True) if t.roofline_gb_per_s]
         if roofed:
             style = _style(place) | {"linestyle": (0, (4, 2)), "linewidth": 1.2, "markersize": 3.5, "fillstyle": "none"}
-            label = f"roofline of {subject or 'update'}: {roofed[0][1].roofline_kind}"
+            label = _name("roofline:", roofed[0][1].roofline_kind)
             axes.plot([extent for extent, _ in roofed], [t.roofline_gb_per_s for _, t in roofed], label=label, **style)
-    axes.set(xscale="log", yscale="log", ylabel="GB/s", title=stage or "all stages")
+    axes.set(xscale="log", yscale="log", ylabel="GB/s", title=_name(stage or "all stages"))
     axes.set_xlabel("parameters" if by_parameters else "bytes sent")
     _plain_ticks(axes.yaxis, lambda value: f"{value:g}")
     _plain_ticks(axes.xaxis, units.parameters if by_parameters else units.size)
@@ -151,13 +166,13 @@ def _extent(timing: Timing, by_parameters: bool) -> float:
 
 
 def _steps_panel(axes: Axes, timed: list[Timing], names: list[str], title: str) -> None:
-    labels = [timing.model or timing.name for timing in timed]
+    labels = [_name(timing.model or timing.name) for timing in timed]
     left = [0.0] * len(timed)
     unit, factor = ("ms", 1e3) if max(timing.median_s for timing in timed) < 1 else ("s", 1.0)
     for place, name in enumerate(names):
         widths = [dict(timing.steps_s).get(name, 0.0) * factor for timing in timed]
         colour, hatch = SERIES[place % len(SERIES)], HATCHES[place % len(HATCHES)]
-        axes.barh(range(len(timed)), widths, 0.65, left, label=name, color=colour, hatch=hatch, edgecolor=PAPER)
+        axes.barh(range(len(timed)), widths, 0.65, left, label=_name(name), color=colour, hatch=hatch, edgecolor=PAPER)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(timed)), labels)
     axes.invert_yaxis()
@@ -182,14 +197,14 @@ def _trend_panel(runs: Sequence[Run], place: tuple[str, str, str]) -> Callable[[
             errors = [[m - low for m, (low, _) in zip(middles, ranges, strict=True)],
                       [high - m for m, (_, high) in zip(middles, ranges, strict=True)]]  # fmt: skip
             errors = [[max(error, 0.0) for error in side] for side in errors]
-            label = " ".join(filter(None, [key[3], key[4]]))
+            label = _name(key[3], key[4])
             axes.errorbar(xs, middles, errors, label=label, capsize=3, elinewidth=1.2, **_style(number))
-        axes.set_xticks(range(len(runs)), [run.label for run in runs], rotation=20 if len(runs) > 5 else 0)
+        axes.set_xticks(range(len(runs)), [_name(run.label) for run in runs], rotation=20 if len(runs) > 5 else 0)
         axes.set_xlim(-0.4, len(runs) - 0.6)
-        axes.set(yscale="log", ylabel="seconds, median with 95% interval")
-        axes.set_title(" ".join(filter(None, place)) or "benchmarks")
+        axes.set(yscale="log", ylabel="median time")
+        axes.set_title(_name(*place) or "benchmarks")
         _plain_ticks(axes.yaxis, units.seconds)
-        _legend_below(axes, 3)
+        _legend_below(axes, 3, -0.1)
 
     return draw
 
@@ -200,12 +215,9 @@ class Strip:
     def __init__(self, runs: Sequence[Run]) -> None:
         found = [cells(run.outcomes, "requirement") for run in runs]
         names = dict.fromkeys(key for judged in found for key in judged)
-        self.labels, self.found = [run.label for run in runs], found
+        self.labels, self.found = [_name(run.label) for run in runs], found
         self.names = [n for n in names if any(n in f and f[n].verdict in ("fail", "error") for f in found)]
         self.inches = 0.9 + 0.27 * len(self.names)
-
-    def __bool__(self) -> bool:
-        return bool(self.names)
 
     def __call__(self, axes: Axes) -> None:
         for y, name in enumerate(self.names):
@@ -215,7 +227,7 @@ class Strip:
                     colour = VERDICT_COLOUR[verdict]
                     axes.text(x, y, f"{SYMBOL[verdict]} {verdict}", ha="center", va="center", color=colour, fontsize=10)
         axes.set_xticks(range(len(self.labels)), self.labels)
-        axes.set_yticks(range(len(self.names)), [name for (name,) in self.names])
+        axes.set_yticks(range(len(self.names)), [_name(*key) for key in self.names])
         axes.set(xlim=(-0.5, len(self.labels) - 0.5), ylim=(len(self.names) - 0.5, -0.5))
         axes.set_title("requirements that a version fails")
         axes.grid(visible=False)
@@ -227,17 +239,24 @@ def _style(place: int) -> dict[str, Any]:
             "linewidth": 1.8}  # fmt: skip
 
 
+def _name(*parts: str) -> str:
+    """A name that fits a plot."""
+    name = units.plain(" ".join(filter(None, parts))).replace("\n", " ")
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+
+
 def _plain_ticks(axis: Any, written: Callable[[float], str]) -> None:
     """Figures a reader knows in place of powers of ten; few enough to read."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low) if low > 0 else 1
-    axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))
+    places = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+    axis.set_major_locator(LogLocator(10, places))
     axis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _legend_below(axes: Axes, columns: int = 2) -> None:
+def _legend_below(axes: Axes, columns: int = 2, below: float = -0.17) -> None:
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=columns)

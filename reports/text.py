@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import zip_longest
 
 from reports import units
 from reports.compare import DEFAULT_CAUSES, Comparison, TimingChange
@@ -11,7 +12,8 @@ from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order
 from reports.table import text_table, wrapped
 
 LINES_OF_A_MESSAGE = 6
-QUIET = ("unchanged", "still failing")
+HEADLINE = ("newly failing", "newly in error", "slower", "no longer judged", "only in A", "inconclusive",
+            "not compared", "changed", "only in B", "still failing", "newly passing", "faster")  # fmt: skip
 VERDICT_SYMBOL = {"slower": "▲", "faster": "▼", "same": "=", "inconclusive": "?"}
 THROUGHPUT_HEAD = ("subject", "stage", "model", "sent", "median", "n", "GB/s", "roof", "of it", "engine+", "trainer+")
 THROUGHPUT_RIGHT = range(3, 11)
@@ -115,10 +117,8 @@ def _throughput(timings: tuple[Timing, ...], width: int) -> str:
 
 def compare_headline(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) -> str:
     """What matters in one line."""
-    kinds = Counter(change.kind for change in found.requirements)
-    timed = Counter(change.verdict for change in found.timings)
-    said = [f"{kinds[kind]} {kind}" for kind in kinds if kind not in QUIET]
-    said += [f"{timed[kind]} {kind}" for kind in ("slower", "faster", "inconclusive", "not compared") if timed[kind]]
+    kinds = Counter(change.kind for change in found.requirements) + Counter(c.verdict for c in found.timings)
+    said = [f"{kinds[kind]} {kind}" for kind in HEADLINE if kinds[kind]]
     return f"{'Worse' if found.worse(causes) else 'Nothing worse'}: {', '.join(said) or 'no change found'}."
 
 
@@ -127,22 +127,24 @@ def compare_text(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES, wi
     sides = [f"{side}  {run.source}\n   {run.environment.line}" for side, run in (("A", found.a), ("B", found.b))]
     parts = [compare_headline(found, causes), "\n".join(wrapped(line, width, "") for line in sides)]
     if found.differences:
-        rows = [(name, _short(a), _short(b)) for name, a, b in found.differences]
+        rows = [(name, *_where_apart(a, b)) for name, a, b in found.differences]
         parts.append(text_table(("environment", "A", "B"), rows, width))
     parts += [*_changes(found, width), _timings(found, width)]
     notes = [f"{run.source}: {note}" for run in (found.a, found.b) for note in run.notes]
     return "\n\n".join(part for part in [*parts, *notes] if part)
 
 
-def _short(value: str) -> str:
-    return value if "\n" not in value else f"({value.count(chr(10)) + 1} lines)"
+def _where_apart(a: str, b: str) -> tuple[str, str]:
+    """Of two texts of many lines, such as a topology, the first lines that differ."""
+    pairs = zip_longest(a.split("\n"), b.split("\n"), fillvalue="")
+    return next((" ".join(one.split()), " ".join(other.split())) for one, other in pairs if one != other)
 
 
 def _changes(found: Comparison, width: int) -> list[str]:
     parts = []
     told = [change for change in found.requirements if change.kind != "unchanged" or change.detail]
     for kind in in_order(change.kind for change in told):
-        lines = [f"{kind.capitalize()}:"]
+        lines = [f"{kind[0].upper()}{kind[1:]}:"]
         for change in (change for change in told if change.kind == kind):
             name = f"{SYMBOL.get(change.now, '·')} {' '.join(filter(None, change.key))} ({change.was} -> {change.now})"
             lines += [wrapped(name, width, "  "), wrapped(change.detail, width, lines=LINES_OF_A_MESSAGE)]

@@ -99,7 +99,9 @@ def cpu_environment(vllm: str = "0.32.0", torch: str = "2.13.0+cpu") -> dict[str
     return gpu_environment() | changed | {"devices": [], "topology": None, "cpu": cpu, "memory_bytes": 24 * 2**30}
 
 
-def run(vllm: str = "0.33.0", seed: int = 1, stages: tuple[str, ...] = GPU_STAGES, slower: float = 1.0) -> dict[str, Any]:
+def run(
+    vllm: str = "0.33.0", seed: int = 1, stages: tuple[str, ...] = GPU_STAGES, slower: float = 1.0
+) -> dict[str, Any]:
     """A whole run.json of one version: two subjects, two stages, every requirement, six model sizes."""
     rng, on_cpu = random.Random(seed), stages == CPU_STAGES
     outcomes, benchmarks = [], []
@@ -114,8 +116,8 @@ def run(vllm: str = "0.33.0", seed: int = 1, stages: tuple[str, ...] = GPU_STAGE
             spread = 0.04 if on_cpu else 0.02
             how = {"slower": slower, "gb_per_s": roof, "spread": spread}
             benchmarks.append(update(subject, stage, model, parameters, rng, **how))
-    timeline = [{"what": "starting", "name": "engine", "elapsed_s": 181.2}, {"what": "moving", "name": "all", "elapsed_s": 62.5},
-                {"what": "judging", "name": "all", "elapsed_s": 140.0}]  # fmt: skip
+    spent = {"starting": 181.2, "moving": 62.5, "judging": 140.0}
+    timeline = [{"what": what, "name": "all", "elapsed_s": elapsed_s} for what, elapsed_s in spent.items()]
     return {"schema": 1, "datetime": "2026-11-22T21:30:11.123456+00:00", "version": "5.3.1",
             "machine_info": {"node": "host", "system": "Linux", "python_version": "3.12.3", "cpu": {"count": 32}},
             "commit_info": {"id": "abcdef123456", "dirty": False},
@@ -146,8 +148,8 @@ def plain_benchmarks(seed: int = 1, with_data: bool = True) -> dict[str, Any]:
         entry["group"], entry["fullname"] = None, f"tests/test_sort.py::{entry['name']}"
         if not with_data:
             del entry["stats"]["data"]
-    machine = {"node": "laptop", "processor": "x86_64", "machine": "x86_64", "python_version": "3.13.1", "system": "Linux",
-               "release": "6.8", "cpu": {"brand_raw": "AMD Ryzen 7", "count": 16}}  # fmt: skip
+    machine = {"node": "laptop", "processor": "x86_64", "machine": "x86_64", "python_version": "3.13.1",
+               "system": "Linux", "release": "6.8", "cpu": {"brand_raw": "AMD Ryzen 7", "count": 16}}  # fmt: skip
     return {"machine_info": machine, "commit_info": {"id": "0123abcd"}, "benchmarks": entries,
             "datetime": "2026-01-02T03:04:05", "version": "5.3.1"}  # fmt: skip
 
