@@ -10,7 +10,7 @@ from pathlib import Path
 
 from reports import export, text, versions
 from reports.compare import CAUSES, DEFAULT_CAUSES, compare, same_hardware
-from reports.load import Run, UnusableInput, only, read, read_all
+from reports.load import Run, UnusableInput, labelled, only, read, read_all
 from reports.statistics import THRESHOLD
 
 EXIT_STATUS = """\
@@ -123,7 +123,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    a, b = _chosen([read(options.a), read(options.b)], options)
+    a, b = _chosen(labelled([read(options.a), read(options.b)]), options)
     found = compare(a, b, options.threshold, options.across_machines)
     if options.html:
         from reports import page

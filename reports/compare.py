@@ -178,4 +178,4 @@ def _judged(seconds: Ratio, relative: Ratio, roofline: Ratio) -> tuple[str, str,
     if seconds.verdict == "inconclusive" or (seconds.verdict, relative.verdict) == ("same", "inconclusive"):
         return seconds.verdict, "seconds", seconds.why
     told = f"{seconds.verdict} in seconds, {relative.verdict} against a roofline that is itself unsure"
-    return "inconclusive", "both", f"{told}: {roofline.why} the roofline" if roofline.more else told
+    return "inconclusive", "both", f"{told}: of it, {roofline.why}" if roofline.more else told

@@ -6,7 +6,7 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from reports.environment import Environment, environment
 from reports.node import Node, UnusableInput, refuse_non_finite
 
-__all__ = ["Outcome", "Run", "Timing", "UnusableInput", "only", "parse", "read", "read_all"]
+__all__ = ["Outcome", "Run", "Timing", "UnusableInput", "labelled", "only", "parse", "read", "read_all"]
 
 SCHEMA = 1
 MAX_BYTES = 64_000_000
@@ -111,7 +111,12 @@ def read(path: str | Path) -> Run:
 
 def read_all(paths: Iterable[str | Path]) -> list[Run]:
     """Read several files, in the order of their vLLM versions, with labels that tell them apart."""
-    runs = sorted((read(path) for path in paths), key=lambda run: (_version(run.label), run.when, run.source))
+    runs = [read(path) for path in paths]
+    return labelled(sorted(runs, key=lambda run: (_version(run.label), run.when, run.source)))
+
+
+def labelled(runs: Sequence[Run]) -> list[Run]:
+    """The same runs; those of one version are known by their files' names."""
     taken = Counter(run.label for run in runs)
     return [run if taken[run.label] == 1 else replace(run, label=Path(run.source).stem) for run in runs]
 

@@ -43,7 +43,7 @@ def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) ->
     return _render(
         "compare.html",
         title=f"From {found.a.label} to {found.b.label}",
-        verdict="fail" if found.worse(causes) else "pass",
+        verdict="fail" if found.worse(causes) else "inconclusive" if found.inconclusive else "pass",
         sentence=text.compare_headline(found, causes),
         runs=[found.a, found.b],
         notes=_notes([found.a, found.b]),
@@ -121,6 +121,12 @@ def _templates() -> Environment:
 
     where = FileSystemLoader(Path(__file__).parent / "templates")
     found = Environment(loader=where, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    found.globals |= {"SYMBOL": SYMBOL, "MEANING": MEANING, "ORDER": ORDER, "dark": plots.DARK, "light": plots.LIGHT}
+    found.globals |= {
+        "SYMBOL": SYMBOL | {"inconclusive": text.VERDICT_SYMBOL["inconclusive"]},
+        "MEANING": MEANING,
+        "ORDER": ORDER,
+        "dark": plots.DARK,
+        "light": plots.LIGHT,
+    }
     found.filters |= {"plain": units.plain, "dict": dict, "breakable": _breakable, "fact_names": _fact_names}
     return found

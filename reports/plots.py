@@ -203,7 +203,7 @@ def _trend_panel(runs: Sequence[Run], place: tuple[str, str, str]) -> Callable[[
         axes.set_xlim(-0.4, len(runs) - 0.6)
         axes.set(yscale="log", ylabel="median time")
         axes.set_title(_name(*place) or "benchmarks")
-        _plain_ticks(axes.yaxis, units.seconds)
+        _plain_ticks(axes.yaxis, lambda value: units.seconds(value).replace(".0 ", " "))
         _legend_below(axes, 3, -0.1)
 
     return draw

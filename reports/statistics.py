@@ -153,4 +153,5 @@ def _advised(found: Ratio, needed: float, count_a: int, count_b: int) -> Ratio:
     more_a, more_b = max(math.ceil(needed) - count_a, 0), max(math.ceil(needed) - count_b, 0)
     if not more_a and not more_b:  # by this estimate they should have been enough
         more_a = more_b = max(min(count_a, count_b) // 2, 1)
-    return replace(found, more=(more_a, more_b), why=f"about {more_a} more samples of A and {more_b} of B would settle")
+    count = f"{more_a} more samples a side" if more_a == more_b else f"{more_a} more samples of A and {more_b} of B"
+    return replace(found, more=(more_a, more_b), why=f"about {count} would settle")

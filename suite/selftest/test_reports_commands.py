@@ -194,7 +194,7 @@ def test_environment_differences_stand_on_top(files, capsys):
 
 def test_inconclusive_says_what_would_settle_it(files, capsys):
     main(["compare", *files(noisy_run(), noisy_run(seed=1))])
-    expected = r"inconclusive: broadcast cpu-tp1 qwen3-1m: about \d+ more samples of A and \d+ of B would settle"
+    expected = r"inconclusive: broadcast cpu-tp1 qwen3-1m: about \d+ more samples a side would settle"
     assert re.search(expected, capsys.readouterr().out)
 
 

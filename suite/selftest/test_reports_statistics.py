@@ -92,11 +92,18 @@ def test_the_advised_number_of_samples_settles_most_comparisons():
         found = statistics.compare(a, b)
         if found.more:
             assert max(found.more) > 0
-            assert found.why == f"about {found.more[0]} more samples of A and {found.more[1]} of B would settle"
+            assert found.why == f"about {found.more[0]} more samples a side would settle"
             a, b = a + data.noisy(1, found.more[0], 0.06, rng), b + data.noisy(factor, found.more[1], 0.06, rng)
             asked, settled = asked + 1, settled + (statistics.compare(a, b).verdict != "inconclusive")
     assert asked > 20
     assert settled > 0.5 * asked
+
+
+def test_the_side_that_has_fewer_samples_is_asked_for_more():
+    rng = random.Random(6)
+    found = statistics.compare(data.noisy(1, 12, 0.05, rng), data.noisy(1.05, 4, 0.05, rng))
+    assert found.more[1] - found.more[0] == 8
+    assert found.why == f"about {found.more[0]} more samples of A and {found.more[1]} of B would settle"
 
 
 def test_too_close_to_the_threshold_is_said():
