@@ -356,7 +356,7 @@ def test_what_the_subject_declares_to_lack_is_unsupported_and_no_success(tmp_pat
 )
 def test_a_marker_that_names_no_requirement_or_no_model_is_refused(marker: pytest.MarkDecorator, said: str):
     definition = SimpleNamespace(nodeid="test_it", get_closest_marker={"requirement": marker.mark}.get)
-    metafunc = SimpleNamespace(definition=definition, fixturenames=["subject", "stage", "model"])
+    metafunc = SimpleNamespace(definition=definition, fixturenames=["subject", "stage", "model"], parametrize=None)
     with pytest.raises(pytest.UsageError, match=said):
         selection.parametrize(metafunc, selection.Selection({}, {}))
 
