@@ -1,5 +1,6 @@
 """The trainer holds what was written, gives it out under the checkpoint's names, trains, and speaks for itself."""
 
+import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from suite import checkpoint, models
+from suite.driver import CLEAR_GAP, LOGPROB_TOLERANCE
 from suite.models import MODELS
 from suite.processes import Process, Run, gather, launch
 from suite.trainer import LoadError, Trainer
@@ -146,6 +148,24 @@ def test_scores_of_greedy_tokens_are_their_logprobs(trainer, written, name):
         assert score == pytest.approx(answer["logprobs"], abs=0.5)
     others = trainer.score(PROMPTS, [[(token + 1) % 512 for token in answer["tokens"]] for answer in answers])
     assert max(sum(score) for score in others) < min(sum(score) for score in scores), "other tokens are likelier"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_another_precision_agrees_within_the_tolerance(trainer, written, name):
+    """What the tolerances of update.behaviour rest on: bfloat16 differs from float32 by less, and by not much less."""
+    draw = random.Random(0)
+    prompts = [[draw.randrange(512) for _ in range(12)] for _ in range(48)]
+    trainer.load(str(written[name]))
+    answers = trainer.greedy(prompts, 6)
+    trainer.load(str(written[name]), "float32")
+    scores = trainer.score(prompts, [answer["tokens"] for answer in answers])
+    ours = [logprob for answer in answers for logprob in answer["logprobs"]]
+    theirs = [logprob for score in scores for logprob in score]
+    apart = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+    assert LOGPROB_TOLERANCE / 5 < apart < LOGPROB_TOLERANCE
+    for answer, exact in zip(answers, trainer.greedy(prompts, 6), strict=True):
+        clear = next((i for i, gap in enumerate(answer["gaps"]) if gap < CLEAR_GAP), 6)
+        assert answer["tokens"][:clear] == exact["tokens"][:clear]
 
 
 def test_orders(trainer, written):
