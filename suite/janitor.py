@@ -66,11 +66,18 @@ def members(run_id: str, process: str | None = None, roots: Iterable[int] = ()) 
 
 
 def shared_memory_of(pids: Iterable[int]) -> set[Path]:
-    """Files in /dev/shm that these processes have mapped or open, and those torch named after them."""
+    """Files in /dev/shm that these processes have mapped or open, and those torch named after them.
+
+    They are told by inode: a semaphore's file has another name by the time that it is used.
+    """
     pids = set(pids)
-    names = {path.name for pid in pids for path in _open_and_mapped(pid)}
-    names |= {name for name in _shared_memory_names() if name.startswith("torch_") and _torch_owner(name) in pids}
-    return {SHARED_MEMORY / name for name in names}
+    inodes = {inode for pid in pids for inode in _inodes(pid)}
+    found = set()
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(SHARED_MEMORY):
+            if entry.inode() in inodes or _torch_owner(entry.name) in pids:
+                found.add(Path(entry.path))
+    return found
 
 
 def end(look: Callable[[], set[int]], deadline_s: float = END_DEADLINE_S) -> tuple[set[int], set[Path]]:
@@ -120,7 +127,7 @@ def sweep(run_id: str, directory: Path, kept: Iterable[str], roots: Iterable[int
     roots = set(roots)
     ended, memory = end(lambda: members(run_id, roots=roots))
     memory |= shared_memory_of(ended | roots)
-    memory |= {SHARED_MEMORY / name for name in _shared_memory_names() if name.startswith(f"weight-sync-{run_id}")}
+    memory |= set(SHARED_MEMORY.glob(f"weight-sync-{run_id}*"))
     unlink(path for path in memory if path.name not in set(kept))
     shutil.rmtree(directory, ignore_errors=True)
 
@@ -142,28 +149,23 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def _open_and_mapped(pid: int) -> set[Path]:
-    """Paths below /dev/shm, still linked, that a process has mapped or open."""
-    lines = _read(Path(f"/proc/{pid}/maps")).decode(errors="replace").splitlines()
-    paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
+def _inodes(pid: int) -> set[int]:
+    """Inodes below /dev/shm that a process has mapped or open."""
+    prefix = f"{SHARED_MEMORY}/".encode()
+    lines = _read(Path(f"/proc/{pid}/maps")).splitlines()
+    found = {int(line.split(maxsplit=5)[4]) for line in lines if prefix in line}
     with contextlib.suppress(OSError):
         for descriptor in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                paths.add(os.readlink(descriptor.path))
-    found = {Path(path) for path in paths if not path.endswith(" (deleted)")}
-    return {path for path in found if path.parent == SHARED_MEMORY}
-
-
-def _shared_memory_names() -> list[str]:
-    with contextlib.suppress(OSError):
-        return os.listdir(SHARED_MEMORY)
-    return []
+                if os.readlink(descriptor.path).startswith(f"{SHARED_MEMORY}/"):
+                    found.add(os.stat(descriptor.path).st_ino)
+    return found
 
 
 def _torch_owner(name: str) -> int | None:
     """The process id in a name that torch gives shared memory: torch_<pid>_<random>_<count>."""
-    owner = name.split("_")[1]
-    return int(owner) if owner.isdigit() else None
+    parts = name.split("_")
+    return int(parts[1]) if len(parts) > 2 and parts[0] == "torch" and parts[1].isdigit() else None
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:

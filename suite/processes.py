@@ -212,6 +212,7 @@ class Process:
         self._lock = threading.Lock()
         self._stopped = False
         self._ended: str | None = None  # how, once it has
+        self._memory: set[Path] = set()  # shared memory it was seen to have: who has it may die without a trace
         self._listening = False  # whether it has said so, and knows STACKS_SIGNAL
         self._constructed = Call(self, f"starting {target}")
         self._pending = {READY: self._constructed}
@@ -282,14 +283,14 @@ class Process:
             stopped, self._stopped = self._stopped, True
         if stopped:
             return
-        memory = janitor.shared_memory_of(self._members())  # who has it may be gone before its own cleaner is
+        self._memory |= janitor.shared_memory_of(self._members())
         self._outgoing.put(wire.encode({"method": None}))
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(0 if self._pending else grace_s)
         deadline = time.monotonic() + min(grace_s, 1)
         while not self.alive and self._members() and time.monotonic() < deadline:
             time.sleep(0.1)  # its descendants clean up after it
-        janitor.end_process(self.run.id, self.label, self.pid, memory, self.run.kept)
+        janitor.end_process(self.run.id, self.label, self.pid, self._memory, self.run.kept)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(janitor.END_DEADLINE_S)
         self._fail_pending()
@@ -344,6 +345,8 @@ class Process:
             call = self._pending.pop(answer["call"], None)
         if call is None:
             return
+        if call is self._constructed:
+            self._memory |= janitor.shared_memory_of(self._members())
         if "error" not in answer:
             call.finish(answer["result"])
             return

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import multiprocessing
 import multiprocessing.shared_memory
 import os
 import subprocess
@@ -75,6 +76,12 @@ class Echo:
         self._kept.append(segment)
         return segment.name
 
+    def semaphore(self) -> str:
+        """Create a semaphore as multiprocessing does between spawned processes; return its name in /dev/shm."""
+        lock = multiprocessing.get_context("spawn").Lock()
+        self._kept.append(lock)
+        return "sem." + lock._semlock.name.removeprefix("/")
+
     def attach(self, name: str) -> None:
         """Map a segment that another process created."""
         with open(f"/dev/shm/{name}", "r+b") as segment:  # SharedMemory(name) would unlink it at exit
@@ -89,6 +96,24 @@ class Echo:
         tensor = torch.ones(1024).share_memory_()
         self._kept.append(tensor)
         return [name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")]
+
+
+class Leaky:
+    """Has a descendant with shared memory that nobody unlinks, as an engine's worker has."""
+
+    def __init__(self) -> None:
+        self._name = f"ws-selftest-{os.getpid()}"
+        script = f"import mmap, time; file = open('/dev/shm/{self._name}', 'w+b'); file.truncate(4096);"
+        script += "kept = mmap.mmap(file.fileno(), 4096); file.close(); print(flush=True); time.sleep(600)"
+        self._owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        self._owner.stdout.readline()
+
+    def facts(self) -> dict[str, str]:
+        return {"name": self._name}
+
+    def end_owner(self) -> None:
+        self._owner.kill()
+        self._owner.wait(5)
 
 
 class Reference:

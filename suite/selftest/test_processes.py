@@ -199,12 +199,22 @@ def test_gather_has_a_deadline(run: Run):
 def test_stop_ends_descendants_and_their_shared_memory(run: Run):
     process = start(run)
     pids = [process.pid, *process.call("grandchildren", True, deadline_s=10)]
-    memory = [process.call("shared_memory", deadline_s=10)]
+    memory = [process.call(kind, deadline_s=10) for kind in ("shared_memory", "semaphore")]
+    assert all((janitor.SHARED_MEMORY / name).exists() for name in memory)
     process.stop(grace_s=0.5)
     assert [pid for pid in pids if running(pid)] == []
-    assert not (janitor.SHARED_MEMORY / memory[0]).exists()
+    assert not any((janitor.SHARED_MEMORY / name).exists() for name in memory)
     with pytest.raises(ProcessDied, match="was stopped"):
         process.call("echo", deadline_s=5)
+
+
+def test_stop_finds_shared_memory_of_descendants_that_died_before(run: Run):
+    process = launch(run, "leaky", "suite.selftest.targets:Leaky")
+    name = process.ready(20)["name"]
+    process.call("end_owner", deadline_s=10)
+    assert (janitor.SHARED_MEMORY / name).exists()
+    process.stop(grace_s=0)
+    assert not (janitor.SHARED_MEMORY / name).exists()
 
 
 def test_stop_leaves_shared_memory_that_others_use(run: Run):
@@ -283,7 +293,8 @@ from suite.processes import Run, launch
 run = Run(Path(sys.argv[1]))
 stuck, busy = (launch(run, name, "suite.selftest.targets:Echo") for name in ("stuck", "busy"))
 pids = [stuck.pid, busy.pid, run.janitor.pid, *busy.call("grandchildren", True, deadline_s=20)]
-memory = [busy.call("shared_memory", deadline_s=20), *busy.call("torch_shared_memory", deadline_s=60)]
+memory = [busy.call(kind, deadline_s=20) for kind in ("shared_memory", "semaphore")]
+memory += [*busy.call("torch_shared_memory", deadline_s=60)]
 stuck.submit("sleep_in_native_code", 600, True)
 print(json.dumps({"pids": pids, "memory": memory, "directory": str(run.directory)}), flush=True)
 time.sleep(600)
@@ -296,7 +307,7 @@ def test_nothing_is_left_when_pytest_is_killed(tmp_path: Path):
         [sys.executable, "-c", HOST, str(tmp_path / "logs")], stdout=subprocess.PIPE, cwd=processes.ROOT
     )
     found = json.loads(host.stdout.readline())
-    assert len(found["memory"]) >= 2
+    assert len(found["memory"]) >= 3
     assert all(running(pid) for pid in found["pids"])
     assert all((janitor.SHARED_MEMORY / name).exists() for name in found["memory"])
     host.kill()
