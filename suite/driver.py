@@ -307,8 +307,8 @@ class Sync:
         )
         apart = max(abs(a - b) for a, b in zip(found["logprobs"], expected["logprobs"], strict=True))
         assert apart <= LOGPROB_TOLERANCE, (
-            f"log-probabilities after {prompt}: expected the trainer's within {LOGPROB_TOLERANCE}, found {apart:.3f} apart"
-            f" after update {self.updates} {self.where}"
+            f"log-probabilities after {prompt}: expected the trainer's within {LOGPROB_TOLERANCE}, found {apart:.3f}"
+            f" apart after update {self.updates} {self.where}"
         )
 
     def _expect_none(self, results: list[dict], expected: str) -> None:

@@ -111,6 +111,8 @@ def _needs(item: pytest.Item, pool: Pool) -> list[EngineKey]:
     subject, stage, model = (params.get(name) for name in ("subject", "stage", "model"))
     if not isinstance(stage, Stage) or not isinstance(subject, Subject) or model is None:
         return []
+    if stage.refuses(subject.transport):
+        return []
     names, keys = set(item.fixturenames), []
     if "fanout" in names:
         keys += _two_engines(subject, stage, model) or []

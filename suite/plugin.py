@@ -20,6 +20,7 @@ from suite.models import MODELS
 from suite.processes import Run
 from suite.record import JUNIT, LOGS, Record
 from suite.selection import NOTHING, MissingStage, Selection
+from suite.stages import Stage
 from suite.subjects import Subject
 from suite.verdicts import Judgement
 
@@ -243,6 +244,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if isinstance(params.get("stage"), MissingStage):
         verdicts.not_applicable(f"{params['stage'].name}: {params['stage'].reason}")
     subject = params.get("subject")
+    if isinstance(params.get("stage"), Stage) and isinstance(subject, Subject):
+        reason = params["stage"].refuses(subject.transport)
+        if reason:
+            verdicts.not_applicable(reason)
     if requirement and isinstance(subject, Subject) and requirement.id in subject.lacks:
         verdicts.unsupported(subject.lacks[requirement.id])
 

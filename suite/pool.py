@@ -4,6 +4,7 @@ An engine that starts costs half a minute. The pool knows from the collected tes
 order; a thread starts the next while tests run on the ones before.
 """
 
+import os
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -214,7 +215,8 @@ class Pool:
             | dict(key.options),
         }
         name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
-        process = launch(self._run, name, "suite.engine:Engine", arguments, engine_environment(stage), START_DEADLINE_S)
+        environment = engine_environment(stage, key.copy, eager=arguments["options"]["enforce_eager"])
+        process = launch(self._run, name, "suite.engine:Engine", arguments, environment, START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
         except Exception:
@@ -244,18 +246,18 @@ def engine_options(stage: Stage) -> dict:
     return options
 
 
-def engine_environment(stage: Stage) -> dict[str, str | None]:
-    """What an engine's process has in its environment."""
+def engine_environment(stage: Stage, copy: int, eager: bool) -> dict[str, str | None]:
+    """What an engine's process has in its environment. `copy` counts the engines of a stage that has several."""
     common: dict[str, str | None] = {
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        # The sampler compiles a helper for log-probabilities even in an eager engine: 15 s for nothing examined here.
+        "TORCHDYNAMO_DISABLE": "1" if eager else None,
     }
     if stage.kind == "gpu":
-        return common | {"CUDA_VISIBLE_DEVICES": ",".join(stage.engine_devices)}
-    import os
-
+        return common | {"CUDA_VISIBLE_DEVICES": ",".join(stage.devices_of_engine(copy))}
     cores = sorted(os.sched_getaffinity(0))
     bound = "|".join(str(cores[rank % len(cores)]) for rank in range(stage.tensor_parallel_size))
     return common | {
@@ -264,6 +266,4 @@ def engine_environment(stage: Stage) -> dict[str, str | None]:
         "OMP_NUM_THREADS": "1",
         # One process less to start; workers and what they compute are the same.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Engines are eager, but the sampler compiles a helper for log-probabilities: 15 s for nothing examined here.
-        "TORCHDYNAMO_DISABLE": "1",
     }

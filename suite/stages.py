@@ -71,6 +71,16 @@ class Stage:
         of_engines = self.engines * self.engine_ranks
         return max(of_engines, self.trainer_world_size) if self.colocated else of_engines + self.trainer_world_size
 
+    def refuses(self, transport: str) -> str:
+        """Why weights can't travel by this transport ("broadcast" or "handles") here; empty where they can."""
+        if self.kind == "cpu":
+            return ""
+        if transport == "handles" and not self.colocated:
+            return f"{self.name}: trainer and engine share no GPU, and a handle is of use on its own GPU only"
+        if transport == "broadcast" and self.colocated:
+            return f"{self.name}: trainer and engine share their GPUs, and NCCL takes one rank a GPU"
+        return ""
+
     def devices_of_engine(self, engine: int = 0) -> tuple[str, ...]:
         """The UUIDs for one engine, by rank."""
         return self.engine_devices[engine * self.engine_ranks : (engine + 1) * self.engine_ranks]
