@@ -162,9 +162,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Drop what nothing was asked of, mark the rest, and bring those that share engines together."""
-    items[:] = [item for item in items if NOTHING not in _params(item).values()]
+    idle = [item for item in items if NOTHING in _params(item).values()]
+    config.hook.pytest_deselected(items=idle)
+    items[:] = [item for item in items if item not in idle]
     for item in items:
         if SELFTESTS in item.path.parents:
             item.add_marker("selftest")
