@@ -18,7 +18,7 @@ ADDRESS = "127.0.0.1"
 # best logit leads by more than twice that. Measured on the tiny models: see suite/selftest/test_trainer.py.
 LOGPROB_TOLERANCE = 0.35
 CLEAR_GAP = 2 * LOGPROB_TOLERANCE
-PROMPTS, CANDIDATES, PROMPT_TOKENS, MAX_TOKENS = 6, 48, 12, 6
+PROMPTS, CANDIDATES, PROMPT_TOKENS, MAX_TOKENS = 6, 96, 12, 6
 
 _generations = itertools.count(1)
 

@@ -133,7 +133,7 @@ class Trainer(Sending):
         weights = {}
         for name, tensor in self.named_tensors():
             if self.rank == 0:
-                weights[name] = tensor.to("cpu", copy=True).contiguous()
+                weights[name] = tensor.cpu()
         if self.rank == 0:
             models.save(self._spec, weights, path)
         self._summed(0)  # rank 0 has written

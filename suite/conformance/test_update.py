@@ -7,7 +7,7 @@ import pytest
 from suite.driver import MAX_TOKENS, Sync
 
 TIED, UNTIED, LLAMA, MOE = "qwen3-tied-tiny", "qwen3-untied-tiny", "llama-tiny", "qwen3-moe-tiny"
-LEARNING_RATE = 0.05
+LEARNING_RATE = 0.002
 
 
 @pytest.mark.requirement("update.zeroed", models=[TIED])

@@ -27,6 +27,15 @@ PUBLISHED_ELEMENTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine take longer than one alone at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def load(directory, dtype=torch.bfloat16):
     from transformers import AutoModelForCausalLM
 
