@@ -1,16 +1,18 @@
 """What conformance and throughput tests are given: a trainer connected to the engine of their case."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import replace
+from functools import cache
 
 import pytest
 
 from suite import verdicts
 from suite.driver import Sync, TrainerGroup
+from suite.models import MODELS
 from suite.plugin import announce, current_selection, timeline
 from suite.pool import EngineKey, Pool, seed_of
 from suite.processes import DeadlineExceeded, ProcessDied, Run
-from suite.stages import Stage
+from suite.stages import Device, Stage, machine
 from suite.subjects import Subject
 
 FSDP_RANKS = 2
@@ -21,7 +23,13 @@ def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
     """The engines of this run; those that the collected tests need are started ahead."""
     selection = current_selection()
     pool = Pool(run, selection.stages, selection.subjects, announce)
-    pool.plan([key for item in request.session.items for key in _needs(item, pool)])
+    own = {item.nodeid: _engines_of(item) for item in request.session.items}
+    everything = [key for keys in own.values() for key in keys]
+    for item in request.session.items:
+        if "target" in item.fixturenames:
+            seed = 1 - seed_of(_index(item.callspec.params["subject"])) if own[item.nodeid] else None
+            own[item.nodeid] += [pool.reference(key, seed, everything) for key in own[item.nodeid]]
+    pool.plan(own)
     yield pool
     pool.close()
 
@@ -50,30 +58,29 @@ def trainers(run: Run) -> Iterator[Callable[[Stage, int], TrainerGroup]]:
 
 @pytest.fixture
 def sync(
-    pool: Pool, trainers: Callable, subject: Subject, stage: Stage, model: str, request: pytest.FixtureRequest
+    pool: Pool, trainers: Callable, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
 ) -> Iterator[Sync]:
     """The stage's trainer and the engine of this case."""
-    yield from _lent(pool, trainers(stage, stage.trainer_world_size), [_key(subject, stage, model)], request)
+    yield from _lent(pool, trainers(stage, stage.trainer_world_size), request)
 
 
 @pytest.fixture
 def sharded(
-    pool: Pool, trainers: Callable, subject: Subject, stage: Stage, model: str, request: pytest.FixtureRequest
+    pool: Pool, trainers: Callable, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
 ) -> Iterator[Sync]:
     """As `sync`, with a trainer that holds the model in shards wherever the stage has room for two ranks."""
     world_size = FSDP_RANKS if stage.kind == "cpu" else stage.trainer_world_size
-    yield from _lent(pool, trainers(stage, world_size), [_key(subject, stage, model)], request)
+    yield from _lent(pool, trainers(stage, world_size), request)
 
 
 @pytest.fixture
 def fanout(
-    pool: Pool, trainers: Callable, subject: Subject, stage: Stage, model: str, request: pytest.FixtureRequest
+    pool: Pool, trainers: Callable, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
 ) -> Iterator[Sync]:
     """One trainer connected to two engines of this subject, of different tensor-parallel sizes where there are such."""
-    keys = _two_engines(subject, stage, model)
-    if keys is None:
+    if len(_engines_of(request.node)) < 2:
         verdicts.not_applicable(f"{stage.name} has no room for a second engine")
-    yield from _lent(pool, trainers(stage, stage.trainer_world_size), keys, request)
+    yield from _lent(pool, trainers(stage, stage.trainer_world_size), request)
 
 
 @pytest.fixture
@@ -82,15 +89,16 @@ def target(subject: Subject) -> int:
     return 1 - seed_of(_index(subject))
 
 
-def _lent(pool: Pool, trainer: TrainerGroup, keys: list[EngineKey], request: pytest.FixtureRequest) -> Iterator[Sync]:
+def _lent(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> Iterator[Sync]:
     subject, stage, model = (request.getfixturevalue(name) for name in ("subject", "stage", "model"))
+    keys = _engines_of(request.node)
     with timeline("starting", str(keys[0])):
         engines = [pool.get(key) for key in keys]
     yield Sync(pool, trainer, engines, subject, stage, model)
     for key, engine in zip(keys, engines, strict=True):
         if not _still_answers(engine.process):
             pool.discard(key)
-        pool.put(key)
+    pool.done(request.node.nodeid)
 
 
 def _still_answers(process: object) -> bool:
@@ -105,47 +113,38 @@ def _still_answers(process: object) -> bool:
     return True
 
 
-def _needs(item: pytest.Item, pool: Pool) -> list[EngineKey]:
-    """The engines that a collected test will ask for."""
+def _engines_of(item: pytest.Item) -> list[EngineKey]:
+    """The engines that a collected test updates."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     subject, stage, model = (params.get(name) for name in ("subject", "stage", "model"))
     if not isinstance(stage, Stage) or not isinstance(subject, Subject) or model is None:
         return []
     if stage.refuses(subject.transport):
         return []
-    names, keys = set(item.fixturenames), []
+    names = set(item.fixturenames)
+    marker = item.get_closest_marker("engine")
+    options = tuple(sorted(marker.kwargs.items())) if marker else ()
+    seed = None if MODELS[model].purpose == "published" else seed_of(_index(subject))
+    key = EngineKey(model, stage.name, subject.name, seed, options)
+    if "visibility" in params:
+        return [replace(key, visible=params["visibility"].engine(_devices()))]
     if "fanout" in names:
-        keys += _two_engines(subject, stage, model) or []
-    elif names & {"sync", "sharded"}:
-        keys.append(_key(subject, stage, model))
-    if keys and "target" in names:
-        subjects = list(current_selection().subjects.values())
-        other = pool.oracle_key(model, stage.name, 1 - seed_of(_index(subject)), subjects, subject.name)
-        keys.append(other)
-    return keys
+        return _two_engines(key, stage)
+    return [key] if names & {"sync", "sharded"} else []
 
 
-def _key(subject: Subject, stage: Stage, model: str) -> EngineKey:
-    return EngineKey(model, stage.name, subject.name, seed_of(_index(subject)))
+@cache
+def _devices() -> tuple[Device, ...]:
+    return machine().devices
 
 
 def _index(subject: Subject) -> int:
     return list(current_selection().subjects).index(subject.name)
 
 
-def _two_engines(subject: Subject, stage: Stage, model: str) -> list[EngineKey] | None:
+def _two_engines(key: EngineKey, stage: Stage) -> list[EngineKey]:
     """On CPUs this stage's engine and one of another tensor-parallel size; elsewhere two where the stage says so."""
-    first = _key(subject, stage, model)
-    if stage.kind == "cpu":
-        others = [s for s in current_selection().stages.values() if s.kind == "cpu" and s.name != stage.name]
-        return [first, _key(subject, others[0], model) if others else EngineKey(*_fields(first), copy=1)]
-    return [first, EngineKey(*_fields(first), copy=1)] if stage.engines > 1 else None
-
-
-def _fields(key: EngineKey) -> tuple:
-    return key.model, key.stage, key.subject, key.seed, key.options
-
-
-def oracle_directory(run: Run) -> Path:
-    """Where engines write what they compute with."""
-    return run.directory / "oracles"
+    others = [s for s in current_selection().stages.values() if s.kind == stage.kind == "cpu" and s.name != stage.name]
+    if others:
+        return [key, replace(key, stage=others[0].name)]
+    return [key, replace(key, copy=1)] if stage.kind == "cpu" or stage.engines > 1 else [key]

@@ -7,10 +7,12 @@ order; a thread starts the next while tests run on the ones before.
 import os
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import psutil
 
 from suite import models
 from suite.processes import Process, Run, launch
@@ -18,26 +20,33 @@ from suite.stages import Stage
 from suite.subjects import Subject
 
 START_DEADLINE_S = 300.0
-CPU_STARTS = 2  # at once: more only get in each other's way
+CORES_A_START = 4  # an engine that starts keeps one to three cores busy
+MIN_STARTS, MAX_STARTS = 2, 8  # engines that start at once
+HOST_BYTES = 4e9  # of host memory, for an engine and what it loads
 POLL_S = 0.1
 
 
 @dataclass(frozen=True)
 class EngineKey:
-    """What makes two engines the same. `seed` is of the checkpoint it cold-loads, None for dummy weights."""
+    """What makes two engines the same.
+
+    seed: of the checkpoint that it cold-loads, None for dummy weights. options: further arguments of vllm.LLM.
+    visible: its CUDA_VISIBLE_DEVICES where that is not its stage's; None for unset. copy: counts engines of a stage.
+    """
 
     model: str
     stage: str
     subject: str
     seed: int | None
     options: tuple[tuple[str, object], ...] = ()
+    visible: str | None = ""
     copy: int = 0
 
     def __str__(self) -> str:
-        extra = "".join(f" {name}={value}" for name, value in self.options)
-        return f"{self.model} {self.stage} {self.subject} seed={self.seed}{extra}" + (
-            f" #{self.copy}" if self.copy else ""
-        )
+        extra = [f"{name}={value}" for name, value in self.options]
+        extra += [] if self.visible == "" else [f"CUDA_VISIBLE_DEVICES={self.visible}"]
+        extra += [f"#{self.copy}"] if self.copy else []
+        return " ".join([self.model, self.stage, self.subject, f"seed={self.seed}", *extra])
 
 
 @dataclass
@@ -66,29 +75,26 @@ class Pool:
     ) -> None:
         self._run, self._stages, self._subjects, self._announce = run, stages, subjects, announce
         self._needs: Counter[EngineKey] = Counter()
-        self._order: OrderedDict[EngineKey, None] = OrderedDict()
+        self._by_test: dict[str, list[EngineKey]] = {}
         self._started: dict[EngineKey, EngineHandle] = {}
         self._failed: dict[EngineKey, Exception] = {}
         self._starting: set[EngineKey] = set()
         self._wanted: EngineKey | None = None
         self._changed = threading.Condition()
         self._closed = False
-        self.starting_s = 0.0
 
-    def plan(self, keys: list[EngineKey]) -> None:
-        """Say which engines will be needed, once for every need, in order; starts the first of them."""
-        with self._changed:
-            for key in keys:
-                self._needs[key] += 1
-                self._order[key] = None
-        for index in range(CPU_STARTS):
+    def plan(self, needs: dict[str, list[EngineKey]]) -> None:
+        """Say which engines each test will need, in the tests' order, and begin to start them."""
+        self._by_test = needs
+        self._needs = Counter(key for keys in needs.values() for key in keys)
+        starts = max(MIN_STARTS, min(MAX_STARTS, len(os.sched_getaffinity(0)) // CORES_A_START))
+        for index in range(starts):
             threading.Thread(target=self._work, name=f"engine-starter-{index}", daemon=True).start()
 
     def get(self, key: EngineKey) -> EngineHandle:
         """The engine, waiting for it to start. Raises what its start raised."""
         deadline = time.monotonic() + START_DEADLINE_S + 60
         with self._changed:
-            self._order.setdefault(key, None)
             self._needs[key] = max(1, self._needs[key])
             self._wanted = key
             self._changed.notify_all()
@@ -101,13 +107,14 @@ class Pool:
                 raise self._failed[key]
             return self._started[key]
 
-    def put(self, key: EngineKey) -> None:
-        """One need is met. The engine ends when no further test needs it."""
-        with self._changed:
-            self._needs[key] -= 1
-            over = self._needs[key] <= 0
-        if over:
-            self.discard(key)
+    def done(self, test: str) -> None:
+        """A test has ended: the engines that no later one needs end too."""
+        for key in self._by_test.pop(test, []):
+            with self._changed:
+                self._needs[key] -= 1
+                over = self._needs[key] <= 0
+            if over:
+                self.discard(key)
 
     def discard(self, key: EngineKey) -> None:
         """End an engine: nothing needs it any more, or a test has left it in a state that no other can start from."""
@@ -117,24 +124,23 @@ class Pool:
         if handle is not None:
             threading.Thread(target=handle.process.stop, name="engine-stopper", daemon=True).start()
 
-    def oracle(self, model: str, stage: str, seed: int, subject: str) -> str:
-        """Where an engine that cold-loaded this checkpoint has written what it computes with.
+    def reference(self, key: EngineKey, seed: int, among: Iterable[EngineKey]) -> EngineKey:
+        """An engine that cold-loads the checkpoint of `seed` and computes as `key` does.
 
-        Another subject's engine with that checkpoint will do; where none is needed anyway, one is started for this.
+        One of `among` where there is such: another subject's engine will do, on another stage of the same layout too.
         """
-        path = self._oracle_path(model, stage, seed)
-        if not path.with_name(path.name + ".rank0.safetensors").exists():
-            keys = [k for k in self._order if (k.model, k.stage, k.seed, k.options) == (model, stage, seed, ())]
-            key = keys[0] if keys else EngineKey(model, stage, subject, seed)
-            self.get(key)
-            if not keys:
-                self.put(key)
-        return str(path)
+        wanted = (key.model, self._layout(key.stage), key.options, seed)
+        for other in among:
+            if (other.model, self._layout(other.stage), other.options, other.seed) == wanted:
+                return other
+        return replace(key, seed=seed, visible="", copy=0)
 
-    def oracle_key(self, model: str, stage: str, seed: int, subjects: list[Subject], own: str) -> EngineKey:
-        """The engine that `oracle` would ask for, for planning ahead."""
-        other = next((s.name for i, s in enumerate(subjects) if seed_of(i) == seed), own)
-        return EngineKey(model, stage, other, seed)
+    def oracle(self, key: EngineKey, seed: int) -> str:
+        """Where an engine that cold-loaded this checkpoint has written what it computes with."""
+        path = self._oracle_path(replace(key, seed=seed))
+        if not path.with_name(path.name + ".rank0.safetensors").exists():
+            self.get(self.reference(key, seed, list(self._needs)))
+        return str(path)
 
     def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
         """The directory of a model's checkpoint, written when first asked for."""
@@ -158,8 +164,13 @@ class Pool:
             self._closed = True
             self._changed.notify_all()
 
-    def _oracle_path(self, model: str, stage: str, seed: int) -> Path:
-        return self._run.directory / "oracles" / f"{model}-{stage}-{seed}"
+    def _layout(self, stage: str) -> tuple[str, int, int]:
+        found = self._stages[stage]
+        return found.kind, found.tensor_parallel_size, found.pipeline_parallel_size
+
+    def _oracle_path(self, key: EngineKey) -> Path:
+        parts = [key.model, *self._layout(key.stage), *(f"{n}={v}" for n, v in key.options), key.seed]
+        return self._run.directory / "oracles" / "-".join(map(str, parts))
 
     def _work(self) -> None:
         while (key := self._next()) is not None:
@@ -180,8 +191,8 @@ class Pool:
         """The engine to start next: the one a test waits for, else the next in order while there is room."""
         with self._changed:
             while not self._closed:
-                waiting = [k for k in self._order if k not in self._started and k not in self._starting]
-                waiting = [k for k in waiting if k not in self._failed and self._needs[k] > 0]
+                busy = {*self._started, *self._starting, *self._failed}
+                waiting = [k for k, needs in self._needs.items() if needs > 0 and k not in busy]
                 urgent = [k for k in waiting if k == self._wanted]
                 if urgent or (waiting and len(self._started) + len(self._starting) < self._room()):
                     key = (urgent or waiting)[0]
@@ -191,43 +202,35 @@ class Pool:
             return None
 
     def _room(self) -> int:
-        import psutil
-
-        # An engine rank takes about 1.2 GB of host memory, and one starting ahead must not crowd out those in use.
-        return max(3, int(psutil.virtual_memory().available / 4e9) + len(self._started))
+        """How many engines may be there at once: one that starts ahead must not crowd out those in use."""
+        return max(3, int(psutil.virtual_memory().available / HOST_BYTES) + len(self._started))
 
     def _start(self, key: EngineKey) -> EngineHandle:
         stage, subject = self._stages[key.stage], self._subjects[key.subject]
         started = time.monotonic()
         self._announce(f"engine {key}: starting")
-        model = self.config(key.model) if key.seed is None else self.checkpoint(key.model, key.seed)
         link_path = str(self._run.directory / f"{self._run.label('link')}.sock")
-        plain = {"name": subject.name, "extension": subject.extension, "transport": subject.transport}
-        oracle = key.seed is not None and not key.options
+        options = engine_options(stage) | ({"load_format": "dummy"} if key.seed is None else {}) | dict(key.options)
         arguments = {
-            "model": model,
-            "subject": plain,
+            "model": self.config(key.model) if key.seed is None else self.checkpoint(key.model, key.seed),
+            "subject": {"name": subject.name, "extension": subject.extension, "transport": subject.transport},
             "link_path": link_path,
             "tensor_parallel_size": stage.tensor_parallel_size,
-            "oracle_path": str(self._oracle_path(key.model, key.stage, key.seed)) if oracle else None,
-            "options": engine_options(stage)
-            | ({"load_format": "dummy"} if key.seed is None else {})
-            | dict(key.options),
+            "oracle_path": str(self._oracle_path(key)) if key.seed is not None else None,
+            "options": options,
         }
+        environment = engine_environment(stage, key.copy, eager=options["enforce_eager"])
+        if key.visible != "":
+            environment["CUDA_VISIBLE_DEVICES"] = key.visible
         name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
-        environment = engine_environment(stage, key.copy, eager=arguments["options"]["enforce_eager"])
         process = launch(self._run, name, "suite.engine:Engine", arguments, environment, START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
         except Exception:
             process.stop()
             raise
-        elapsed_s = time.monotonic() - started
-        self.starting_s += elapsed_s
-        self._announce(f"engine {key}: ready after {elapsed_s:.0f} s")
-        return EngineHandle(
-            key, process, link_path, stage.tensor_parallel_size * stage.pipeline_parallel_size, facts=facts
-        )
+        self._announce(f"engine {key}: ready after {time.monotonic() - started:.0f} s")
+        return EngineHandle(key, process, link_path, stage.engine_ranks, facts=facts)
 
 
 def seed_of(subject_index: int) -> int:
