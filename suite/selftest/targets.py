@@ -1,6 +1,7 @@
 """Objects that the selftests of suite.processes put into processes."""
 
 import ctypes
+import glob
 import mmap
 import multiprocessing
 import multiprocessing.shared_memory
@@ -8,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _SLEEPER = "import time; time.sleep(600)"
@@ -69,6 +71,12 @@ class Echo:
         bare = [subprocess.Popen([sys.executable, "-c", _SLEEPER], env={})] if cleared else []
         self._kept += [plain, apart, *bare]
         return [process.pid for process in (plain, apart, *bare)]
+
+    def hand_connection_down(self) -> None:
+        """Start a process that holds this one's connection to pytest, as forked workers may."""
+        links = {link: os.readlink(link) for link in glob.glob("/proc/self/fd/*") if os.path.islink(link)}
+        sockets = [int(Path(link).name) for link, held in links.items() if held.startswith("socket:")]
+        self._kept.append(subprocess.Popen([sys.executable, "-c", _SLEEPER], pass_fds=sockets))
 
     def shared_memory(self) -> str:
         """Create a segment the way multiprocessing does; return its name."""

@@ -104,6 +104,10 @@ def broken_setup():
     raise ValueError("no such device")
 
 @pytest.fixture
+def failing_setup():
+    assert False, "the engine did not start"
+
+@pytest.fixture
 def skipping_setup():
     pytest.skip("not today")
 
@@ -153,6 +157,10 @@ def test_breaks_in_setup(subject, stage, model, broken_setup):
     pass
 
 @judged
+def test_fails_in_setup(subject, stage, model, failing_setup):
+    pass
+
+@judged
 def test_skips_in_setup(subject, stage, model, skipping_setup):
     pass
 
@@ -187,6 +195,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         ("is_not_applicable", "not-applicable", "the machine lacks it"),
         ("breaks", "error", "call: ValueError: bug in the test"),
         ("breaks_in_setup", "error", "setup: ValueError: no such device"),
+        ("fails_in_setup", "error", "setup: the engine did not start"),
         ("skips_in_setup", "not-applicable", "not today"),
         ("breaks_in_teardown", "error", "teardown: ValueError: did not end"),
         ("fails_and_breaks_in_teardown", "fail", "wrong weights"),
@@ -200,7 +209,7 @@ def test_verdict(judged: Finished, test: str, verdict: str, detail: str):
 
 
 def test_only_what_judges_a_requirement_is_recorded(judged: Finished):
-    assert len(judged.document["conformance"]) == 12
+    assert len(judged.document["conformance"]) == 13
     entry = judged.document["conformance"][0]
     assert {name: entry[name] for name in ("requirement", "level", "subject", "stage", "model")} == {
         "requirement": "update.exact",
@@ -216,7 +225,9 @@ def test_failing_reports_show_the_logs_of_the_processes_they_used(judged: Finish
     remote = judged.output.partition("_ test_fails_remotely")[2].partition("_ test_is_late")[0]
     assert f"end of {judged.report / 'logs' / 'worker.log'}" in remote
     assert "constructing with hello" in remote
-    assert "sleeper.log" not in remote
+    late = judged.output.partition("_ test_is_late")[2].partition("_ test_expects_an_error")[0]
+    assert f"end of {judged.report / 'logs' / 'sleeper.log'}" in late
+    assert "worker.log" not in late
 
 
 def test_artefacts(judged: Finished):
@@ -227,7 +238,7 @@ def test_artefacts(judged: Finished):
     assert {"machine_info", "commit_info", "benchmarks", "datetime", "version", "timeline"} <= document.keys()
     assert "node" not in document["machine_info"]
     cases = ElementTree.parse(judged.report / "junit.xml").getroot().iter("testcase")
-    assert len(list(cases)) >= 13
+    assert len(list(cases)) >= 14
     assert sorted(path.name for path in (judged.report / "logs").iterdir()) == ["sleeper.log", "worker.log"]
     assert f"Artefacts in {judged.report}: " in judged.output
     assert (judged.report / "report.html").read_text().lstrip().lower().startswith("<!doctype html")

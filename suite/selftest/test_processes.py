@@ -168,7 +168,7 @@ def test_a_dead_process_fails_its_calls_and_later_ones(run: Run):
 
 def test_a_killed_process_with_living_descendants_is_noticed(run: Run):
     process = start(run)
-    process.call("grandchildren", deadline_s=10)
+    process.call("hand_connection_down", deadline_s=10)
     pending = process.submit("sleep", 30)
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(ProcessDied, match="was killed by SIGKILL"):

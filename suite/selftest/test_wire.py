@@ -55,11 +55,20 @@ def test_a_large_message_survives_partial_reads():
         thread.join(5)
 
 
-@pytest.mark.parametrize("data", [b"\0\0\0", b"\0" * 7 + b"\x05abc", b"\0" * 7 + b"\x02{x", b"\xff" * 16])
-def test_garbage_and_broken_frames_are_refused(data):
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\0\0\0", "expected 8 bytes, found 3: the other side went away"),
+        (b"\0" * 7 + b"\x05abc", "expected 5 bytes, found 3: the other side went away"),
+        (b"\0" * 7 + b"\x02{x", "expected JSON, found b'{x'"),
+        (b"\0" * 7 + b"\x11" + b'{"__bytes__":"!"}', "expected JSON"),
+        (b"\xff" * 16, "expected a frame of at most"),
+    ],
+)
+def test_garbage_and_broken_frames_are_refused(data: bytes, said: str):
     here, there = socket.socketpair()
     with there:
         here.sendall(data)
         here.close()
-        with pytest.raises(wire.WireError, match="expected"):
+        with pytest.raises(wire.WireError, match=said):
             wire.receive(there)
