@@ -4,6 +4,7 @@
 Plots and statistics load their libraries when first used: importing this package costs next to nothing.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def write_html(run: dict[str, Any], path: str | Path) -> Path:
     from reports import load, page
 
     path = Path(path)
-    path.write_text(page.run_page(load.parse(run, "run.json")), encoding="utf-8")
+    path.write_text(page.run_page(load.parse(_as_written(run), "run.json")), encoding="utf-8")
     return path
 
 
@@ -24,4 +25,9 @@ def render_text(run: dict[str, Any], width: int = 100) -> str:
     """The closing summary of one run in at most `width` columns: requirements x subjects, then throughput."""
     from reports import load, text
 
-    return text.run_text(load.parse(run, "run.json"), width)
+    return text.run_text(load.parse(_as_written(run), "run.json"), width)
+
+
+def _as_written(run: dict[str, Any]) -> Any:
+    """What a file of it would hold: lists for tuples, texts for paths."""
+    return json.loads(json.dumps(run, default=str))

@@ -96,7 +96,7 @@ class Run:
     environment: Environment
     outcomes: tuple[Outcome, ...]
     timings: tuple[Timing, ...]
-    timeline: tuple[tuple[str, str, float], ...] = ()
+    timeline: tuple[tuple[str, float, float], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -288,10 +288,14 @@ def _told_apart(timings: list[Timing], root: Node) -> tuple[Timing, ...]:
     return tuple(plain)
 
 
-def _timeline(root: Node) -> Iterable[tuple[str, str, float]]:
-    if "timeline" in root:
-        for node in root["timeline"]:
-            yield node["what"].text(), node["name"].optional_text() or "", node["elapsed_s"].number()
+def _timeline(root: Node) -> Iterable[tuple[str, float, float]]:
+    """(what, when it began, when it ended) in seconds; what does not say when it began follows the one before."""
+    now = 0.0
+    for node in root["timeline"] if "timeline" in root else ():
+        began = node["began_s"].optional_number()
+        began = now if began is None else began
+        now = began + node["elapsed_s"].number()
+        yield node["what"].text(), began, now
 
 
 def _version(label: str) -> tuple[tuple[int, int | str], ...]:

@@ -34,8 +34,10 @@ def run_text(run: Run, width: int = 100) -> str:
 def time_spent(run: Run) -> str:
     """Where the run's own time went, in one line; empty where it was not recorded."""
     spent: Counter[str] = Counter()
-    for what, _, elapsed_s in run.timeline:
-        spent[what] += elapsed_s
+    covered: dict[str, float] = {}
+    for what, began, ended in sorted(run.timeline, key=lambda span: span[1]):  # what went on side by side counts once
+        spent[what] += max(ended - max(began, covered.get(what, 0.0)), 0.0)
+        covered[what] = max(ended, covered.get(what, 0.0))
     return "Time went to: " + ", ".join(f"{w} {units.seconds(s)}" for w, s in spent.most_common()) if spent else ""
 
 

@@ -248,6 +248,19 @@ def test_a_run_that_judged_nothing_is_no_pass():
     assert reports.render_text(document).startswith("- None of 25 requirements could be judged here.")
 
 
+def test_time_spent_side_by_side_counts_once():
+    spans = [("starting", 0, 30), ("starting", 5, 30), ("starting", 10, 5), ("judging", 20, 100), ("starting", 50, 5)]
+    timeline = [{"what": what, "name": "", "began_s": began, "elapsed_s": long} for what, began, long in spans]
+    assert "Time went to: judging 100 s, starting 40.0 s" in reports.render_text(RUN | {"timeline": timeline})
+
+
+def test_a_run_in_memory_may_hold_what_json_has_no_word_for(tmp_path):
+    document = copy.deepcopy(RUN)
+    document["benchmarks"][0]["stats"]["data"] = tuple(document["benchmarks"][0]["stats"]["data"])
+    document["machine_info"]["node"] = Path("/x")
+    assert reports.render_text(document) == reports.render_text(RUN)
+
+
 def test_names_cannot_drive_the_terminal():
     document = with_verdict("fail")
     document["conformance"][0] |= {"subject": "\x1b[31mred", "detail": "one\x07\r\ntwo\x1b]0;title\x07"}
