@@ -291,7 +291,9 @@ def _told_apart(timings: list[Timing], root: Node) -> tuple[Timing, ...]:
 def _timeline(root: Node) -> Iterable[tuple[str, float, float]]:
     """(what, when it began, when it ended) in seconds; what does not say when it began follows the one before."""
     now = 0.0
-    for node in root["timeline"] if "timeline" in root else ():
+    if "timeline" not in root:
+        return
+    for node in root["timeline"]:
         began = node["began_s"].optional_number()
         began = now if began is None else began
         now = began + node["elapsed_s"].number()
