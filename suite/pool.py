@@ -8,7 +8,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class Pool:
         self._starting: set[EngineKey] = set()
         self._wanted: EngineKey | None = None
         self._changed = threading.Condition()
+        self._quiet = False
         self._closed = False
 
     def plan(self, needs: dict[str, list[EngineKey]]) -> None:
@@ -115,6 +117,21 @@ class Pool:
                 over = self._needs[key] <= 0
             if over:
                 self.discard(key)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """No engine starts meanwhile: what is measured has the machine to itself."""
+        with self._changed:
+            self._quiet = True
+            deadline = time.monotonic() + START_DEADLINE_S
+            while self._starting and time.monotonic() < deadline:
+                self._changed.wait(POLL_S)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._quiet = False
+                self._changed.notify_all()
 
     def discard(self, key: EngineKey) -> None:
         """End an engine: nothing needs it any more, or a test has left it in a state that no other can start from."""
@@ -194,6 +211,8 @@ class Pool:
                 busy = {*self._started, *self._starting, *self._failed}
                 waiting = [k for k, needs in self._needs.items() if needs > 0 and k not in busy]
                 urgent = [k for k in waiting if k == self._wanted]
+                if self._quiet:
+                    waiting = urgent = []
                 if urgent or (waiting and len(self._started) + len(self._starting) < self._room()):
                     key = (urgent or waiting)[0]
                     self._starting.add(key)

@@ -8,14 +8,15 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from suite.clock import moved_clock
 from suite.driver import Moved, Sync
 from suite.plugin import timeline
+from suite.pool import Pool
 
-ROUNDS = 7
+ROUNDS = 10
 GB = 1e9
 
 
 @pytest.mark.benchmark(group="update", timer=moved_clock)
 @pytest.mark.models(cpu=["qwen3-1m", "qwen3-10m", "qwen3-100m"], **{"cpu-tp2": []})
-def test_update(benchmark: BenchmarkFixture, sync: Sync, target: int) -> None:
+def test_update(benchmark: BenchmarkFixture, sync: Sync, target: int, pool: Pool) -> None:
     sync.load(target)
     sync.update()
     sync.expect_exact(target)
@@ -25,7 +26,7 @@ def test_update(benchmark: BenchmarkFixture, sync: Sync, target: int) -> None:
         rounds.append(sync.update())
         moved_clock.add(rounds[-1].elapsed_s)
 
-    with timeline("moving", str(sync.engines[0].key)):
+    with timeline("moving", str(sync.engines[0].key)), pool.quiet():
         benchmark.pedantic(one_update, rounds=ROUNDS, iterations=1, warmup_rounds=0)
         nbytes = rounds[0].bytes_sent
         kind, roofline_s = sync.roofline(nbytes, ROUNDS)
