@@ -201,7 +201,7 @@ def _params(item: pytest.Item) -> dict[str, Any]:
 
 
 def _place(item: pytest.Item) -> tuple[int, ...]:
-    """Selftests first, then what needs no engine, then stage by stage and model by model; measuring comes last."""
+    """Selftests first, then stage by stage and model by model, measuring last; then what needs no stage."""
     params = _params(item)
     if SELFTESTS in item.path.parents:
         return (0, 0, 0, 0)
@@ -213,7 +213,7 @@ def _place(item: pytest.Item) -> tuple[int, ...]:
 
 
 def _index(names: list[str], name: str | None) -> int:
-    return names.index(name) if name in names else -1
+    return names.index(name) if name in names else len(names)
 
 
 # ---- running

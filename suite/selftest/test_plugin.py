@@ -263,11 +263,11 @@ def test_names(subject):
         (
             ("--subject=broadcast",),
             [
-                "test_names[broadcast]",
                 "test_exact[broadcast-cpu-tp1-qwen3-tied-tiny]",
                 "test_exact[broadcast-cpu-tp1-llama-tiny]",
                 "test_exact[broadcast-cpu-tp2-qwen3-tied-tiny]",
                 "test_exact[broadcast-cpu-tp2-llama-tiny]",
+                "test_names[broadcast]",
             ],
         ),
         (
@@ -279,7 +279,7 @@ def test_names(subject):
         ),
         (
             ("--extension=suite.selftest.targets:Reference", "--stage=cpu-tp2", "--model=llama-tiny", "-m", "cpu"),
-            ["test_names[Reference]", "test_exact[Reference-cpu-tp2-llama-tiny]"],
+            ["test_exact[Reference-cpu-tp2-llama-tiny]", "test_names[Reference]"],
         ),
         (("--subject=broadcast", "--model=qwen3-8b"), ["test_names[broadcast]"]),
     ],
