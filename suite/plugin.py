@@ -34,6 +34,7 @@ MARKERS = (
     "benchmark: measures; its data is verified before it is timed",
     "selftest: tests the suite itself",
     "requirement(id, models=None): the requirement that a test judges, and the models it is judged with",
+    "engine(**options): arguments of vllm.LLM for the engines of a test",
     "models(cpu=[...], gpu=[...]): the models that a test takes, by the kind or the name of the stage",
 )
 
@@ -313,10 +314,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(_summary(document))
     if _nothing_judged():
         counted = Counter(entry["verdict"] for entry in record.conformance)
-        found = ", ".join(f"{count} {verdict}" for verdict, count in counted.items()) or "no case left"
+        found = ", ".join(f"{counted[verdict]} {verdict}" for verdict in sorted(counted)) or "no case left"
         terminalreporter.write_line(f"\nNo stage was judged ({found}): this is no success.", red=True)
-        for reason in dict.fromkeys(entry["detail"] for entry in record.conformance if entry["detail"]):
-            terminalreporter.write_line(f"  {reason}")
     for problem in record.problems:
         terminalreporter.write_line(problem, red=True)
     terminalreporter.write_line(f"\nArtefacts in {record.directory}: {', '.join(record.artefacts())}")
