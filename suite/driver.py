@@ -67,10 +67,15 @@ class TrainerGroup:
             self.call("load", path, dtype)
             self.held = (path, dtype)
 
-    def zero(self) -> None:
-        """Set every weight to zero."""
+    def hold_random(self, config: str, seed: int) -> None:
+        """Hold seeded tensors of a model's names and shapes, without the model."""
         self.held = None
-        self.call("fill", None)
+        self.call("load_random", config, "bfloat16", seed)
+
+    def fill(self, seed: int | None) -> None:
+        """Give every weight its value of the seed, or zero."""
+        self.held = None
+        self.call("fill", seed)
 
     def step(self, count: int, seed: int, learning_rate: float) -> list[dict]:
         """Take optimiser steps on random tokens."""
@@ -95,6 +100,7 @@ class Moved:
     bytes_sent: int
     tensors: int
     steps_s: dict[str, float]
+    pause_s: float | None = None  # from the last token before to the first after, where that was asked for
 
 
 class Sync:
@@ -146,14 +152,19 @@ class Sync:
             offset += engine.ranks
         gather(calls, CALL_DEADLINE_S)
 
-    def update(self, deadline_s: float = CALL_DEADLINE_S, **how: object) -> Moved:
-        """One update of all engines; `how` is order= and alter= of the trainer's named_tensors.
+    def update(
+        self, deadline_s: float = CALL_DEADLINE_S, reset_cache: bool = True, pause: bool = False, **how: object
+    ) -> Moved:
+        """One update of all engines; `how` is order=, alter= and relabel= of the trainer's update.
 
-        Raises the first failure of either side.
+        `pause=True` has the engines generate a token right before and after. Raises the first failure of either side.
         """
         self.connect()
         self.updates += 1
-        calls = [engine.process.submit("update", deadline_s) for engine in self.engines]
+        if pause:
+            calls = [e.process.submit("pause", self.prompts(1)[0], deadline_s) for e in self.engines]
+        else:
+            calls = [e.process.submit("update", deadline_s, reset_cache) for e in self.engines]
         calls += [rank.submit("update", self.subject.transport, deadline_s, **how) for rank in self.trainer.processes]
         try:
             halves = gather(calls, deadline_s + 10)
@@ -163,7 +174,9 @@ class Sync:
         started = min(half["started_s"] for half in halves)
         ended = max(half["ended_s"] for half in halves)
         sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])
-        return Moved(ended - started, sent["bytes_sent"], sent["tensors"], halves[0]["steps_s"])
+        return Moved(
+            ended - started, sent["bytes_sent"], sent["tensors"], halves[0]["steps_s"], halves[0].get("pause_s")
+        )
 
     def roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
         """What this run's hardware takes to move `nbytes` once: (how, seconds of every sample).
@@ -209,24 +222,51 @@ class Sync:
         """Have the next update make new connections: after a failure the old ones may be out of step."""
         self.trainer.connected = ()
 
-    def refusal(self, alter: dict, deadline_s: float) -> str:
-        """Attempt an update with these alterations and return the engine's error; fails if it succeeds."""
+    def refusal(self, deadline_s: float, **how: object) -> str:
+        """Attempt an update that has to be refused and return the error; fails if it succeeds."""
         try:
-            self.update(deadline_s, alter=alter)
+            self.update(deadline_s, **how)
         except RemoteError as error:  # one that runs into its deadline is not refused: that goes to the test
             return "\n".join([str(error), *getattr(error, "__notes__", [])])
-        raise AssertionError(f"expected an error for an update with {alter}, found success {self.where}")
+        raise AssertionError(f"expected an error for an update with {how}, found success {self.where}")
 
     def generate(self, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[dict]]:
         """Greedy continuations, for each engine."""
         calls = [engine.process.submit("generate", prompts, max_tokens) for engine in self.engines]
         return gather(calls, CALL_DEADLINE_S)
 
-    def prompts(self, count: int = PROMPTS, seed: int = 0) -> list[list[int]]:
-        """Random prompts in the model's vocabulary."""
-        draw = random.Random(seed)
+    def prompts(self, count: int = PROMPTS, length: int = PROMPT_TOKENS) -> list[list[int]]:
+        """Random prompts in the model's vocabulary, the same ones every time."""
+        draw = random.Random(length)
         vocabulary = self.spec.config["vocab_size"]
-        return [[draw.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+        return [[draw.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
+
+    def call_engines(self, method: str, *args: object) -> list[list]:
+        """Call a worker method; its results by engine and rank."""
+        calls = [engine.process.submit("rpc", method, *args) for engine in self.engines]
+        return gather(calls, CALL_DEADLINE_S)
+
+    def tokens_per_s(self, max_tokens: int) -> float:
+        """Generated tokens per second of the first engine, of one batch of prompts, the second time it sees them."""
+        engine = self.engines[0].process
+        rates = [engine.call("tokens_per_s", self.prompts(), max_tokens, deadline_s=CALL_DEADLINE_S) for _ in range(2)]
+        return rates[1]
+
+    def reset_cache(self) -> None:
+        """Have the engines forget the prefixes that they have cached."""
+        gather([engine.process.submit("reset_prefix_cache") for engine in self.engines], CALL_DEADLINE_S)
+
+    def sleep_and_wake(self, level: int) -> None:
+        """Have the engines give up their GPU memory and take it back."""
+        for engine in self.engines:
+            engine.process.call("sleep", level, deadline_s=CALL_DEADLINE_S)
+            engine.process.call("wake_up", deadline_s=CALL_DEADLINE_S)
+
+    def resources(self) -> dict[str, dict[str, int]]:
+        """What every engine and trainer rank's process holds, by a name for it."""
+        ranks = self.call_engines("probe_resources")
+        held = {f"engine {e} rank {r}": found for e, results in enumerate(ranks) for r, found in enumerate(results)}
+        return held | {f"trainer rank {r}": found for r, found in enumerate(self.trainer.call("resources"))}
 
     def compared(self, seed: int) -> list[dict]:
         """Every engine rank compared with that of an engine of its stage, cold-loaded from the checkpoint of `seed`."""
@@ -242,7 +282,7 @@ class Sync:
 
     def expect_zero(self) -> None:
         """Every effective weight element of every rank is zero, and there are some."""
-        results = [result for engine in self.engines for result in self._probe(engine, "probe_zero")]
+        results = [result for ranks in self.call_engines("probe_zero") for result in ranks]
         self._expect_none(results, "zero in every element")
 
     def expect_all_different(self, seed: int) -> None:
@@ -277,28 +317,35 @@ class Sync:
 
     def differing_from_zero(self) -> int:
         """How many weights have an element that is not zero."""
-        return sum(r["differing"] for engine in self.engines for r in self._probe(engine, "probe_zero"))
+        return sum(result["differing"] for ranks in self.call_engines("probe_zero") for result in ranks)
+
+    def expect_no_zero(self) -> None:
+        """Not one effective weight element is zero, and there are some."""
+        for result in (result for ranks in self.call_engines("probe_nonzero") for result in ranks):
+            assert result["nonzero"] == result["elements"] > 0, (
+                f"expected no zero among the weights of rank {result['rank']}, found {result['nonzero']} elements of"
+                f" {result['elements']} that aren't {self.where}"
+            )
 
     def expect_reported_zero(self, expected: bool) -> None:
         """The extension's own check_weights_changed() says on every rank whether all weights are zero."""
-        for engine in self.engines:
-            found = self._probe(engine, "check_weights_changed")
+        for engine, found in zip(self.engines, self.call_engines("check_weights_changed"), strict=True):
             assert found == [expected] * engine.ranks, (
                 f"expected check_weights_changed() to say {expected} on every rank, found {found}"
                 f" after update {self.updates} {self.where}"
             )
 
-    def expect_same_behaviour(self) -> None:
+    def expect_same_behaviour(self, prompts: list[list[int]] | None = None) -> None:
         """Greedy tokens and log-probabilities are those of the trainer's own forward pass.
 
         A prompt is followed up to the first token whose lead is so small that another right computation may choose
         otherwise. Raises RuntimeError where that leaves too little to tell anything.
         """
-        prompts = self.prompts(PROMPTS)
+        prompts = prompts or self.prompts()
         oracle = self.trainer.call("greedy", prompts, MAX_TOKENS)[0]
         clear = [next((i for i, gap in enumerate(a["gaps"]) if gap <= CLEAR_GAP), MAX_TOKENS) for a in oracle]
         if sum(clear) < MIN_CLEAR_TOKENS:
-            raise RuntimeError(f"only {sum(clear)} tokens of {PROMPTS} prompts are clear-cut {self.where}")
+            raise RuntimeError(f"only {sum(clear)} tokens of {len(prompts)} prompts are clear-cut {self.where}")
         for answers in self.generate(prompts):
             for prompt, expected, found, count in zip(prompts, oracle, answers, clear, strict=True):
                 self._expect_answer(expected, found, prompt, count)

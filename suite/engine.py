@@ -100,10 +100,27 @@ class Engine:
             link.close()
         self._links = [self._listener.accept(LINK_WAIT_S) for _ in range(trainer_ranks)]
 
-    def update(self, deadline_s: float) -> dict:
+    def sleep(self, level: int) -> None:
+        """Release the GPU memory of the weights (level 1: kept on the host, level 2: dropped) and of the cache."""
+        self._llm.sleep(level=level)
+
+    def wake_up(self) -> None:
+        """Take the memory back."""
+        self._llm.wake_up()
+
+    def pause(self, prompt: list[int], deadline_s: float) -> dict:
+        """As `update`, between two generated tokens; `pause_s` is from the end of the one to the end of the other."""
+        self.generate([prompt], 1)
+        before = time.monotonic()
+        half = self.update(deadline_s)
+        self.generate([prompt], 1)
+        return half | {"pause_s": time.monotonic() - before}
+
+    def update(self, deadline_s: float, reset_cache: bool = True) -> dict:
         """The engine's half of one update. Returns when it started and ended (monotonic clock), and its steps' seconds.
 
-        Raises what the extension raised, after telling the trainer.
+        `reset_cache=False` leaves out what the extension asks of its caller. Raises what the extension raised, after
+        telling the trainer.
         """
         started = time.monotonic()
         announced = [link.receive(deadline_s) for link in self._links]
@@ -126,7 +143,8 @@ class Engine:
             transferred = time.monotonic()
             if self._brackets:
                 self.rpc("end_update")
-            self.reset_prefix_cache()
+            if reset_cache:
+                self.reset_prefix_cache()
         except Exception as error:
             self._abort()
             self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)

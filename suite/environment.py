@@ -78,6 +78,11 @@ def _devices() -> list[dict[str, Any]]:
     ]
 
 
+def gpu_memory_bytes() -> dict[str, int]:
+    """The memory of every GPU, by UUID."""
+    return {device["uuid"]: device["memory_bytes"] for device in _devices()}
+
+
 def _nvidia_smi(query: str) -> list[list[str]]:
     """A row for each GPU, a column for each queried field; no rows without a driver."""
     output = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")

@@ -83,6 +83,12 @@ def fanout(
     yield from _lent(pool, trainers(stage, stage.trainer_world_size), request)
 
 
+@pytest.fixture(scope="session")
+def engine_keys() -> Callable[[pytest.Item], list[EngineKey]]:
+    """For fixtures that bring trainer and engine together in a way of their own."""
+    return _engines_of
+
+
 @pytest.fixture
 def target(subject: Subject) -> int:
     """The seed of a checkpoint that this case's engine has not been started from, and another engine has."""

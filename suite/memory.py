@@ -1,5 +1,6 @@
 """Peak memory above a mark: of the process on CPUs, of torch's allocator on CUDA devices."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -24,6 +25,20 @@ def peak_above(marked: int, device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return max(0, torch.cuda.max_memory_allocated(device) - marked)
     return max(0, _status_bytes("VmHWM") - marked)
+
+
+def resources(device: torch.device) -> dict[str, int]:
+    """What this process holds: host memory, file descriptors, mappings, and torch's bytes on a CUDA device."""
+    held = {
+        "host_bytes": _status_bytes("VmRSS"),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "mappings": len(Path("/proc/self/maps").read_text().splitlines()),
+    }
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        free, total = torch.cuda.mem_get_info(device)
+        held |= {"torch_bytes": torch.cuda.memory_allocated(device), "device_bytes": total - free}
+    return held
 
 
 def _status_bytes(key: str) -> int:

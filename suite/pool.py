@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from suite import models
+from suite import environment, models
 from suite.processes import Process, Run, launch
 from suite.stages import Stage
 from suite.subjects import Subject
@@ -23,6 +23,8 @@ from suite.subjects import Subject
 START_DEADLINE_S = 300.0
 CORES_A_START = 4  # an engine that starts keeps one to three cores busy
 MIN_STARTS, MAX_STARTS = 2, 8  # engines that start at once
+ENGINE_BYTES = 4e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
+GPU_FRACTION = 0.9  # of a GPU's memory may be planned for
 HOST_BYTES = 4e9  # of host memory, for an engine and what it loads
 POLL_S = 0.1
 
@@ -75,6 +77,7 @@ class Pool:
         self, run: Run, stages: dict[str, Stage], subjects: dict[str, Subject], announce: Callable[[str], None]
     ) -> None:
         self._run, self._stages, self._subjects, self._announce = run, stages, subjects, announce
+        self._gpu_memory = environment.gpu_memory_bytes()
         self._needs: Counter[EngineKey] = Counter()
         self._by_test: dict[str, list[EngineKey]] = {}
         self._started: dict[EngineKey, EngineHandle] = {}
@@ -213,8 +216,9 @@ class Pool:
                 urgent = [k for k in waiting if k == self._wanted]
                 if self._quiet:
                     waiting = urgent = []
-                if urgent or (waiting and len(self._started) + len(self._starting) < self._room()):
-                    key = (urgent or waiting)[0]
+                fitting = [key for key in urgent or waiting if self._fits(key)]
+                if fitting and (urgent or len(self._started) + len(self._starting) < self._room()):
+                    key = fitting[0]
                     self._starting.add(key)
                     return key
                 self._changed.wait(1.0)
@@ -223,6 +227,25 @@ class Pool:
     def _room(self) -> int:
         """How many engines may be there at once: one that starts ahead must not crowd out those in use."""
         return max(3, int(psutil.virtual_memory().available / HOST_BYTES) + len(self._started))
+
+    def _fits(self, key: EngineKey) -> bool:
+        """Whether the GPUs of an engine have room for it beside the engines that are there."""
+        stage = self._stages[key.stage]
+        wanted = self._gpu_bytes(key)
+        for device in stage.devices_of_engine(key.copy):
+            there = [k for k in (*self._started, *self._starting) if device in self._devices_of(k)]
+            if there and sum(map(self._gpu_bytes, there)) + wanted > GPU_FRACTION * self._gpu_memory[device]:
+                return False
+        return True
+
+    def _gpu_bytes(self, key: EngineKey) -> float:
+        """What an engine takes of each of its GPUs, with a colocated trainer that holds the same model."""
+        stage = self._stages[key.stage]
+        copies = 2 if stage.colocated else 1
+        return ENGINE_BYTES + copies * 2 * models.MODELS[key.model].elements / stage.engine_ranks
+
+    def _devices_of(self, key: EngineKey) -> tuple[str, ...]:
+        return self._stages[key.stage].devices_of_engine(key.copy)
 
     def _start(self, key: EngineKey) -> EngineHandle:
         stage, subject = self._stages[key.stage], self._subjects[key.subject]
@@ -238,11 +261,11 @@ class Pool:
             "oracle_path": str(self._oracle_path(key)) if key.seed is not None else None,
             "options": options,
         }
-        environment = engine_environment(stage, key.copy, eager=options["enforce_eager"])
+        variables = engine_environment(stage, key.copy, eager=options["enforce_eager"])
         if key.visible != "":
-            environment["CUDA_VISIBLE_DEVICES"] = key.visible
+            variables["CUDA_VISIBLE_DEVICES"] = key.visible
         name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
-        process = launch(self._run, name, "suite.engine:Engine", arguments, environment, START_DEADLINE_S)
+        process = launch(self._run, name, "suite.engine:Engine", arguments, variables, START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
         except Exception:

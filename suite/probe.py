@@ -71,6 +71,11 @@ class Probe:
                 nonzero.append(f"{name}: {count} of {weight.numel()} elements are not zero")
         return {"rank": self.rank, "elements": elements, "differing": len(nonzero), "first": nonzero[:SHOWN]}
 
+    def probe_nonzero(self) -> dict:
+        """How many effective elements there are, and how many of them are not zero."""
+        counts = [(w.numel(), int(torch.count_nonzero(w))) for _, w in self._probe_weights()]
+        return {"rank": self.rank, "elements": sum(n for n, _ in counts), "nonzero": sum(n for _, n in counts)}
+
     def probe_addresses(self) -> dict[str, int]:
         """{parameter: address} of every parameter that isn't empty."""
         model = self.model_runner.get_model()
@@ -79,6 +84,10 @@ class Probe:
     def probe_device(self) -> dict:
         """Which device this worker is on, and its process."""
         return {"rank": self.rank, "pid": os.getpid(), "device": str(self.device), "id": device_id(self.device)}
+
+    def probe_resources(self) -> dict[str, int]:
+        """What this worker's process holds; see `memory.resources`."""
+        return memory.resources(self.device)
 
     def probe_memory_mark(self) -> None:
         """From here on peak memory is measured."""

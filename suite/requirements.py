@@ -187,7 +187,6 @@ _ALL = (
         "names the id, and the weights stay as they were.",
         "An update that finds nothing for its device and reports success leaves the old weights in silence.",
         ("vllm#56949", "sglang#5077", "vllm#57022"),
-        "gpu",
     ),
     Requirement(
         "cache.prefix",

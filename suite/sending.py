@@ -43,16 +43,24 @@ class Sending:
             self._broadcaster.close()
         self._broadcaster = BroadcastSender(address, port, world_size, self.device)
 
-    def update(self, transport: str, deadline_s: float, order: str = "checkpoint", alter: dict | None = None) -> dict:
+    def update(
+        self,
+        transport: str,
+        deadline_s: float,
+        order: str = "checkpoint",
+        alter: dict | None = None,
+        relabel: str | None = None,
+    ) -> dict:
         """This rank's half of one update. Returns when it started and ended (monotonic clock) and what was sent.
 
-        `order` and `alter` are those of `named_tensors`. Raises Refused where an engine refuses.
+        `order` and `alter` are those of `named_tensors`. `relabel` names the device of the handles falsely; where it
+        is empty there are none. Raises Refused where an engine refuses.
         """
         started = time.monotonic()
         if transport == "broadcast":
             sent = self._update_by_broadcast(deadline_s, order, alter)
         else:
-            sent = self._update_by_handles(deadline_s, order, alter)
+            sent = self._update_by_handles(deadline_s, order, alter, relabel)
         return {"started_s": started, "ended_s": time.monotonic(), **sent}
 
     def join_roofline(self, address: str, port: int, world_size: int) -> None:
@@ -96,11 +104,13 @@ class Sending:
                 pass  # every rank takes part in gathering; rank 0 sends
         return {"bytes_sent": sent, "tensors": len(manifest)}
 
-    def _update_by_handles(self, deadline_s: float, order: str, alter: dict | None) -> dict:
+    def _update_by_handles(self, deadline_s: float, order: str, alter: dict | None, relabel: str | None) -> dict:
         if self._hander is None:
             self._hander = HandleSender(self.device)
         named = list(self.named_tensors(order, alter))
         handles = self._hander.handles(named)
+        if relabel is not None:
+            handles = {relabel: next(iter(handles.values()))} if relabel else {}
         manifest = manifest_of(named)
         refusals = self._announce({"manifest": manifest, "handles": handles}, deadline_s)
         if not refusals:

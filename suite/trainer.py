@@ -167,6 +167,10 @@ class Trainer(Sending):
         """Start measuring this rank's peak memory."""
         self._marked = memory.mark(self.device)
 
+    def resources(self) -> dict[str, int]:
+        """What this rank's process holds; see `memory.resources`."""
+        return memory.resources(self.device)
+
     def memory_peak(self) -> int:
         """Bytes above the mark at the highest since then."""
         return memory.peak_above(self._marked, self.device)

@@ -12,27 +12,56 @@ from suite.pool import Pool
 
 ROUNDS = 10
 GB = 1e9
+SEED = 1
+GENERATED_TOKENS = 64
+LADDER = ["qwen3-1m", "qwen3-10m", "qwen3-100m"]
+PUBLISHED = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"]
+UPDATE = pytest.mark.benchmark(group="update", timer=moved_clock)
 
 
-@pytest.mark.benchmark(group="update", timer=moved_clock)
-@pytest.mark.models(cpu=["qwen3-1m", "qwen3-10m", "qwen3-100m"], **{"cpu-tp2": []})
+@UPDATE
+@pytest.mark.models(**{"cpu-tp1": LADDER})
 def test_update(benchmark: BenchmarkFixture, sync: Sync, target: int, pool: Pool) -> None:
     sync.load(target)
     sync.update()
     sync.expect_exact(target)
+    _measure(benchmark, sync, pool)
+    sync.expect_exact(target)
+
+
+# Two copies of the largest, the trainer's and the engine's, need a GPU each.
+@UPDATE
+@pytest.mark.models(**{"gpu-split": [*PUBLISHED, "qwen3-32b"], "gpu-colocate-tp1": PUBLISHED})
+def test_update_published(benchmark: BenchmarkFixture, sync: Sync, pool: Pool) -> None:
+    sync.trainer.hold_random(pool.config(sync.model), SEED)
+    sync.trainer.fill(None)
+    sync.update()
+    sync.expect_zero()
+    sync.trainer.fill(SEED)
+    sync.update()
+    sync.expect_no_zero()
+    before = sync.tokens_per_s(GENERATED_TOKENS)
+    _measure(benchmark, sync, pool)
+    sync.expect_no_zero()
+    pauses_s = [sync.update(pause=True).pause_s for _ in range(ROUNDS // 2)]
+    after = sync.tokens_per_s(GENERATED_TOKENS)
+    benchmark.extra_info.update(tokens_per_s_before=before, tokens_per_s_after=after, pause_samples_s=pauses_s)
+
+
+def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool) -> None:
+    """Time updates, the roofline and peak memory, and put them beside pytest-benchmark's samples."""
     rounds: list[Moved] = []
 
     def one_update() -> None:
         rounds.append(sync.update())
         moved_clock.add(rounds[-1].elapsed_s)
 
-    with timeline("moving", str(sync.engines[0].key)), pool.quiet():
+    with pool.quiet(), timeline("moving", str(sync.engines[0].key)):
         benchmark.pedantic(one_update, rounds=ROUNDS, iterations=1, warmup_rounds=0)
         nbytes = rounds[0].bytes_sent
         kind, roofline_s = sync.roofline(nbytes, ROUNDS)
         engine_bytes, trainer_bytes = sync.peak_memory()
-    sync.expect_exact(target)
-    seconds, fastest_s = statistics.median(r.elapsed_s for r in rounds), statistics.median(roofline_s)
+    update_s, hardware_s = statistics.median(r.elapsed_s for r in rounds), statistics.median(roofline_s)
     benchmark.extra_info.update(
         subject=sync.subject.name,
         stage=sync.stage.name,
@@ -40,11 +69,11 @@ def test_update(benchmark: BenchmarkFixture, sync: Sync, target: int, pool: Pool
         parameters=sync.spec.elements,
         bytes_sent=nbytes,
         tensors=rounds[0].tensors,
-        gb_per_s=nbytes / seconds / GB,
+        gb_per_s=nbytes / update_s / GB,
         roofline_kind=kind,
         roofline_samples_s=roofline_s,
-        roofline_gb_per_s=nbytes / fastest_s / GB,
-        fraction_of_roofline=fastest_s / seconds,
+        roofline_gb_per_s=nbytes / hardware_s / GB,
+        fraction_of_roofline=hardware_s / update_s,
         engine_peak_extra_bytes=engine_bytes,
         trainer_peak_extra_bytes=trainer_bytes,
         steps_s={step: [r.steps_s[step] for r in rounds] for step in rounds[0].steps_s},

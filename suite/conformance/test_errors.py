@@ -39,7 +39,7 @@ def _refused(sync: Sync, target: int, alter: dict, named: str) -> None:
     sync.update()
     answers, weights = sync.generate(sync.prompts()), sync.snapshot()
     sync.load(target)
-    error = sync.refusal(alter, DEADLINE_S)
+    error = sync.refusal(DEADLINE_S, alter=alter)
     assert named in error, f"expected an error that names {named}, found: {error} {sync.where}"
     assert sync.generate(sync.prompts()) == answers, f"expected the answers from before the refused update {sync.where}"
     sync.expect_equal_to(weights, "the weights from before the refused update")

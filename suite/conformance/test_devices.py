@@ -1,0 +1,126 @@
+"""devices.*: handles mean the same GPU on both sides, whatever each of them calls it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from suite import verdicts
+from suite.driver import Sync, TrainerGroup
+from suite.pool import Pool
+from suite.processes import Run
+from suite.stages import Device, Stage, machine
+from suite.subjects import Subject
+
+TIED = "qwen3-tied-tiny"
+DEADLINE_S = 30.0
+UNKNOWN_DEVICE = "GPU-00000000-0000-0000-0000-000000000000"
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """CUDA_VISIBLE_DEVICES of both sides, by position among the machine's GPUs; None for unset."""
+
+    name: str
+    trainer_sees: tuple[int, ...] | None
+    engine_sees: tuple[int, ...] | None
+    as_uuids: bool = False
+
+    def engine(self, devices: tuple[Device, ...]) -> str | None:
+        """The engine's CUDA_VISIBLE_DEVICES; it takes the first GPU it sees."""
+        return self._variable(self.engine_sees, devices)
+
+    def trainer(self, devices: tuple[Device, ...]) -> tuple[str | None, str]:
+        """The trainer's CUDA_VISIBLE_DEVICES, and what it calls the engine's GPU."""
+        wanted = self.engine_sees[0] if self.engine_sees else 0
+        ordinal = self.trainer_sees.index(wanted) if self.trainer_sees else wanted
+        return self._variable(self.trainer_sees, devices), f"cuda:{ordinal}"
+
+    def device(self, devices: tuple[Device, ...]) -> str:
+        """The UUID of the GPU that both use."""
+        return devices[self.engine_sees[0] if self.engine_sees else 0].uuid
+
+    def _variable(self, seen: tuple[int, ...] | None, devices: tuple[Device, ...]) -> str | None:
+        if seen is None:
+            return None
+        return ",".join(devices[i].uuid if self.as_uuids else str(devices[i].gpu) for i in seen)
+
+
+VISIBILITIES = (
+    Visibility("same", (0, 1), (0, 1)),
+    Visibility("reversed", (0, 1), (1, 0)),
+    Visibility("subset", (0, 1), (1,)),
+    Visibility("uuids", (0, 1), (1, 0), as_uuids=True),
+    Visibility("unset", (1, 0), None),
+)
+
+
+@pytest.fixture
+def remapped(
+    run: Run,
+    pool: Pool,
+    stage: Stage,
+    subject: Subject,
+    model: str,
+    visibility: Visibility,
+    engine_keys: Callable,
+    request: pytest.FixtureRequest,
+) -> Iterator[Sync]:
+    """A trainer and an engine that see the machine's GPUs each in its own way."""
+    devices = machine().devices
+    if len(devices) < 2:
+        verdicts.not_applicable(f"needs 2 GPUs to tell one from the other, found {len(devices)}")
+    visible, device = visibility.trainer(devices)
+    trainer = TrainerGroup(run, f"trainer-{visibility.name}", 1, device, [visible])
+    trainer.ready()
+    yield Sync(pool, trainer, [pool.get(key) for key in engine_keys(request.node)], subject, stage, model)
+    trainer.stop()
+    pool.done(request.node.nodeid)
+
+
+@pytest.mark.requirement("devices.remap", models={"gpu-colocate-tp1": [TIED]})
+@pytest.mark.parametrize("visibility", VISIBILITIES, ids=lambda v: v.name)
+def test_remap(remapped: Sync, target: int, visibility: Visibility) -> None:
+    expected = visibility.device(machine().devices)
+    engine = remapped.engines[0].facts["devices"][0]
+    trainer = remapped.trainer.processes[0].ready()
+    assert engine["id"] == expected, f"expected the engine on {expected}, found {engine} {remapped.where}"
+    assert trainer["device_id"] == expected, f"expected the trainer on {expected}, found {trainer} {remapped.where}"
+    for seed in (target, remapped.seed):
+        remapped.load(seed)
+        remapped.update()
+        remapped.expect_exact(seed)
+
+
+@pytest.mark.requirement("devices.identity", models=[TIED])
+def test_identity(sync: Sync) -> None:
+    found = [device["id"] for device in sync.engines[0].facts["devices"]]
+    assert found == list(sync.stage.devices_of_engine()), (
+        f"expected the engine on {sync.stage.devices_of_engine()} as NVML lists them, found {found} {sync.where}"
+    )
+    trainer = [process.ready()["device_id"] for process in sync.trainer.processes]
+    assert trainer == list(sync.stage.trainer_devices), (
+        f"expected the trainer's ranks on {sync.stage.trainer_devices}, found {trainer} {sync.where}"
+    )
+    if sync.subject.transport == "handles":
+        reported = sync.call_engines("report_device_id")[0]
+        assert reported == found, f"expected the extension to report {found}, found {reported} {sync.where}"
+
+
+@pytest.mark.requirement("devices.wrong_handle", models=[TIED])
+def test_wrong_handle(sync: Sync, target: int) -> None:
+    if sync.subject.transport != "handles":
+        verdicts.unsupported(f"{sync.subject.name} takes no handles")
+    own = sync.engines[0].facts["devices"][0]["id"]
+    others = [device.uuid for device in machine().devices if device.uuid not in sync.stage.engine_devices][:1]
+    sync.load(sync.seed)
+    sync.update()
+    answers, weights = sync.generate(sync.prompts()), sync.snapshot()
+    sync.load(target)
+    for label in (UNKNOWN_DEVICE, "", *others):
+        error = sync.refusal(DEADLINE_S, relabel=label)
+        assert own in error, f"expected an error that names {own}, found: {error} {sync.where}"
+        assert sync.generate(sync.prompts()) == answers, f"expected the answers from before {sync.where}"
+        sync.expect_equal_to(weights, "the weights from before the refused update")
+    sync.update()
+    sync.expect_exact(target)

@@ -1,0 +1,30 @@
+"""memory.*: an update leaves nothing behind."""
+
+import pytest
+
+from suite.driver import Sync
+
+UPDATES, WARM_UP = 50, 10
+BUFFERS = UPDATES / 4  # one in four updates that keeps its tensors is found
+NOISE = {"host_bytes": 16e6, "device_bytes": 16e6, "torch_bytes": 1e6, "descriptors": 2, "mappings": 12}
+SCALED = ("host_bytes", "device_bytes", "torch_bytes")
+
+
+@pytest.mark.requirement("memory.steady", models=["qwen3-tied-tiny"])
+def test_steady(sync: Sync, target: int) -> None:
+    sync.load(target)
+    for _ in range(WARM_UP):
+        moved = sync.update()
+    before = sync.resources()
+    for _ in range(UPDATES):
+        sync.update()
+    after = sync.resources()
+    sync.expect_exact(target)
+    for process, held in before.items():
+        for what, amount in held.items():
+            allowed = max(NOISE[what], BUFFERS * moved.bytes_sent if what in SCALED else 0)
+            grown = after[process][what] - amount
+            assert grown <= allowed, (
+                f"expected {what} of {process} level over {UPDATES} updates (at most {allowed:.0f} more),"
+                f" found {grown} more {sync.where}"
+            )
