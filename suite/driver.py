@@ -227,7 +227,7 @@ class Sync:
         try:
             self.update(deadline_s, **how)
         except RemoteError as error:  # one that runs into its deadline is not refused: that goes to the test
-            return "\n".join([str(error), *getattr(error, "__notes__", [])])
+            return "\n".join([error.said, *getattr(error, "__notes__", [])])
         raise AssertionError(f"expected an error for an update with {how}, found success {self.where}")
 
     def generate(self, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[dict]]:

@@ -25,11 +25,8 @@ def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
     pool = Pool(run, selection.stages, selection.subjects, announce)
     own = {item.nodeid: _engines_of(item) for item in request.session.items}
     everything = [key for keys in own.values() for key in keys]
-    for item in request.session.items:
-        if "target" in item.fixturenames:
-            seed = 1 - seed_of(_index(item.callspec.params["subject"])) if own[item.nodeid] else None
-            own[item.nodeid] += [pool.reference(key, seed, everything) for key in own[item.nodeid]]
-    pool.plan(own)
+    compared = [key for item in request.session.items if "target" in item.fixturenames for key in own[item.nodeid]]
+    pool.plan(own, [pool.reference(key, 1 - key.seed, everything) for key in compared])
     yield pool
     pool.close()
 

@@ -4,6 +4,7 @@ An engine that starts costs half a minute. The pool knows from the collected tes
 order; a thread starts the next while tests run on the ones before.
 """
 
+import math
 import os
 import threading
 import time
@@ -81,6 +82,7 @@ class Pool:
         self._needs: Counter[EngineKey] = Counter()
         self._by_test: dict[str, list[EngineKey]] = {}
         self._started: dict[EngineKey, EngineHandle] = {}
+        self._records: set[EngineKey] = set()
         self._failed: dict[EngineKey, Exception] = {}
         self._starting: set[EngineKey] = set()
         self._wanted: EngineKey | None = None
@@ -88,10 +90,16 @@ class Pool:
         self._quiet = False
         self._closed = False
 
-    def plan(self, needs: dict[str, list[EngineKey]]) -> None:
-        """Say which engines each test will need, in the tests' order, and begin to start them."""
+    def plan(self, needs: dict[str, list[EngineKey]], references: Iterable[EngineKey]) -> None:
+        """Say which engines each test will update, in the tests' order, and begin to start them.
+
+        `references` are those that others are compared with. One that no test updates ends once it has written down
+        what it computes with.
+        """
         self._by_test = needs
         self._needs = Counter(key for keys in needs.values() for key in keys)
+        self._records = set(references) - set(self._needs)
+        self._needs.update(self._records)
         starts = max(MIN_STARTS, min(MAX_STARTS, len(os.sched_getaffinity(0)) // CORES_A_START))
         for index in range(starts):
             threading.Thread(target=self._work, name=f"engine-starter-{index}", daemon=True).start()
@@ -156,10 +164,22 @@ class Pool:
         return replace(key, seed=seed, visible="", copy=0)
 
     def oracle(self, key: EngineKey, seed: int) -> str:
-        """Where an engine that cold-loaded this checkpoint has written what it computes with."""
+        """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has."""
         path = self._oracle_path(replace(key, seed=seed))
-        if not path.with_name(path.name + ".rank0.safetensors").exists():
-            self.get(self.reference(key, seed, list(self._needs)))
+        ranks = range(self._stages[key.stage].engine_ranks)
+        files = [path.with_name(f"{path.name}.rank{rank}.safetensors") for rank in ranks]
+        reference = self.reference(key, seed, [*self._needs])
+        deadline = time.monotonic() + START_DEADLINE_S + 60
+        with self._changed:
+            while not all(file.exists() for file in files):
+                self._needs[reference] = max(1, self._needs[reference])
+                self._wanted = reference
+                if reference in self._failed:
+                    raise self._failed[reference]
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"engine {reference} has not written what it computes with: {path}")
+                self._changed.wait(POLL_S)
+            self._wanted = None
         return str(path)
 
     def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
@@ -203,6 +223,10 @@ class Pool:
             else:
                 with self._changed:
                     self._started[key] = handle
+                    recorded = key in self._records
+                if recorded:
+                    self._needs[key] = 0
+                    self.discard(key)
             with self._changed:
                 self._starting.discard(key)
                 self._changed.notify_all()
@@ -211,18 +235,28 @@ class Pool:
         """The engine to start next: the one a test waits for, else the next in order while there is room."""
         with self._changed:
             while not self._closed:
-                busy = {*self._started, *self._starting, *self._failed}
-                waiting = [k for k, needs in self._needs.items() if needs > 0 and k not in busy]
-                urgent = [k for k in waiting if k == self._wanted]
-                if self._quiet:
-                    waiting = urgent = []
-                fitting = [key for key in urgent or waiting if self._fits(key)]
-                if fitting and (urgent or len(self._started) + len(self._starting) < self._room()):
-                    key = fitting[0]
+                key = None if self._quiet else self._choose()
+                if key is not None:
                     self._starting.add(key)
                     return key
                 self._changed.wait(1.0)
             return None
+
+    def _choose(self) -> EngineKey | None:
+        """In order, but for engines on other devices than one that has to wait for room."""
+        busy = {*self._started, *self._starting, *self._failed}
+        waiting = [key for key, needs in self._needs.items() if needs > 0 and key not in busy]
+        if self._wanted in waiting:
+            return self._wanted if self._fits(self._wanted) else None
+        if len(self._started) + len(self._starting) >= self._room():
+            return None
+        taken: set[str] = set()
+        for key in waiting:
+            devices = self._devices_of(key)
+            if taken.isdisjoint(devices) and self._fits(key):
+                return key
+            taken.update(devices)
+        return None
 
     def _room(self) -> int:
         """How many engines may be there at once: one that starts ahead must not crowd out those in use."""
@@ -234,7 +268,9 @@ class Pool:
         wanted = self._gpu_bytes(key)
         for device in stage.devices_of_engine(key.copy):
             there = [k for k in (*self._started, *self._starting) if device in self._devices_of(k)]
-            if there and sum(map(self._gpu_bytes, there)) + wanted > GPU_FRACTION * self._gpu_memory[device]:
+            if there and sum(map(self._gpu_bytes, there)) + wanted > GPU_FRACTION * self._gpu_memory.get(
+                device, math.inf
+            ):
                 return False
         return True
 

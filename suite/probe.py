@@ -46,7 +46,9 @@ class Probe:
         weights = {name: weight.cpu().clone().contiguous() for name, weight in self._probe_weights()}
         target = _of_rank(path, self.rank)
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, target)
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        save_file(weights, partial)
+        partial.replace(target)  # whole or not at all: others wait for the file
         return sum(weight.numel() for weight in weights.values())
 
     def probe_compare(self, path: str) -> dict:

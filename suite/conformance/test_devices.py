@@ -55,9 +55,20 @@ VISIBILITIES = (
 )
 
 
+@pytest.fixture(scope="session")
+def remap_trainers(run: Run) -> Iterator[dict[str, TrainerGroup]]:
+    """A trainer for every visibility, all started at once."""
+    groups = {}
+    for visibility in VISIBILITIES:
+        visible, device = visibility.trainer(machine().devices)
+        groups[visibility.name] = TrainerGroup(run, f"trainer-{visibility.name}", 1, device, [visible])
+    yield groups
+    for group in groups.values():
+        group.stop()
+
+
 @pytest.fixture
 def remapped(
-    run: Run,
     pool: Pool,
     stage: Stage,
     subject: Subject,
@@ -67,11 +78,9 @@ def remapped(
     request: pytest.FixtureRequest,
 ) -> Iterator[Sync]:
     """A trainer and an engine that see the machine's GPUs each in its own way."""
-    devices = machine().devices
-    if len(devices) < 2:
-        verdicts.not_applicable(f"needs 2 GPUs to tell one from the other, found {len(devices)}")
-    visible, device = visibility.trainer(devices)
-    trainer = TrainerGroup(run, f"trainer-{visibility.name}", 1, device, [visible])
+    if len(machine().devices) < 2:
+        verdicts.not_applicable(f"needs 2 GPUs to tell one from the other, found {len(machine().devices)}")
+    trainer = request.getfixturevalue("remap_trainers")[visibility.name]
     trainer.ready()
     yield Sync(pool, trainer, [pool.get(key) for key in engine_keys(request.node)], subject, stage, model)
     trainer.stop()
