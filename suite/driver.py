@@ -48,6 +48,7 @@ class TrainerGroup:
             self.processes.append(
                 launch(run, f"{name}-rank{rank}", "suite.trainer:Trainer", arguments, env, CALL_DEADLINE_S)
             )
+            self.processes[-1].submit("warm_up")
         self.connected: tuple[int, ...] = ()
         self.held: object = None
 

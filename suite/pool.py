@@ -24,7 +24,7 @@ from suite.subjects import Subject
 START_DEADLINE_S = 300.0
 CORES_A_START = 4  # an engine that starts keeps one to three cores busy
 MIN_STARTS, MAX_STARTS = 2, 8  # engines that start at once
-ENGINE_BYTES = 4e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
+ENGINE_BYTES = 2.5e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
 GPU_FRACTION = 0.9  # of a GPU's memory may be planned for
 HOST_BYTES = 4e9  # of host memory, for an engine and what it loads
 POLL_S = 0.1
@@ -263,22 +263,18 @@ class Pool:
         return max(3, int(psutil.virtual_memory().available / HOST_BYTES) + len(self._started))
 
     def _fits(self, key: EngineKey) -> bool:
-        """Whether the GPUs of an engine have room for it beside the engines that are there."""
-        stage = self._stages[key.stage]
-        wanted = self._gpu_bytes(key)
-        for device in stage.devices_of_engine(key.copy):
+        """Whether the GPUs of an engine have room for it beside the engines that are there, and for the trainer."""
+        for device in self._devices_of(key):
             there = [k for k in (*self._started, *self._starting) if device in self._devices_of(k)]
-            if there and sum(map(self._gpu_bytes, there)) + wanted > GPU_FRACTION * self._gpu_memory.get(
-                device, math.inf
-            ):
+            engines = sum(ENGINE_BYTES + self._weight_bytes(k) for k in (key, *there))
+            trainer = max(self._weight_bytes(k) for k in (key, *there) if self._stages[k.stage].colocated or k == key)
+            if there and engines + trainer > GPU_FRACTION * self._gpu_memory.get(device, math.inf):
                 return False
         return True
 
-    def _gpu_bytes(self, key: EngineKey) -> float:
-        """What an engine takes of each of its GPUs, with a colocated trainer that holds the same model."""
-        stage = self._stages[key.stage]
-        copies = 2 if stage.colocated else 1
-        return ENGINE_BYTES + copies * 2 * models.MODELS[key.model].elements / stage.engine_ranks
+    def _weight_bytes(self, key: EngineKey) -> float:
+        """What the weights of an engine take of each of its GPUs, and a colocated trainer's of the same model again."""
+        return 2 * models.MODELS[key.model].elements / self._stages[key.stage].engine_ranks
 
     def _devices_of(self, key: EngineKey) -> tuple[str, ...]:
         return self._stages[key.stage].devices_of_engine(key.copy)

@@ -4,6 +4,7 @@ Several ranks hold the model in shards (FSDP2) and gather each tensor when it is
 """
 
 import gc
+import importlib
 import math
 from collections.abc import Iterator
 from datetime import timedelta
@@ -44,6 +45,10 @@ class Trainer(Sending):
             torch.cuda.set_device(self.device)
         self._mesh = self._join(master_address, master_port) if world_size > 1 else None
         self._forget()
+
+    def warm_up(self) -> None:
+        """Import what `load` needs, which takes seconds, before anyone waits for it."""
+        importlib.import_module("transformers.models.qwen3.modeling_qwen3")
 
     def facts(self) -> dict[str, Any]:
         """What this rank runs on."""
