@@ -5,14 +5,20 @@ tensors of CUDA devices, gloo those of CPUs, behind one `broadcast`. Ranks find 
 0 serves; what passes through it is text and NCCL's identifier as bytes, and nothing is unpickled.
 """
 
+import contextlib
+import math
 import secrets
+import socket
+import threading
 import time
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 
 HANDSHAKE_POLL_S = 0.02
+LINGER_S = 2.0  # how long rank 0 stays after a refusal, for the others to hear of it
 DEFAULT_TIMEOUT_S = 120.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -50,78 +56,156 @@ def stateless_init_process_group(
     arrive: a communicator that is disabled, or one that "broadcasts" nothing (vllm#57022), never leaves this function.
 
     Raises ValueError for impossible ranks or sizes, GroupError where the ranks disagree or data does not arrive, and
-    TimeoutError where a rank is missing after `timeout_s` seconds. The name and signature are those of vLLM's RLHF
-    examples.
+    TimeoutError where a rank is missing after `timeout_s` seconds: on every rank that is there. The name and signature
+    are those of vLLM's RLHF examples.
     """
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if world_size < 2:
         raise ValueError(f"a trainer and its workers are at least 2 ranks, found world_size={world_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is outside 0..{world_size - 1}")
-    where = f"rank {rank} of {world_size} at {master_address}:{master_port}"
-    store = _open_store(master_address, master_port, rank, timeout_s, where)
-    _agree(store, rank, world_size, device.type, timeout_s, where)
-    group: Communicator
-    if device.type == "cuda":
-        group = _NcclCommunicator(store, rank, world_size, device)
-    else:
-        group = _GlooCommunicator(store, rank, world_size, device, master_address, timeout_s)
-    _prove(group, store, where)
+    meeting = _Meeting(master_address, master_port, rank, world_size, timeout_s)
+    try:
+        meeting.join(f"world_size={world_size} device={device.type}")
+        if device.type == "cuda":
+            group: Communicator = _NcclCommunicator(meeting.store, rank, world_size, device)
+        else:
+            group = _GlooCommunicator(meeting.store, rank, world_size, device, master_address, timeout_s)
+        _prove(group, meeting)
+        meeting.part()
+    except RuntimeError as error:  # GroupError too, or the backend's, or the store's, whose server goes with rank 0
+        if meeting.store is None:
+            raise
+        meeting.refuse(GroupError, f"rank {rank} could not make the group: {_first_line(error)}")
     return group
 
 
-def _open_store(address: str, port: int, rank: int, timeout_s: float, where: str) -> torch.distributed.TCPStore:
-    try:
-        return torch.distributed.TCPStore(
-            address, port, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-        )
-    except torch.distributed.DistNetworkError as error:
-        hint = "is the port taken?" if rank == 0 else "is the trainer (rank 0) up, and are address and port its own?"
-        raise GroupError(f"{where}: no rendezvous within {timeout_s:g} s; {hint} ({error})") from error
-    except torch.distributed.DistStoreError as error:
-        raise TimeoutError(f"{where}: no answer within {timeout_s:g} s ({error})") from error
-
-
-def _agree(
-    store: torch.distributed.TCPStore, rank: int, world_size: int, backend: str, timeout_s: float, where: str
-) -> None:
-    """Wait until all ranks are there and have named the same world size and device type."""
-    mine = f"world_size={world_size} device={backend}"
-    if store.add(f"taken/{rank}", 1) > 1:
-        raise GroupError(f"{where}: rank {rank} is taken; do two engines have the same rank_offset?")
-    store.set(f"joined/{rank}", mine)
-    deadline = time.monotonic() + timeout_s
-    missing = set(range(world_size)) - {rank}
-    while missing:
-        if store.check(["refused"]):
-            raise GroupError(f"{where}: {store.get('refused').decode()}")
-        for other in sorted(missing):
-            if not store.check([f"joined/{other}"]):
-                continue
-            theirs = store.get(f"joined/{other}").decode()
-            if theirs != mine:
-                verdict = f"rank {rank} has {mine}, rank {other} has {theirs}; all ranks need the same"
-                store.set("refused", verdict)
-                raise GroupError(f"{where}: {verdict}")
-            missing.discard(other)
-        if missing and time.monotonic() > deadline:
-            raise TimeoutError(f"{where}: ranks {sorted(missing)} have not joined within {timeout_s:g} s")
-        if missing:
-            time.sleep(HANDSHAKE_POLL_S)
-
-
-def _prove(group: Communicator, store: torch.distributed.TCPStore, where: str) -> None:
-    """Broadcast a random value and compare it with what the store says was sent."""
-    if group.rank == 0:
-        store.set("proof", str(secrets.randbits(62) + 1))
-    expected = int(store.get("proof"))
+def _prove(group: Communicator, meeting: "_Meeting") -> None:
+    """Broadcast a random value, and have all ranks compare what they have then: on the sender it is always right."""
     proof = torch.zeros(1, dtype=torch.int64, device=group.device)
     if group.rank == 0:
-        proof.fill_(expected)
-    group.broadcast(proof, src=0)
-    if proof.item() != expected:
+        proof.fill_(secrets.randbits(62) + 1)
+    try:
+        group.broadcast(proof, src=0)
+        meeting.meet("proved", f"{proof.item()} after the first broadcast")
+    except BaseException:
         group.close()
-        raise GroupError(f"{where}: the first broadcast did not arrive (expected {expected}, found {proof.item()})")
+        raise
+
+
+class _Meeting:
+    """Where ranks find each other: a store of text that rank 0 serves. No rank goes on, or fails, without the others.
+
+    All waits together end `timeout_s` after the meeting began.
+    """
+
+    def __init__(self, address: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
+        self._address, self._port, self._rank, self._world_size = address, port, rank, world_size
+        self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
+        self._where = f"rank {rank} of {world_size} at {address}:{port}"
+        self.store: torch.distributed.TCPStore | None = None  # None once this rank has left
+        if rank != 0:
+            self._await_server()
+        opening: Future[torch.distributed.TCPStore] = Future()
+        threading.Thread(target=self._open_store, args=(opening,), daemon=True).start()
+        try:
+            self.store = opening.result(max(1.0, self._deadline - time.monotonic()))
+        except TimeoutError:
+            raise GroupError(f"{self._where}: what listens there does not answer as rank 0 would") from None
+        except torch.distributed.DistError as error:
+            hint = "is the port taken?" if rank == 0 else "are address and port the trainer's (rank 0's) own?"
+            raise GroupError(f"{self._where}: no rendezvous; {hint} ({_first_line(error)})") from error
+
+    def _open_store(self, opening: "Future[torch.distributed.TCPStore]") -> None:
+        """In a thread of its own: TCPStore waits for ever where something else listens and says nothing."""
+        try:
+            timeout = timedelta(seconds=self._timeout_s)
+            opening.set_result(
+                torch.distributed.TCPStore(
+                    self._address, self._port, is_master=self._rank == 0, wait_for_workers=False, timeout=timeout
+                )
+            )
+        except Exception as error:
+            opening.set_exception(error)
+
+    def _await_server(self) -> None:
+        """Wait until something listens: TCPStore itself may take several times its timeout to give up."""
+        while True:
+            try:
+                left = max(0.1, self._deadline - time.monotonic())
+                socket.create_connection((self._address, self._port), timeout=left).close()
+            except OSError as error:
+                if time.monotonic() > self._deadline:
+                    raise TimeoutError(
+                        f"{self._where}: nothing listens there within {self._timeout_s:g} s; is the trainer (rank 0)"
+                        f" up, and are address and port its own? ({error})"
+                    ) from error
+                time.sleep(HANDSHAKE_POLL_S)
+            else:
+                return
+
+    def join(self, terms: str) -> None:
+        """Wait until all ranks are there, each once, on the same terms."""
+        if self.store.add(f"taken/{self._rank}", 1) > 1:
+            self.refuse(GroupError, f"rank {self._rank} is taken; do two engines have the same rank_offset?")
+        self.meet("joined", terms)
+
+    def meet(self, step: str, value: str) -> None:
+        """Wait until all ranks are at this step, with the same value. Raises GroupError or TimeoutError on all."""
+        self.store.set(f"{step}/{self._rank}", value)
+        missing = set(range(self._world_size)) - {self._rank}
+        while missing:
+            if self.store.check(["refused"]):
+                kind, _, verdict = self.store.get("refused").decode().partition(": ")
+                self._leave(TimeoutError if kind == "TimeoutError" else GroupError, verdict)
+            for other in sorted(missing):
+                if not self.store.check([f"{step}/{other}"]):
+                    continue
+                theirs = self.store.get(f"{step}/{other}").decode()
+                if theirs != value:
+                    says = f"rank {self._rank} has {value}, rank {other} has {theirs}; all ranks need the same"
+                    self.refuse(GroupError, says)
+                missing.discard(other)
+            if missing and time.monotonic() > self._deadline:
+                says = f"ranks {sorted(missing)} have not {step} within {self._timeout_s:g} s"
+                self.refuse(TimeoutError, says, self._world_size - len(missing))
+            if missing:
+                time.sleep(HANDSHAKE_POLL_S)
+
+    def refuse(self, kind: type[Exception], verdict: str, ranks: float = math.inf) -> NoReturn:
+        """Raise, on this rank and on all others; `ranks` is how many are there, where that is known."""
+        with contextlib.suppress(torch.distributed.DistError):
+            self.store.set("refused", f"{kind.__name__}: {verdict}")
+        self._leave(kind, verdict, ranks)
+
+    def part(self) -> None:
+        """All is well: leave, rank 0 last, since the others read the store that it serves."""
+        if self._rank != 0:
+            self.store.add("left", 1)
+        elif not self._await_left(self._world_size - 1, self._deadline):
+            self.refuse(TimeoutError, f"not all ranks have left the rendezvous within {self._timeout_s:g} s")
+
+    def _leave(self, kind: type[Exception], verdict: str, ranks: float = math.inf) -> NoReturn:
+        """Raise; on rank 0 once the others have left or had time to."""
+        with contextlib.suppress(torch.distributed.DistError):
+            self.store.add("left", 1)
+            if self._rank == 0:
+                self._await_left(ranks, time.monotonic() + LINGER_S)
+        self.store = None  # gives the port back, whoever keeps the error
+        raise kind(f"{self._where}: {verdict}")
+
+    def _await_left(self, ranks: float, deadline: float) -> bool:
+        while self.store.add("left", 0) < ranks:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(HANDSHAKE_POLL_S)
+        return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 class _GlooCommunicator:

@@ -1,0 +1,99 @@
+"""Objects that the selftests of the extensions put into processes: the ranks of a group."""
+
+import time
+
+import torch
+
+from extensions import process_group
+from extensions.process_group import stateless_init_process_group
+
+ADDRESS = "127.0.0.1"
+EXTENTS = ((), (0,), (0, 3), (1,), (3, 5))
+
+
+def seeded(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Any bits that the dtype may have, the same for the same seed."""
+    nbytes = torch.empty(shape, dtype=torch.uint8).numel() * dtype.itemsize
+    bits = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return (bits % 2 if dtype == torch.bool else bits).view(dtype).view(shape)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether dtypes, shapes and every bit are equal: NaN is NaN."""
+    same_form = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return same_form and torch.equal(one.contiguous().view(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+class Rank:
+    """One rank of a group, or of none."""
+
+    def __init__(self) -> None:
+        self._group: process_group.Communicator | None = None
+
+    def join(self, rank: int, world_size: int, port: int, timeout_s: float = 10, fake: str | None = None) -> float:
+        """Join and return the seconds that it took; an error says them too. `fake` is one of `_fakes`."""
+        original = process_group._GlooCommunicator
+        started = time.monotonic()
+        try:
+            process_group._GlooCommunicator = _fakes(original)[fake]
+            self._group = stateless_init_process_group(ADDRESS, port, rank, world_size, "cpu", timeout_s)
+        except Exception as error:
+            error.args = (f"{error} (after {time.monotonic() - started:.2f} s)",)
+            raise
+        finally:
+            process_group._GlooCommunicator = original
+        return time.monotonic() - started
+
+    def broadcast(self, dtype: str, src: int = 0) -> list[bool]:
+        """Send seeded tensors, or receive them into others; for each shape, whether they are there now."""
+        arrived = []
+        for seed, shape in enumerate(EXTENTS):
+            wanted = seeded(getattr(torch, dtype), shape, seed)
+            tensor = wanted.clone() if self._group.rank == src else seeded(wanted.dtype, shape, seed + 100)
+            self._group.broadcast(tensor, src=src)
+            arrived.append(same_bits(tensor, wanted))
+        return arrived
+
+    def broadcast_wrong(self, what: str) -> None:
+        """Try to send what can't be sent in place."""
+        tensors = {"strided": torch.ones(4, 4).t(), "elsewhere": torch.ones(4, device="meta")}
+        self._group.broadcast(tensors[what], src=0)
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+
+    def close_and_broadcast(self) -> None:
+        """Use a communicator that is closed."""
+        self.close()
+        self._group.broadcast(torch.ones(1), src=0)
+
+    def default_group(self) -> bool:
+        """Whether torch.distributed has its global group."""
+        return torch.distributed.is_initialized()
+
+    def open_default_group(self, rank: int, world_size: int, port: int) -> None:
+        torch.distributed.init_process_group("gloo", f"tcp://{ADDRESS}:{port}", rank=rank, world_size=world_size)
+
+    def sum_over_default_group(self) -> float:
+        """1 from each rank of torch.distributed's global group."""
+        one = torch.ones(1)
+        torch.distributed.all_reduce(one)
+        return one.item()
+
+    def close_default_group(self) -> None:
+        torch.distributed.destroy_process_group()
+
+
+def _fakes(original: type) -> dict[str | None, type]:
+    """Communicators that are not what they seem."""
+
+    class Silent(original):
+        def broadcast(self, tensor: torch.Tensor, src: int, stream: object = None) -> None:
+            pass
+
+    class Failing(original):
+        def broadcast(self, tensor: torch.Tensor, src: int, stream: object = None) -> None:
+            raise RuntimeError("no such wire\nand more")
+
+    return {None: original, "silent": Silent, "failing": Failing}
