@@ -189,6 +189,7 @@ def test_a_closed_communicator_says_so(ranks: list[Process]):
 def test_a_rank_that_died_fails_the_broadcast_of_the_others(ranks: list[Process], tmp_path: Path):
     with Run(tmp_path / "logs") as run:
         pair = [ranks[0], launch(run, "dying", "suite.selftest.ranks:Rank")]
+        pair[1].ready(60)
         gather(joining(pair, (0, 2), (1, 2)), DEADLINE_S)
         pair[1].stop()
         with pytest.raises(RemoteError):
