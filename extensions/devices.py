@@ -7,20 +7,23 @@ ordinal inside a CUDA IPC handle is replaced by the receiver's own for that UUID
 A handle is plain data. It is rebuilt by functions named here, and nothing of it is called or unpickled.
 """
 
+import math
 import os
 import re
 import secrets
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 
-from extensions.dtypes import dtype_name, dtype_of
+from extensions.dtypes import dtype_name, dtype_of, flat_bytes
 
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENT_NAME = re.compile(r"weight-sync-[A-Za-z0-9-]{1,80}")
 CPU_DEVICE_ID = "WEIGHT_SYNC_CPU_DEVICE_ID"  # names host memory, where one machine is to stand for several devices
 RUN_ID = "WEIGHT_SYNC_RUN_ID"
 ALIGNMENT_BYTES = 64
+MAX_DIMENSIONS = 64  # as in torch
 
 # The arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor after the tensor class, in order.
 CUDA_FIELDS = (
@@ -66,8 +69,8 @@ def _plain_cuda(arguments: tuple) -> dict:
     fields = dict(zip(CUDA_FIELDS, arguments[1:], strict=True))
     for name in ("storage_class", "device_index", "requires_grad"):
         del fields[name]
-    fields["shape"], fields["stride"] = list(fields["shape"]), list(fields["stride"])
-    fields["dtype"] = dtype_name(dtype_of(fields["dtype"]))
+    fields["shape"], fields["stride"] = _sizes(fields, "shape"), _sizes(fields, "stride")
+    fields["dtype"] = dtype_name(_dtype(fields))
     return {"kind": "cuda_ipc", **fields}
 
 
@@ -85,31 +88,34 @@ def open_handle(handle: object, device: torch.device) -> torch.Tensor:
         return _open_shared_memory(handle)
     if kind == "cuda_ipc" and device.type == "cuda":
         return _open_cuda(handle, device)
-    raise HandleError(f"expected a handle that device {device} can open, found kind {kind!r}")
+    raise HandleError(f"expected a handle that device {device} can open, found kind {kind!r:.120}")
 
 
 def _open_pair(function: object, arguments: object, device: torch.device) -> torch.Tensor:
     from torch.multiprocessing import reductions
 
-    if function is reductions.rebuild_cuda_tensor and device.type == "cuda" and isinstance(arguments, tuple):
-        return _open_cuda(_plain_cuda(arguments), device)
-    if function is reductions.rebuild_tensor and device.type == "cpu" and isinstance(arguments, tuple):
-        return _open_storage(arguments)
-    name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
-    raise HandleError(f"{name} is not a function that rebuilds a tensor on {device.type}; it was not called")
+    opens = {"cuda": reductions.rebuild_cuda_tensor, "cpu": reductions.rebuild_tensor}
+    if function is not opens.get(device.type):
+        plain = isinstance(function, FunctionType | BuiltinFunctionType)  # of others, nothing is even asked
+        name = f"{function.__module__}.{function.__qualname__}" if plain else f"a {type(function).__name__}"
+        raise HandleError(f"{name:.120} is not torch's function for a tensor on {device.type}; it was not called")
+    if not isinstance(arguments, tuple | list):
+        raise HandleError(f"expected the arguments of {function.__qualname__}, found {type(arguments).__name__}")
+    return _open_cuda(_plain_cuda(tuple(arguments)), device) if device.type == "cuda" else _open_storage(arguments)
 
 
-def _open_storage(arguments: tuple) -> torch.Tensor:
+def _open_storage(arguments: tuple | list) -> torch.Tensor:
     """What torch's `rebuild_tensor` makes of a CPU storage that came along as an object."""
     try:
         _, storage, (offset, shape, stride, _) = arguments
     except (TypeError, ValueError):
         raise HandleError("the arguments are not those of torch's rebuild_tensor") from None
-    if not isinstance(storage, torch.TypedStorage) or storage.device.type != "cpu":
+    if not isinstance(storage, torch.TypedStorage) or storage._untyped_storage.device.type != "cpu":
         raise HandleError(f"expected a CPU storage, found {type(storage).__name__}")
-    fields = {"shape": list(shape), "stride": list(stride), "storage_offset": offset, "storage_bytes": storage.nbytes()}
+    whole = storage._untyped_storage
+    fields = {"shape": shape, "stride": stride, "storage_offset": offset, "storage_bytes": whole.nbytes()}
     shape, stride, offset = _layout(fields, storage.dtype)
-    return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, shape, stride)
+    return torch.empty(0, dtype=storage.dtype).set_(whole, offset, shape, stride)
 
 
 def _open_cuda(handle: dict, device: torch.device) -> torch.Tensor:
@@ -147,8 +153,8 @@ def _open_shared_memory(handle: dict) -> torch.Tensor:
     if not path.is_file() or path.is_symlink():
         raise HandleError(f"shared memory {segment} is not there: has the sender released it?")
     size = path.stat().st_size
-    if start + nbytes > size or start % ALIGNMENT_BYTES:
-        raise HandleError(f"expected {nbytes} bytes at {start} inside {segment}, which has {size}")
+    if start + nbytes > size or start % ALIGNMENT_BYTES or nbytes % dtype.itemsize or not size:
+        raise HandleError(f"expected {nbytes} bytes of {dtype_name(dtype)} at {start} inside {segment}, found {size}")
     whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
     return whole[start : start + nbytes].view(dtype).as_strided(shape, stride, start // dtype.itemsize + offset)
 
@@ -173,20 +179,26 @@ def _count(handle: dict, name: str) -> int:
     return value
 
 
+def _sizes(handle: dict, name: str) -> list[int]:
+    values = handle[name]
+    if not isinstance(values, list | tuple) or not all(type(n) is int and 0 <= n < 2**48 for n in values):
+        raise HandleError(f"{name}: expected a list of sizes, found {values!r:.80}")
+    return list(values)
+
+
 def _layout(handle: dict, dtype: torch.dtype) -> tuple[list[int], list[int], int]:
     """Shape, stride and offset (in elements) of a tensor that lies inside its storage."""
-    shape, stride, offset = handle["shape"], handle["stride"], _count(handle, "storage_offset")
-    for name, values in (("shape", shape), ("stride", stride)):
-        if not isinstance(values, list | tuple) or not all(type(n) is int and 0 <= n < 2**48 for n in values):
-            raise HandleError(f"{name}: expected a list of sizes, found {values!r:.80}")
+    shape, stride, offset = _sizes(handle, "shape"), _sizes(handle, "stride"), _count(handle, "storage_offset")
     if len(shape) != len(stride):
         raise HandleError(f"expected as many strides as sizes, found {len(stride)} and {len(shape)}")
-    last = (
-        offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else offset - 1
-    )
-    if (last + 1) * dtype.itemsize > _count(handle, "storage_bytes"):
-        raise HandleError(f"shape {list(shape)} with strides {list(stride)} reaches outside its storage")
-    return list(shape), list(stride), offset
+    if len(shape) > MAX_DIMENSIONS or math.prod(shape) >= 2**48:
+        raise HandleError(f"shape: expected that of a tensor, found {shape!r:.80}")
+    if not all(shape):
+        return shape, stride, 0  # torch lets the offset of an empty tensor be anything
+    reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if (offset + reach) * dtype.itemsize > _count(handle, "storage_bytes"):
+        raise HandleError(f"shape {shape} with strides {stride} reaches outside its storage")
+    return shape, stride, offset
 
 
 class SharedSegment:
@@ -217,7 +229,7 @@ class SharedSegment:
         handles, start = {}, 0
         for name, tensor in named_tensors:
             whole = tensor.detach().contiguous()
-            flat = whole.view(-1).view(torch.uint8)
+            flat = flat_bytes(whole)
             self._bytes[start : start + flat.numel()].copy_(flat)
             handles[name] = {
                 "kind": "shared_memory", "segment": self.name, "offset_bytes": start, "storage_bytes": flat.numel(),

@@ -1,4 +1,4 @@
-"""One spelling for dtypes between processes: `bfloat16`, whatever the caller wrote."""
+"""Tensors between processes: one spelling for dtypes (`bfloat16`, whatever the caller wrote), and their bytes."""
 
 import torch
 
@@ -24,3 +24,9 @@ def dtype_of(value: "str | torch.dtype") -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16: plain text, which every serialiser passes."""
     return str(dtype).removeprefix("torch.")
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, uint8 of one dimension, sharing its memory."""
+    # Of contiguous tensors too, a dimension of size 1 may have any stride, and view(-1) would keep it.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

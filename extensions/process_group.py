@@ -17,6 +17,8 @@ from typing import NoReturn, Protocol
 
 import torch
 
+from extensions.dtypes import flat_bytes
+
 HANDSHAKE_POLL_S = 0.02
 LINGER_S = 2.0  # how long rank 0 stays after a refusal, for the others to hear of it
 DEFAULT_TIMEOUT_S = 120.0
@@ -297,4 +299,4 @@ def _as_bytes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         raise ValueError(f"the communicator is on {device}, the tensor on {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError("only contiguous tensors are broadcast in place; call .contiguous() first")
-    return tensor.detach().view(-1).view(torch.uint8)
+    return flat_bytes(tensor)
