@@ -8,6 +8,14 @@ import torch
 STATUS = Path("/proc/self/status")
 CLEAR_PEAK = "5"  # written to /proc/self/clear_refs: the high-water mark starts anew (Linux, proc(5))
 
+PIECE_BYTES = 2**30  # what a roofline moves at once: many times any cache, and room for it is left beside weights
+
+
+def pieces(nbytes: int) -> list[int]:
+    """Sizes of the pieces in which a roofline moves `nbytes`."""
+    whole, rest = divmod(nbytes, PIECE_BYTES)
+    return [PIECE_BYTES] * whole + [rest] * bool(rest)
+
 
 def mark(device: torch.device) -> int:
     """Start measuring; returns the bytes in use now."""

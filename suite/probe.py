@@ -106,22 +106,25 @@ class Probe:
         )
 
     def probe_receive(self, nbytes: int) -> None:
-        """Receive one broadcast of `nbytes`: what the hardware takes for the same bytes."""
-        buffer = getattr(self, "_probe_buffer", None)
-        if buffer is None or buffer.numel() != nbytes:
-            self._probe_buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        self._probe_group.broadcast(self._probe_buffer, src=0)
+        """Receive `nbytes`, piece by piece: what the hardware takes for the same bytes."""
+        piece, buffer = min(nbytes, memory.PIECE_BYTES), getattr(self, "_probe_buffer", None)
+        if buffer is None or buffer.numel() != piece:
+            self._probe_buffer = torch.empty(piece, dtype=torch.uint8, device=self.device)
+        for count in memory.pieces(nbytes):
+            self._probe_group.broadcast(self._probe_buffer[:count], src=0)
         _synchronize(self.device)
 
     def probe_copy(self, nbytes: int) -> float:
-        """Seconds for one copy of `nbytes` on the worker's device."""
-        if getattr(self, "_probe_pair", None) is None or self._probe_pair[0].numel() != nbytes:
-            source = torch.ones(nbytes, dtype=torch.uint8, device=self.device)
+        """Seconds to copy `nbytes` on the worker's device, piece by piece."""
+        piece = min(nbytes, memory.PIECE_BYTES)
+        if getattr(self, "_probe_pair", None) is None or self._probe_pair[0].numel() != piece:
+            source = torch.ones(piece, dtype=torch.uint8, device=self.device)
             self._probe_pair = (source, torch.empty_like(source))
         source, target = self._probe_pair
         _synchronize(self.device)
         started = time.monotonic()
-        target.copy_(source)
+        for count in memory.pieces(nbytes):
+            target[:count].copy_(source[:count])
         _synchronize(self.device)
         return time.monotonic() - started
 

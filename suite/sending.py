@@ -11,7 +11,7 @@ from extensions.broadcast import BroadcastSender
 from extensions.colocate import HandleSender
 from extensions.manifest import manifest_of
 from extensions.process_group import Communicator, stateless_init_process_group
-from suite import link
+from suite import link, memory
 
 
 class Refused(RuntimeError):
@@ -68,11 +68,13 @@ class Sending:
         self._roofline = stateless_init_process_group(address, port, 0, world_size, self.device)
 
     def send_roofline(self, nbytes: int) -> dict:
-        """Broadcast `nbytes` as one tensor; returns when it started and ended (monotonic clock)."""
-        if self._roofline_buffer is None or self._roofline_buffer.numel() != nbytes:
-            self._roofline_buffer = torch.ones(nbytes, dtype=torch.uint8, device=self.device)
+        """Broadcast `nbytes`, piece by piece; returns when it started and ended (monotonic clock)."""
+        piece = min(nbytes, memory.PIECE_BYTES)
+        if self._roofline_buffer is None or self._roofline_buffer.numel() != piece:
+            self._roofline_buffer = torch.ones(piece, dtype=torch.uint8, device=self.device)
         started = time.monotonic()
-        self._roofline.broadcast(self._roofline_buffer, src=0)
+        for count in memory.pieces(nbytes):
+            self._roofline.broadcast(self._roofline_buffer[:count], src=0)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return {"started_s": started, "ended_s": time.monotonic()}

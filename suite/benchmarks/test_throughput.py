@@ -13,7 +13,7 @@ from suite.pool import Pool
 ROUNDS = 10
 GB = 1e9
 SEED = 1
-GENERATED_TOKENS = 64
+GENERATED_TOKENS = 24
 LADDER = ["qwen3-1m", "qwen3-10m", "qwen3-100m"]
 PUBLISHED = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"]
 UPDATE = pytest.mark.benchmark(group="update", timer=moved_clock)
