@@ -85,6 +85,7 @@ class Pool:
         self._records: set[EngineKey] = set()
         self._failed: dict[EngineKey, Exception] = {}
         self._starting: set[EngineKey] = set()
+        self._stopping: list[EngineKey] = []
         self._wanted: EngineKey | None = None
         self._changed = threading.Condition()
         self._quiet = False
@@ -148,9 +149,16 @@ class Pool:
         """End an engine: nothing needs it any more, or a test has left it in a state that no other can start from."""
         with self._changed:
             handle = self._started.pop(key, None)
+            if handle is None:
+                return
+            self._stopping.append(key)  # until it is gone its memory is not free
+        threading.Thread(target=self._stop, args=(handle,), name="engine-stopper", daemon=True).start()
+
+    def _stop(self, handle: EngineHandle) -> None:
+        handle.process.stop()
+        with self._changed:
+            self._stopping.remove(handle.key)
             self._changed.notify_all()
-        if handle is not None:
-            threading.Thread(target=handle.process.stop, name="engine-stopper", daemon=True).start()
 
     def reference(self, key: EngineKey, seed: int, among: Iterable[EngineKey]) -> EngineKey:
         """An engine that cold-loads the checkpoint of `seed` and computes as `key` does.
@@ -263,18 +271,23 @@ class Pool:
         return max(3, int(psutil.virtual_memory().available / HOST_BYTES) + len(self._started))
 
     def _fits(self, key: EngineKey) -> bool:
-        """Whether the GPUs of an engine have room for it beside the engines that are there, and for the trainer."""
-        for device in self._devices_of(key):
-            there = [k for k in (*self._started, *self._starting) if device in self._devices_of(k)]
-            engines = sum(ENGINE_BYTES + self._weight_bytes(k) for k in (key, *there))
-            trainer = max(self._weight_bytes(k) for k in (key, *there) if self._stages[k.stage].colocated or k == key)
-            if there and engines + trainer > GPU_FRACTION * self._gpu_memory.get(device, math.inf):
+        """Whether the GPUs of an engine and of its trainer have room beside the engines that are there.
+
+        Engines add up. The trainer of a stage is one process for all its engines and holds one model at a time.
+        """
+        there = [*self._started, *self._starting, *self._stopping]
+        for device in {*self._devices_of(key), *self._stages[key.stage].trainer_devices}:
+            engines = [k for k in (key, *there) if device in self._devices_of(k)]
+            trained = [k for k in (key, *there) if device in self._stages[k.stage].trainer_devices]
+            wanted = sum(ENGINE_BYTES + self._bytes(k, self._stages[k.stage].engine_ranks) for k in engines)
+            wanted += max((self._bytes(k, self._stages[k.stage].trainer_world_size) for k in trained), default=0)
+            if there and wanted > GPU_FRACTION * self._gpu_memory.get(device, math.inf):
                 return False
         return True
 
-    def _weight_bytes(self, key: EngineKey) -> float:
-        """What the weights of an engine take of each of its GPUs, and a colocated trainer's of the same model again."""
-        return 2 * models.MODELS[key.model].elements / self._stages[key.stage].engine_ranks
+    def _bytes(self, key: EngineKey, ranks: int) -> float:
+        """The weights of an engine's model in bfloat16, on one of so many ranks."""
+        return 2 * models.MODELS[key.model].elements / ranks
 
     def _devices_of(self, key: EngineKey) -> tuple[str, ...]:
         return self._stages[key.stage].devices_of_engine(key.copy)
