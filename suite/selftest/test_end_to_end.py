@@ -1,0 +1,149 @@
+"""pytest as a user runs it, with real engines: what is broken fails, and whatever ends a run, nothing is left of it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from suite import environment, janitor, processes
+
+JUDGING_S, STARTING_S, ENDING_S = 300, 150, 30
+GONE_WITHIN_S = 10
+CONDEMNED = ("update.zeroed", "update.exact", "update.behaviour")
+STAGES = ("cpu-tp1", "cpu-tp2")
+
+pytestmark = pytest.mark.skipif(environment.lacks_engine("cpu") is not None, reason="there is no vLLM for CPUs here")
+
+
+class Session:
+    """A run of pytest in a process of its own, whose output is read as it comes."""
+
+    def __init__(self, report: Path, *arguments: str) -> None:
+        self.report = report
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--report={report}", *arguments]
+        self.process = subprocess.Popen(
+            command, cwd=processes.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        self.output: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.output.append(line)
+            print(line, end="")
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait(ENDING_S)
+        self._reader.join(ENDING_S)
+
+    def wait_for(self, pattern: str, deadline_s: float) -> None:
+        """Wait until the output has a line like this."""
+        deadline = time.monotonic() + deadline_s
+        while not any(re.search(pattern, line) for line in self.output):
+            assert self.process.poll() is None, f"expected {pattern!r}, found the end: {''.join(self.output[-30:])}"
+            assert time.monotonic() < deadline, f"expected {pattern!r} within {deadline_s} s, found {self.output[-5:]}"
+            time.sleep(0.05)
+
+    def document(self) -> dict:
+        return json.loads((self.report / "run.json").read_text())
+
+
+@dataclass(frozen=True)
+class Belongings:
+    """What a run has while it lasts."""
+
+    run_id: str
+    pids: set[int]
+    memory: set[Path]
+
+    @classmethod
+    def of(cls, session: Session) -> "Belongings":
+        """Those of pytest's descendants, which have the run's id in their environment, and of the janitor."""
+        running = janitor.running()
+        pids = {session.process.pid}
+        while more := {found.pid for found in running if found.parent in pids} - pids:
+            pids |= more
+        marks = [re.search(rb"WEIGHT_SYNC_RUN_ID=(\w+)", found.environment) for found in running if found.pid in pids]
+        (run_id,) = {mark[1].decode() for mark in marks if mark}
+        pids |= janitor.members(run_id)
+        return cls(run_id, pids, janitor.shared_memory_of(pids))
+
+    def left(self, before: set[str]) -> dict[str, list]:
+        """What is still there of it, and what is new in shared memory that no process holds."""
+        running = {found.pid for found in janitor.running()}
+        new = {path for path in janitor.SHARED_MEMORY.iterdir() if path.name not in before}
+        mine = {path for path in new if path in self.memory or self.run_id in path.name}
+        left = {
+            "processes": sorted(running & (self.pids | janitor.members(self.run_id))),
+            "shared memory": sorted(map(str, mine | (new - janitor.shared_memory_of(running)))),
+            "directories": list(Path(tempfile.gettempdir()).glob(f"ws-{self.run_id}-*")),
+        }
+        return {what: found for what, found in left.items() if found}
+
+
+def expect_nothing_left(belongings: Belongings, before: set[str]) -> None:
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while (left := belongings.left(before)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, f"expected nothing of run {belongings.run_id} after {GONE_WITHIN_S} s, found {left}"
+
+
+def test_an_extension_that_loads_nothing_fails_where_the_reference_passes(tmp_path: Path):
+    broken = "--extension=suite.selftest.broken:LoadsNothing"
+    stages = [f"--stage={stage}" for stage in STAGES]
+    with Session(tmp_path, "--subject=broadcast", broken, *stages, "-k", "zeroed or exact or behaviour") as session:
+        assert session.process.wait(JUDGING_S) == pytest.ExitCode.TESTS_FAILED
+    verdicts = {
+        (entry["subject"], entry["requirement"], entry["stage"]): (entry["verdict"], entry["detail"])
+        for entry in session.document()["conformance"]
+    }
+    for stage in STAGES:
+        for requirement in CONDEMNED:
+            assert verdicts.pop(("broadcast", requirement, stage)) == ("pass", "")
+            verdict, detail = verdicts.pop(("LoadsNothing", requirement, stage))
+            assert verdict == "fail"
+            assert "expected" in detail, f"expected a detail that says why, found {detail!r}"
+            assert f"[subject=LoadsNothing stage={stage} model=qwen3-tied-tiny]" in detail
+    assert not verdicts, "expected nothing else to be judged"
+
+
+def test_a_run_that_is_killed_leaves_nothing(tmp_path: Path):
+    """Killed while one engine moves weights through shared memory and another starts."""
+    before = set(os.listdir(janitor.SHARED_MEMORY))
+    with Session(tmp_path, "--subject=colocate", "--stage=cpu-tp2", "-k", "exact or repeated") as session:
+        session.wait_for(r"engine .* ready after", STARTING_S)
+        time.sleep(1)
+        belongings = Belongings.of(session)
+        assert len(belongings.pids) >= 5, "expected pytest, a janitor, an engine and its two workers at least"
+        assert belongings.memory, "expected an engine of two ranks to have shared memory"
+        session.process.send_signal(signal.SIGKILL)
+        session.process.wait(ENDING_S)
+        expect_nothing_left(belongings, before)
+    assert session.document()["schema"] == 1
+
+
+def test_a_run_that_is_interrupted_leaves_nothing_but_its_report(tmp_path: Path):
+    before = set(os.listdir(janitor.SHARED_MEMORY))
+    with Session(tmp_path, "--subject=broadcast", "--stage=cpu-tp1", "-k", "exact or repeated") as session:
+        session.wait_for(r"engine .* ready after", STARTING_S)
+        belongings = Belongings.of(session)
+        session.process.send_signal(signal.SIGINT)
+        assert session.process.wait(ENDING_S) == pytest.ExitCode.INTERRUPTED
+        expect_nothing_left(belongings, before)
+    assert session.document()["schema"] == 1
+    assert "Artefacts in" in "".join(session.output)
