@@ -70,11 +70,17 @@ def _of_module(
 def _of_fused(
     prefix: str, module: torch.nn.Module, packed: dict[str, list[str]], sizes: list[int], names: list[str]
 ) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """The parts of a fused layer as the checkpoint has them: apart, whole, or cut as its sizes do not tell."""
     parent, _, own = prefix.rpartition(".")
-    for part, size in zip(packed.get(own, [own]), sizes, strict=False):
-        yield f"{parent}.{part}.weight", (size, module.input_size)
+    parts = packed.get(own, [own])
+    if len(parts) not in (1, len(sizes)):
+        rows: list[int | None] = [None] * len(parts)
+    else:
+        rows = [sum(sizes)] if len(parts) == 1 else [*sizes]
+    for part, size in zip(parts, rows, strict=True):
+        yield f"{parent}.{part}.weight", None if size is None else (size, module.input_size)
         if "bias" in names:
-            yield f"{parent}.{part}.bias", (size,)
+            yield f"{parent}.{part}.bias", None if size is None else (size,)
 
 
 def _of_experts(prefix: str, module: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
