@@ -76,12 +76,13 @@ class LayerwiseReload:
 
     def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
         self._model, self._vllm_config, self._touched = model, vllm_config, False
+        self._expert_kernels: list[tuple[object, object]] = []
 
     def begin(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._touched = False
-        _forget_cpu_experts(self._model)
+        self._expert_kernels = _forget_cpu_experts(self._model)
         with _current(self._vllm_config):
             initialize_layerwise_reload(self._model)
 
@@ -104,9 +105,12 @@ class LayerwiseReload:
 
         for layer in self._model.modules():
             info = get_layerwise_info(layer)
-            if info.can_load() and info.kernel_tensors is not None:
+            if info.kernel_tensors is not None:
                 _place_kernel_tensors(layer, info)
             info.reset()
+        for method, kernel in self._expert_kernels:
+            if method.moe_kernel is None:
+                method.moe_kernel = kernel
         if hasattr(self._model, "_original_do_torchao_reload"):
             self._model._do_torchao_reload = self._model._original_do_torchao_reload
         return not self._touched
@@ -134,17 +138,20 @@ def _finalize(model: torch.nn.Module, model_config: object) -> None:
     finish(model, model_config)
 
 
-def _forget_cpu_experts(model: torch.nn.Module) -> None:
-    """Have the CPU backend pack expert weights again.
+def _forget_cpu_experts(model: torch.nn.Module) -> list[tuple[object, object]]:
+    """Have the CPU backend pack expert weights again. Returns (method, kernel) of the kernels that were forgotten.
 
     From vLLM 0.27 it packs them only when it builds the layer's kernel, takes an existing kernel for a sign that the
     weights are only being updated, and would then compute with unpacked weights as if they were packed.
     """
+    forgotten = []
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         weight = module._parameters.get("w13_weight")
         if weight is not None and weight.device.type == "cpu" and getattr(method, "moe_kernel", None) is not None:
+            forgotten.append((method, method.moe_kernel))
             method.moe_kernel = None
+    return forgotten
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
