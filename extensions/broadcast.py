@@ -40,7 +40,7 @@ class WorkerExtension(UpdateBracket):
             raise GroupError("there is no group: call init_weight_update_group() on all workers first")
         tensor = torch.empty(tuple(shape), dtype=dtype_of(dtype), device=self.device)
         self._weight_sync_group.broadcast(tensor, src=0)
-        self._weight_sync_accept(name, tensor)
+        self._weight_sync_accept({name: tensor})
 
     def close_weight_update_group(self) -> None:
         """Leave the group, if there is one."""

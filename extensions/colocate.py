@@ -25,8 +25,9 @@ class ColocateWorkerExtension(UpdateBracket):
         `CUDA_VISIBLE_DEVICES`. All handles are opened before any is loaded. Returns how many tensors were loaded;
         they are loaded when this returns, and the sender may free them once `end_update()` has returned too.
 
-        Raises ManifestError where no handles are for this device or they aren't the announced ones, HandleError where
-        one can't be opened; the weights are as they were then.
+        Raises ManifestError where no handles are for this device, HandleError where one can't be opened, UpdateError
+        where they aren't the announced ones, and, outside an update, ManifestError where they don't fit the model;
+        the weights are as they were then.
         """
         own = self.report_device_id()
         if not isinstance(ipc_handles, dict) or own not in ipc_handles:
@@ -38,20 +39,13 @@ class ColocateWorkerExtension(UpdateBracket):
         if self._weight_sync_load is None:
             self._weight_sync_refuse_alone(self.model_runner.get_model())
         else:
-            self._weight_sync_compare(set(handles))
+            for name in handles:
+                self._weight_sync_awaited(name)
         tensors = {name: open_handle(handle, self.device) for name, handle in handles.items()}
-        for name, tensor in tensors.items():
-            self._weight_sync_accept(name, tensor)
+        self._weight_sync_accept(tensors)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return len(tensors)
-
-    def _weight_sync_compare(self, names: set[str]) -> None:
-        waiting = {name for name, expected in self._weight_sync_pending.items() if expected is not None}
-        if unannounced := sorted(names - waiting):
-            raise ManifestError(
-                f"{len(unannounced)} handles were not announced, first {unannounced[0]}; none was opened"
-            )
 
 
 class HandleSender:

@@ -42,9 +42,12 @@ class UpdateBracket:
         announced = parse(manifest)
         model = self.model_runner.get_model()
         check(announced, *expected_weights(model, self.model_config.hf_config))
-        load = new_load(model, self.vllm_config)
-        load.begin()
-        self._weight_sync_load, self._weight_sync_pending = load, announced
+        self._weight_sync_load, self._weight_sync_pending = new_load(model, self.vllm_config), announced
+        try:
+            self._weight_sync_load.begin()
+        except BaseException:
+            self.abort_update()
+            raise
         return len(announced)
 
     def end_update(self) -> int:
@@ -64,17 +67,18 @@ class UpdateBracket:
             _synchronize(self.device)
         except BaseException:
             self._weight_sync_inconsistent = True
+            self.abort_update()  # a new update has to find every layer ready for it
             raise
-        finally:
-            self._weight_sync_load = self._weight_sync_pending = None
+        self._weight_sync_load = self._weight_sync_pending = None
         self._weight_sync_inconsistent = False
         return count
 
     def abort_update(self) -> str:
         """Give up the update under way, if any, and say what became of the weights."""
         load, self._weight_sync_load, self._weight_sync_pending = self._weight_sync_load, None, None
-        if load is not None and not load.abort():
-            self._weight_sync_inconsistent = True
+        if load is not None:
+            before, self._weight_sync_inconsistent = self._weight_sync_inconsistent, True  # where abort() raises
+            self._weight_sync_inconsistent = not load.abort() or before
         if self._weight_sync_inconsistent:
             return "part of the weights is new: the model is inconsistent until a whole update succeeds"
         return "the weights are as they were before the update"
@@ -88,37 +92,55 @@ class UpdateBracket:
     def check_weights_changed(self) -> bool:
         """Whether every weight element that the model computes with is zero, and there is at least one.
 
-        The name is that of vLLM's RLHF examples, where an update to zeros proves that weights arrive.
+        The name is that of vLLM's RLHF examples, where an update to zeros proves that weights arrive. Raises
+        UpdateError inside an update, when layers may have no weights at all.
         """
+        if self._weight_sync_load is not None:
+            raise UpdateError("an update is under way: call end_update() or abort_update() before looking at weights")
         return all_zero(self.model_runner.get_model())[0]
 
-    def _weight_sync_accept(self, name: str, tensor: torch.Tensor) -> None:
-        """Load one tensor that has arrived, inside the bracket or, where the model allows it, outside."""
+    def _weight_sync_accept(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Load tensors that have arrived, inside the bracket or, where the model allows it, outside.
+
+        None is loaded unless all are what they should be.
+        """
+        load, pending = self._weight_sync_load, self._weight_sync_pending
+        if load is None:
+            load, pending = self._weight_sync_load_alone(tensors), {}
+        else:
+            self._weight_sync_expect(tensors)
+        for name, tensor in tensors.items():
+            load.load(name, tensor)
+            pending[name] = None
         if self._weight_sync_load is None:
-            self._weight_sync_accept_alone(name, tensor)
-            return
+            _synchronize(self.device)
+
+    def _weight_sync_expect(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            expected, found = self._weight_sync_awaited(name), (tensor.dtype, tuple(tensor.shape))
+            if expected != found:
+                raise UpdateError(f"{name}: announced as {expected}, arrived as {found}; it was not loaded")
+
+    def _weight_sync_awaited(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """What has been announced under this name, unless it has arrived."""
         if name not in self._weight_sync_pending:
             raise UpdateError(f"{name} was not announced in this update's manifest; it was not loaded")
         expected = self._weight_sync_pending[name]
         if expected is None:
             raise UpdateError(f"{name} has arrived before in this update; the second was not loaded")
-        if expected != (tensor.dtype, tuple(tensor.shape)):
-            found = (tensor.dtype, tuple(tensor.shape))
-            raise UpdateError(f"{name}: announced as {expected}, arrived as {found}; it was not loaded")
-        self._weight_sync_load.load(name, tensor)
-        self._weight_sync_pending[name] = None
+        return expected
 
-    def _weight_sync_accept_alone(self, name: str, tensor: torch.Tensor) -> None:
+    def _weight_sync_load_alone(self, tensors: dict[str, torch.Tensor]) -> Load:
         model = self.model_runner.get_model()
         self._weight_sync_refuse_alone(model)
         required, optional = expected_weights(model, self.model_config.hf_config)
         known = required | optional
-        if name not in known:
-            raise ManifestError(f"{name} is no weight of this model; nothing was touched")
-        check({name: (tensor.dtype, tuple(tensor.shape))}, {}, {name: known[name]})
-        load = new_load(model, self.vllm_config)
-        load.load(name, tensor)
-        _synchronize(self.device)
+        for name in tensors:
+            if name not in known:
+                raise ManifestError(f"{name} is no weight of this model; nothing was touched")
+        announced = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        check(announced, {}, {name: known[name] for name in tensors})
+        return new_load(model, self.vllm_config)
 
     def _weight_sync_refuse_alone(self, model: torch.nn.Module) -> None:
         if layers := processed_layers(model):
