@@ -1,0 +1,184 @@
+"""Updates of vLLM's own models without an engine: what they expect, and what becomes of them when one fails."""
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+
+from suite import environment, models
+from suite.driver import free_port
+from suite.processes import Process, RemoteError, Run, launch
+
+DEADLINE_S = 60
+STARTING_S = 120
+NAMES = ["qwen3-tied-tiny", "qwen3-untied-tiny", "llama-tiny", "qwen3-moe-tiny"]
+FAILING = ["qwen3-tied-tiny", "qwen3-moe-tiny"]  # dense and of experts, which are packed in different ways
+NO_ENGINE = environment.lacks_engine("cpu")
+
+pytestmark = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
+
+
+class Held:
+    """A process with one model at a time; its methods are those of `vllm_models.Models`."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    def __getattr__(self, method: str):
+        return lambda *args: self._process.call(method, *args, deadline_s=DEADLINE_S)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Held]:
+    directory = tmp_path_factory.mktemp("models")
+    with Run(directory / "logs") as run:
+        arguments = {"directory": str(directory), "port": free_port()}
+        environment = {
+            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
+        }  # fmt: skip
+        process = launch(run, "models", "suite.selftest.vllm_models:Models", arguments, environment, STARTING_S)
+        process.ready()
+        yield Held(process)
+
+
+@pytest.fixture(params=FAILING)
+def each(held: Held, request: pytest.FixtureRequest) -> Held:
+    """One model after the other, loaded from seed 0."""
+    held.build(request.param, 0)
+    return held
+
+
+@cache
+def cold(held: Held, name: str, seed: int) -> dict[str, str]:
+    """What a model computes with that was loaded from a checkpoint of this seed; it replaces the model held."""
+    held.build(name, seed)
+    return held.computes_with()
+
+
+def update(held: Held, seed: int) -> None:
+    count = held.begin(seed)
+    assert held.send() == count == held.end()
+    assert held.state() == "ready"
+
+
+# ---- what a model expects
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_expects_what_its_checkpoint_has(held: Held, name: str):
+    held.build(name, 0)
+    found = held.expected()
+    assert found["required"] == {name: list(shape) for name, shape in models.tensors(models.MODELS[name])}
+    tied = {"lm_head.weight": found["required"]["model.embed_tokens.weight"]} if "-tied-" in name else {}
+    assert found["optional"] == tied
+
+
+def test_a_fused_layer_is_expected_as_the_checkpoint_has_it(held: Held):
+    assert held.fused_as_whole() == {
+        "proj": {".proj.weight": [8, 4], ".proj.bias": [8]},
+        "left+right": {".left.weight": [6, 4], ".left.bias": [6], ".right.weight": [2, 4], ".right.bias": [2]},
+        "one+two+three": {f".{part}.{of}": None for part in ("one", "two", "three") for of in ("weight", "bias")},
+    }
+
+
+# ---- updates that succeed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_updates_give_what_a_cold_load_gives_in_place(held: Held, name: str):
+    after, before = cold(held, name, 1), cold(held, name, 0)
+    held.build(name, 0)
+    assert all(after[what] != before[what] for what in after)
+    addresses = held.addresses()
+    for seed, expected in ((1, after), (0, before), (1, after)):
+        update(held, seed)
+        assert held.computes_with() == expected
+        assert held.addresses() == addresses, "expected the addresses that CUDA graphs would have captured"
+
+
+def test_zero_is_told_from_parameters_that_are_packed_away(each: Held):
+    assert each.reports_zero() is False
+    each.update_to_zero()
+    assert each.reports_zero() is True
+    update(each, 1)
+    assert each.reports_zero() is False
+    assert each.zero_parameters() > 0
+    assert each.reports_zero() is False, "expected the packed weights to be looked at"
+
+
+# ---- updates that fail
+
+
+def expect_unchanged(held: Held, before: dict[str, str]) -> None:
+    assert held.state() == "ready"
+    assert held.computes_with() == before
+
+
+def expect_recovery(held: Held, name: str) -> None:
+    assert held.state() == "inconsistent"
+    update(held, 1)
+    recovered = held.computes_with()
+    assert recovered == cold(held, name, 1)
+
+
+def test_an_update_given_up_at_once_leaves_all_as_it_was(each: Held):
+    before = each.computes_with()
+    each.begin()
+    assert each.state() == "updating"
+    assert each.abort() == "the weights are as they were before the update"
+    expect_unchanged(each, before)
+
+
+def test_a_begin_that_fails_halfway_leaves_all_as_it_was(each: Held):
+    before = each.computes_with()
+    each.break_begin()
+    with pytest.raises(RemoteError, match="no room to begin"):
+        each.begin()
+    expect_unchanged(each, before)
+    update(each, 1)
+
+
+@pytest.mark.parametrize("name", FAILING)
+@pytest.mark.parametrize("count", [1, 8])
+def test_an_update_given_up_halfway_is_made_good_by_a_whole_one(held: Held, name: str, count: int):
+    held.build(name, 0)
+    held.begin()
+    held.send(count)
+    assert held.abort().startswith("part of the weights is new: the model is inconsistent")
+    expect_recovery(held, name)
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_an_end_with_tensors_missing_says_which_and_is_made_good(held: Held, name: str):
+    held.build(name, 0)
+    held.send(held.begin() - 1)
+    last = models.tensors(models.MODELS[name])[-1][0]
+    with pytest.raises(RemoteError, match=f"1 announced tensors have not arrived, first {last}; part of the weights"):
+        held.end()
+    expect_recovery(held, name)
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_an_end_that_fails_is_made_good_by_a_whole_update(held: Held, name: str):
+    held.build(name, 0)
+    held.begin(2)
+    held.send()
+    held.break_end()
+    with pytest.raises(RemoteError, match="no room to end"):
+        held.end()
+    expect_recovery(held, name)
+
+
+def test_a_tensor_on_its_own_is_refused_where_layers_are_packed(each: Held):
+    before = each.computes_with()
+    for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
+        with pytest.raises(RemoteError, match=r"\d+ layers of this model hold repacked or quantised weights, first"):
+            each.send_alone(name)
+    expect_unchanged(each, before)
+
+
+def test_weights_are_not_looked_at_within_an_update(each: Held):
+    each.begin()
+    with pytest.raises(RemoteError, match="an update is under way: call end_update"):
+        each.reports_zero()
+    each.abort()

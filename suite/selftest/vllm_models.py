@@ -1,0 +1,167 @@
+"""What selftests of the extensions put into a process: vLLM models as its CPU workers hold them, without an engine."""
+
+import hashlib
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from extensions import loading
+from extensions.colocate import ColocateWorkerExtension
+from extensions.expected import expected_weights
+from extensions.loading import processed_layers
+from extensions.manifest import manifest_of
+from extensions.weights import effective_weights
+from suite import models
+
+TOKENS = 3
+
+
+class Worker(ColocateWorkerExtension):
+    """As much of vLLM's worker as the extensions touch."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: Any) -> None:
+        self.rank, self.device = 0, torch.device("cpu")
+        self.model_runner = SimpleNamespace(get_model=lambda: model)
+        self.model_config, self.vllm_config = vllm_config.model_config, vllm_config
+
+
+class Models:
+    """One model at a time; tensors come from a seed. Failures are brought about by `break_*`."""
+
+    def __init__(self, directory: str, port: int) -> None:
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does
+        from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+        self._directory = directory
+        self._config = self._configure("qwen3-moe-tiny", 0)  # one that has experts makes all the groups
+        with self._current():
+            init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+            initialize_model_parallel(1, 1)
+
+    def build(self, name: str, seed: int) -> None:
+        """Load a checkpoint of this seed as an engine that starts."""
+        from vllm.model_executor.model_loader import get_model
+
+        self._spec, self._config = models.MODELS[name], self._configure(name, seed)
+        with self._current():
+            self._model = get_model(vllm_config=self._config)
+        self._worker = Worker(self._model, self._config)
+
+    def expected(self) -> dict[str, Any]:
+        """What an update has to bring, what it may, and which layers are packed."""
+        required, optional = expected_weights(self._model, self._config.model_config.hf_config)
+        return {"required": required, "optional": optional, "packed": processed_layers(self._model)}
+
+    def computes_with(self) -> dict[str, Any]:
+        """Digests of the effective weights, and of what the feed-forward blocks answer."""
+        from vllm.forward_context import set_forward_context
+
+        digests = {name: _digest(weight) for name, weight in effective_weights(self._model)}
+        hidden = torch.linspace(-1, 1, TOKENS * self._spec.config["hidden_size"], dtype=torch.bfloat16)
+        with self._current(), torch.no_grad(), set_forward_context(None, self._config, num_tokens=TOKENS):
+            for index, layer in enumerate(self._model.model.layers):
+                digests[f"answer of layer {index}"] = _digest(layer.mlp(hidden.view(TOKENS, -1)))
+        return digests
+
+    def addresses(self) -> dict[str, int]:
+        return {name: p.data_ptr() for name, p in self._model.named_parameters() if p.numel()}
+
+    def begin(self, seed: int = 1) -> int:
+        """Announce an update to the values of another seed."""
+        self._tensors = {
+            name: models.values(name, shape, seed, torch.bfloat16) for name, shape in models.tensors(self._spec)
+        }
+        return self._worker.begin_update(manifest_of(self._tensors.items()))
+
+    def send(self, count: int | None = None) -> int:
+        """Send this many of the tensors announced, or all that are left. Returns how many."""
+        names = list(self._tensors)[:count]
+        self._worker._weight_sync_accept({name: self._tensors.pop(name) for name in names})
+        return len(names)
+
+    def send_alone(self, name: str) -> None:
+        """Send a tensor outside an update."""
+        shape = dict(models.tensors(self._spec))[name]
+        self._worker._weight_sync_accept({name: models.values(name, shape, 1, torch.bfloat16)})
+
+    def end(self) -> int:
+        return self._worker.end_update()
+
+    def abort(self) -> str:
+        return self._worker.abort_update()
+
+    def state(self) -> str:
+        return self._worker.update_state()
+
+    def reports_zero(self) -> bool:
+        return self._worker.check_weights_changed()
+
+    def zero_parameters(self) -> int:
+        """Zero every parameter there is, which leaves packed weights as they are; how many elements those were."""
+        for parameter in self._model.parameters():
+            parameter.data.zero_()
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    def update_to_zero(self) -> None:
+        zeros = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in models.tensors(self._spec)}
+        self._worker.begin_update(manifest_of(zeros.items()))
+        self._worker._weight_sync_accept(zeros)
+        self._worker.end_update()
+
+    def break_begin(self) -> None:
+        """Have the next begin_update fail when half of the layers are ready for it."""
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        original, left = layerwise.initialize_online_processing, [len(list(self._model.modules())) // 2]
+
+        def failing(layer: torch.nn.Module) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                layerwise.initialize_online_processing = original
+                raise MemoryError("no room to begin")
+            original(layer)
+
+        layerwise.initialize_online_processing = failing
+
+    def break_end(self) -> None:
+        """Have the next end_update fail when it has begun."""
+        original = loading._finalize
+
+        def failing(*_: object) -> None:
+            loading._finalize = original
+            raise MemoryError("no room to end")
+
+        loading._finalize = failing
+
+    def fused_as_whole(self) -> dict[str, Any]:
+        """The names expected of a fused layer with a bias, of sizes 6 and 2, by how a checkpoint has it."""
+        from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+        with self._current():
+            model = torch.nn.Module()
+            model.proj = MergedColumnParallelLinear(4, [6, 2], bias=True, params_dtype=torch.bfloat16)
+        found = {}
+        for parts in (["proj"], ["left", "right"], ["one", "two", "three"]):
+            model.packed_modules_mapping = {"proj": parts}
+            found["+".join(parts)] = expected_weights(model, SimpleNamespace())[0]
+        return found
+
+    def _configure(self, name: str, seed: int) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+
+        directory = f"{self._directory}/{name}-{seed}"
+        models.write_checkpoint(models.MODELS[name], seed, directory)
+        arguments = {"dtype": "bfloat16", "max_model_len": 256, "enforce_eager": True, "kv_cache_memory_bytes": 2**26}
+        return EngineArgs(model=directory, skip_tokenizer_init=True, **arguments).create_engine_config()
+
+    def _current(self) -> Any:
+        from vllm.config import set_current_vllm_config
+
+        return set_current_vllm_config(self._config)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()[:16]
