@@ -111,11 +111,13 @@ def test_zero_is_told_from_parameters_that_are_packed_away(each: Held):
 
 def expect_unchanged(held: Held, before: dict[str, str]) -> None:
     assert held.state() == "ready"
+    assert held.without_data() == []
     assert held.computes_with() == before
 
 
 def expect_recovery(held: Held, name: str) -> None:
     assert held.state() == "inconsistent"
+    assert held.without_data() == []
     update(held, 1)
     recovered = held.computes_with()
     assert recovered == cold(held, name, 1)

@@ -66,6 +66,11 @@ class Models:
                 digests[f"answer of layer {index}"] = _digest(layer.mlp(hidden.view(TOKENS, -1)))
         return digests
 
+    def without_data(self) -> list[str]:
+        """Parameters and buffers that are on the meta device."""
+        tensors = [*self._model.named_parameters(), *self._model.named_buffers()]
+        return [name for name, tensor in tensors if tensor.is_meta]
+
     def addresses(self) -> dict[str, int]:
         return {name: p.data_ptr() for name, p in self._model.named_parameters() if p.numel()}
 
@@ -115,11 +120,11 @@ class Models:
         """Have the next begin_update fail when half of the layers are ready for it."""
         from vllm.model_executor.model_loader.reload import layerwise
 
-        original, left = layerwise.initialize_online_processing, [len(list(self._model.modules())) // 2]
+        original, layers = layerwise.initialize_online_processing, list(self._model.model.layers)
+        fatal = layers[len(layers) // 2].post_attention_layernorm
 
         def failing(layer: torch.nn.Module) -> None:
-            left[0] -= 1
-            if left[0] == 0:
+            if layer is fatal:
                 layerwise.initialize_online_processing = original
                 raise MemoryError("no room to begin")
             original(layer)
