@@ -66,7 +66,6 @@ class UpdateBracket:
             self._weight_sync_load.end()
             _synchronize(self.device)
         except BaseException:
-            self._weight_sync_inconsistent = True
             self.abort_update()  # a new update has to find every layer ready for it
             raise
         self._weight_sync_load = self._weight_sync_pending = None
