@@ -1,0 +1,415 @@
+"""The pool starts engines in order and ahead, lends one to many tests, and says what became of those that fail."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from suite import pool as module
+from suite.models import MODELS
+from suite.pool import EngineKey, Pool
+from suite.stages import Stage
+from suite.subjects import SUBJECTS
+
+SOON_S = 5.0
+A_WHILE_S = 0.3  # long enough to see that nothing happens
+MODEL = "qwen3-tied-tiny"
+STAGES = {
+    name: Stage(name, "cpu", tensor_parallel_size=ranks, trainer_world_size=1, colocated=True)
+    for name, ranks in (("cpu-tp1", 1), ("cpu-tp2", 2), ("cpu-other", 1))
+}
+A, B, C, D = (EngineKey(MODEL, "cpu-tp1", subject, seed) for subject in ("broadcast", "colocate") for seed in (0, 1))
+E = EngineKey(MODEL, "cpu-other", "broadcast", 0)
+
+
+class Engine:
+    """A process that becomes ready when it is let."""
+
+    def __init__(self, label: str, arguments: dict) -> None:
+        self.label, self.arguments = label, arguments
+        self.may_end = threading.Event()
+        self.error: Exception | None = None
+        self.stopped = threading.Event()
+
+    def ready(self, deadline_s: float) -> dict:
+        assert self.may_end.wait(SOON_S)
+        if self.error:
+            raise self.error
+        return {"devices": [self.label]}
+
+    def let(self, error: Exception | None = None) -> None:
+        """Have the start end."""
+        self.error = error
+        self.may_end.set()
+
+    def write(self, rank: int) -> None:
+        """Write down what a rank computes with."""
+        path = Path(self.arguments["oracle_path"] + f".rank{rank}.safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+class Started:
+    """What has been launched, in order."""
+
+    def __init__(self) -> None:
+        self.engines: list[Engine] = []
+        self.said: list[str] = []
+
+    def launch(self, run: object, name: str, target: str, arguments: dict, env: dict, deadline_s: float) -> Engine:
+        assert target == "suite.engine:Engine"
+        self.engines.append(Engine(name, arguments))
+        return self.engines[-1]
+
+    def of(self, key: EngineKey, again: int = 0) -> Engine:
+        """The engine of a key, once it has been started, and started again."""
+        label = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
+        eventually(lambda: self._labels().count(label) > again, f"{label} among {self._labels()}")
+        return [engine for engine in self.engines if engine.label == label][again]
+
+    def _labels(self) -> list[str]:
+        return [engine.label for engine in self.engines]
+
+    def stays_at(self, count: int) -> bool:
+        """Whether so many have been started, and no more for a while."""
+        eventually(lambda: len(self.engines) >= count, f"{count} engines")
+        time.sleep(A_WHILE_S)
+        return len(self.engines) == count
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < deadline, f"expected {what} within {SOON_S} s"
+        time.sleep(0.01)
+
+
+class Asked:
+    """A call in a thread of its own: its result, or what it raised."""
+
+    def __init__(self, function: Callable, *args: object) -> None:
+        self.result: object = None
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(function, *args), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable, *args: object) -> None:
+        try:
+            self.result = function(*args)
+        except BaseException as error:
+            self.error = error
+
+    def waits(self) -> bool:
+        self._thread.join(A_WHILE_S)
+        return self._thread.is_alive()
+
+    def __call__(self) -> object:
+        self._thread.join(SOON_S)
+        assert not self._thread.is_alive(), f"expected an answer within {SOON_S} s"
+        if self.error:
+            raise self.error
+        return self.result
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    """Two engines start at a time, and three may be there at once, unless a test says otherwise."""
+    found = Started()
+    monkeypatch.setattr(module, "launch", found.launch)
+    monkeypatch.setattr(module, "MIN_STARTS", 2)
+    monkeypatch.setattr(module, "MAX_STARTS", 2)
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    return found
+
+
+@pytest.fixture
+def pool(started: Started, tmp_path: Path) -> Iterator[Pool]:
+    numbers = iter(range(1000))
+    run = SimpleNamespace(directory=tmp_path, label=lambda name: f"{name}.{next(numbers)}")
+    pool = Pool(run, STAGES, SUBJECTS, started.said.append)
+    yield pool
+    pool.close()
+    for engine in started.engines:
+        engine.let()
+
+
+def plan(pool: Pool, *needs: list[EngineKey], references: tuple[EngineKey, ...] = ()) -> None:
+    """Tests "0", "1", ... with the engines that each needs."""
+    pool.plan({str(index): keys for index, keys in enumerate(needs)}, references)
+
+
+# ---- starting
+
+
+def test_engines_start_in_the_order_of_the_tests_two_at_a_time(pool: Pool, started: Started):
+    plan(pool, [A], [B], [A, C], [D])
+    assert started.stays_at(2)
+    started.of(B).let()
+    started.of(A)
+    started.of(C)
+    assert started.stays_at(3)
+
+
+def test_an_engine_that_starts_ahead_waits_for_room(pool: Pool, started: Started):
+    plan(pool, [A], [B], [C], [D])
+    for key in (A, B, C):
+        started.of(key).let()
+    assert started.stays_at(3)
+    pool.get(A)
+    pool.done("0")
+    started.of(D).let()
+    assert pool.get(D).key == D
+
+
+def test_the_engine_that_a_test_waits_for_comes_first_and_needs_no_room(pool: Pool, started: Started):
+    plan(pool, [A], [B], [C], [D], [E])
+    for key in (A, B, C):
+        started.of(key).let()
+    assert started.stays_at(3)
+    asked = Asked(pool.get, E)
+    started.of(E).let()
+    assert asked().key == E
+    assert started.stays_at(4)
+
+
+def test_an_engine_that_was_not_planned_is_started_when_asked_for(pool: Pool, started: Started):
+    plan(pool)
+    asked = Asked(pool.get, A)
+    started.of(A).let()
+    assert asked().key == A
+
+
+def test_what_an_engine_is_told(pool: Pool, started: Started, tmp_path: Path):
+    key = EngineKey(MODEL, "cpu-tp2", "colocate", 1, (("max_model_len", 64),))
+    plan(pool, [key])
+    engine = started.of(key)
+    told = engine.arguments
+    assert told["subject"] == {
+        "name": "colocate", "extension": SUBJECTS["colocate"].extension, "transport": "handles"
+    }  # fmt: skip
+    assert told["tensor_parallel_size"] == 2
+    assert (told["options"]["max_model_len"], told["options"]["enforce_eager"]) == (64, True)
+    assert (Path(told["model"]) / "model.safetensors").exists()
+    assert str(tmp_path) in told["link_path"]
+    engine.let()
+    handle = pool.get(key)
+    assert (handle.ranks, handle.facts, handle.link_path) == (2, {"devices": [engine.label]}, told["link_path"])
+    assert [line.partition(":")[2][:15] for line in started.said] == [" starting", " ready after 0 "]
+
+
+def test_dummy_weights_need_no_checkpoint_and_write_none(pool: Pool, started: Started):
+    key = EngineKey(MODEL, "cpu-tp1", "broadcast", None)
+    plan(pool, [key])
+    told = started.of(key).arguments
+    assert (told["oracle_path"], told["options"]["load_format"]) == (None, "dummy")
+    assert not (Path(told["model"]) / "model.safetensors").exists()
+
+
+def test_a_checkpoint_is_written_once(pool: Pool, monkeypatch: pytest.MonkeyPatch):
+    written = []
+
+    def write(spec: object, seed: int, directory: Path, dtype: str) -> None:
+        written.append((spec, seed, dtype))
+        time.sleep(0.05)
+        directory.mkdir(parents=True)
+        (directory / "model.safetensors").touch()
+
+    monkeypatch.setattr(module.models, "write_checkpoint", write)
+    asked = [Asked(pool.checkpoint, MODEL, seed) for seed in (0, 1, 0, 1, 0)]
+    assert len({one() for one in asked}) == 2
+    assert len(written) == 2
+    pool.checkpoint(MODEL, 0, "float32")
+    assert written[2] == (MODELS[MODEL], 0, "float32")
+
+
+# ---- sharing and ending
+
+
+def test_tests_share_an_engine_until_the_last_has_ended(pool: Pool, started: Started):
+    plan(pool, [A], [A], [A])
+    started.of(A).let()
+    handles = [pool.get(A) for _ in range(3)]
+    assert all(handle is handles[0] for handle in handles)
+    pool.done("0")
+    pool.done("1")
+    pool.done("1")  # a test ends once
+    assert not started.engines[0].stopped.wait(A_WHILE_S)
+    pool.done("2")
+    assert started.engines[0].stopped.wait(SOON_S)
+    assert started.stays_at(1)
+
+
+def test_a_test_of_two_engines_needs_both(pool: Pool, started: Started):
+    plan(pool, [A, B], [B])
+    for key in (A, B):
+        started.of(key).let()
+    first, second = pool.get(A), pool.get(B)
+    pool.done("0")
+    assert first.process.stopped.wait(SOON_S)
+    assert not second.process.stopped.wait(A_WHILE_S)
+
+
+def test_an_engine_that_is_discarded_is_replaced_for_the_next_test(pool: Pool, started: Started):
+    plan(pool, [A], [A])
+    started.of(A).let()
+    old = pool.get(A)
+    pool.discard(A)
+    pool.discard(A)
+    pool.done("0")
+    assert old.process.stopped.wait(SOON_S)
+    asked = Asked(pool.get, A)
+    assert asked.waits()
+    started.of(A, again=1).let()
+    assert asked() is not old
+    assert asked().process is started.of(A, again=1)
+    assert started.stays_at(2)
+
+
+def test_nothing_starts_after_the_end(pool: Pool, started: Started):
+    plan(pool, [A], [B], [C])
+    assert started.stays_at(2)
+    pool.close()
+    for engine in started.engines:
+        engine.let()
+    assert started.stays_at(2)
+
+
+# ---- failing
+
+
+def test_a_start_that_fails_reaches_every_test_that_needs_it_and_no_other(pool: Pool, started: Started):
+    plan(pool, [A], [A], [B])
+    asked = Asked(pool.get, A)
+    assert asked.waits()
+    started.of(A).let(RuntimeError("no such extension"))
+    started.of(B).let()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such extension"):
+            pool.get(A)
+    with pytest.raises(RuntimeError, match="no such extension"):
+        asked()
+    assert started.of(A).stopped.wait(SOON_S)
+    assert any(line.endswith("failed to start (RuntimeError)") for line in started.said)
+    assert pool.get(B).key == B
+    assert started.stays_at(2), "expected a failed engine not to be tried again"
+
+
+def test_a_launch_that_fails_reaches_the_test(pool: Pool, monkeypatch: pytest.MonkeyPatch):
+    def launch(*_: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(module, "launch", launch)
+    plan(pool, [A], [B])
+    for key in (A, B):
+        with pytest.raises(OSError, match="no more processes"):
+            pool.get(key)
+
+
+def test_waiting_for_an_engine_has_a_deadline(pool: Pool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "START_DEADLINE_S", -59.8)
+    plan(pool, [A])
+    with pytest.raises(TimeoutError, match=r"no engine qwen3-tied-tiny cpu-tp1 broadcast seed=0 after 0\.2 s"):
+        pool.get(A)
+
+
+# ---- quiet
+
+
+def test_no_engine_starts_while_it_is_quiet(pool: Pool, started: Started):
+    plan(pool, [A], [B], [C])
+    started.of(A).let()
+    entered, leave = threading.Event(), threading.Event()
+
+    def measure() -> None:
+        with pool.quiet():
+            entered.set()
+            leave.wait(SOON_S)
+
+    pool.get(A)
+    started.of(C)
+    measuring = Asked(measure)
+    assert measuring.waits()
+    assert not entered.is_set(), "expected the starts under way to be waited for"
+    started.of(B).let()
+    started.of(C).let()
+    assert entered.wait(SOON_S)
+    pool.discard(B)
+    assert started.stays_at(3)
+    leave.set()
+    measuring()
+    started.of(B, again=1).let()
+    assert pool.get(B).process is started.of(B, again=1)
+
+
+def test_it_is_not_quiet_any_more_after_an_error(pool: Pool, started: Started):
+    with pytest.raises(ValueError, match="measured nothing"), pool.quiet():
+        raise ValueError("measured nothing")
+    plan(pool, [A])
+    started.of(A)
+
+
+# ---- references
+
+
+def test_a_reference_that_no_test_updates_ends_when_it_has_written(pool: Pool, started: Started):
+    plan(pool, [A], references=(B, A))
+    for key in (A, B):
+        started.of(key).write(0)
+        started.of(key).let()
+    assert started.of(B).stopped.wait(SOON_S)
+    assert pool.get(A).process is started.of(A)
+    assert not started.of(A).stopped.is_set()
+    assert pool.oracle(A, 1) == started.of(B).arguments["oracle_path"]
+    assert pool.oracle(A, 0) == started.of(A).arguments["oracle_path"]
+    assert started.stays_at(2)
+
+
+def test_an_oracle_is_there_when_all_its_ranks_have_written(pool: Pool, started: Started):
+    key = EngineKey(MODEL, "cpu-tp2", "broadcast", 0)
+    plan(pool, [key])
+    asked = Asked(pool.oracle, key, 1)
+    reference = started.of(replace(key, seed=1))
+    assert asked.waits()
+    reference.write(0)
+    assert asked.waits()
+    reference.write(1)
+    assert asked() == reference.arguments["oracle_path"]
+
+
+def test_an_oracle_that_fails_to_start_reaches_the_test(pool: Pool, started: Started):
+    plan(pool)
+    asked = Asked(pool.oracle, A, 1)
+    started.of(B).let(RuntimeError("no such checkpoint"))
+    with pytest.raises(RuntimeError, match="no such checkpoint"):
+        asked()
+
+
+@pytest.mark.parametrize(
+    ("other", "serves"),
+    [
+        (EngineKey(MODEL, "cpu-tp1", "colocate", 1), True),
+        (EngineKey(MODEL, "cpu-other", "broadcast", 1, copy=1), True),
+        (EngineKey(MODEL, "cpu-tp2", "broadcast", 1), False),
+        (EngineKey(MODEL, "cpu-tp1", "broadcast", 0), False),
+        (EngineKey(MODEL, "cpu-tp1", "broadcast", None), False),
+        (EngineKey("llama-tiny", "cpu-tp1", "broadcast", 1), False),
+        (EngineKey(MODEL, "cpu-tp1", "broadcast", 1, (("max_model_len", 64),)), False),
+    ],
+    ids=str,
+)
+def test_another_subjects_engine_serves_where_it_computes_the_same(pool: Pool, other: EngineKey, serves: bool):
+    key = EngineKey(MODEL, "cpu-tp1", "broadcast", 0, visible="GPU-1", copy=2)
+    found = pool.reference(key, 1, [key, other])
+    assert found == (other if serves else EngineKey(MODEL, "cpu-tp1", "broadcast", 1))
+    assert (pool._oracle_path(found) == pool._oracle_path(other)) == serves
+
+
+def test_snapshots_have_paths_of_their_own(pool: Pool):
+    assert pool.scratch() != pool.scratch()
