@@ -161,7 +161,10 @@ class _Meeting:
         while missing:
             if self.store.check(["refused"]):
                 kind, _, verdict = self.store.get("refused").decode().partition(": ")
-                self._leave(TimeoutError if kind == "TimeoutError" else GroupError, verdict)
+                if kind != "TimeoutError":
+                    self._leave(GroupError, verdict)
+                absent = [other for other in missing if not self.store.check([f"{step}/{other}"])]
+                self._leave(TimeoutError, verdict, self._world_size - len(absent))
             for other in sorted(missing):
                 if not self.store.check([f"{step}/{other}"]):
                     continue
