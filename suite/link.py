@@ -24,8 +24,8 @@ class Link:
 
     def send(self, message: dict[str, Any], deadline_s: float) -> None:
         """Send plain data. Raises LinkError where the peer is gone or takes nothing for `deadline_s`."""
-        self._sock.settimeout(deadline_s)
         try:
+            self._sock.settimeout(deadline_s)
             wire.send(self._sock, message)
         except OSError as error:
             raise LinkError(f"{self._peer} could not be sent {sorted(message)}: {error!r}") from error
@@ -37,8 +37,8 @@ class Link:
             return wire.receive(self._sock, wait=lambda: self._sock.settimeout(_left(deadline)))
         except TimeoutError:
             raise LinkError(f"{self._peer} sent nothing for {deadline_s:g} s") from None
-        except (EOFError, OSError) as error:
-            raise LinkError(f"{self._peer} is gone: {error!r}") from error
+        except (EOFError, OSError, wire.WireError) as error:
+            raise LinkError(f"{self._peer} is gone or sends nonsense: {error!r}") from error
 
     def close(self) -> None:
         """Hang up."""
@@ -75,6 +75,7 @@ def connect(path: str, deadline_s: float) -> Link:
     try:
         sock.connect(path)
     except OSError as error:
+        sock.close()
         raise LinkError(f"no engine listens at {path}: {error!r}") from error
     return Link(sock, f"the engine at {Path(path).name}")
 
