@@ -1,6 +1,8 @@
 """Which subjects, stages and models a run examines, and the cases that follow for each test."""
 
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -59,6 +61,8 @@ def subjects(config: pytest.Config) -> dict[str, Subject]:
     names, extensions = config.getoption("subject"), config.getoption("extension")
     _expect_known("--subject", names, SUBJECTS)
     found = {name: SUBJECTS[name] for name in names or ([] if extensions else SUBJECTS)}
+    if extensions:
+        sys.path.append(os.getcwd())  # where `pytest`, unlike `python -m pytest`, does not look
     for extension in extensions:
         try:
             subject = subject_from(extension)

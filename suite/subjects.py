@@ -53,8 +53,9 @@ def load(extension: str) -> type:
     module, _, name = extension.partition(":")
     try:
         cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"expected an extension as pkg.module:Class, found {extension!r}: {error}") from error
+    except Exception as error:  # an import may raise anything
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected an extension as pkg.module:Class, found {extension!r}: {why}") from error
     if not isinstance(cls, type):
         raise ValueError(f"{extension} is a {type(cls).__name__}, not a class")
     return cls

@@ -84,7 +84,7 @@ def test_several_trainers_are_told_apart(listener: Listener, path: str):
 
 
 def test_what_is_no_plain_data_is_refused_where_it_is_sent(pair: tuple[Link, Link]):
-    with pytest.raises(TypeError, match="found builtins.object"):
+    with pytest.raises(TypeError, match=r"found builtins\.object"):
         pair[0].send({"callable": object()}, DEADLINE_S)
     pair[0].send({"after": 1}, DEADLINE_S)
     assert pair[1].receive(DEADLINE_S) == {"after": 1}, "expected nothing of the refused message on the line"
