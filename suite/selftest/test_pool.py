@@ -15,7 +15,7 @@ from suite.pool import EngineKey, Pool
 from suite.stages import Stage
 from suite.subjects import SUBJECTS
 
-SOON_S = 5.0
+SOON_S = 20.0
 A_WHILE_S = 0.3  # long enough to see that nothing happens
 MODEL = "qwen3-tied-tiny"
 STAGES = {
