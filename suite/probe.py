@@ -31,7 +31,7 @@ class Probe:
         """Call a worker method and return {"result": ...} or {"error": what it raised}.
 
         Under tensor parallelism vLLM's executor stops reading replies at the first rank that raised. The replies of
-        the other ranks stay in their queues and answer the calls that follow (seen in vLLM 0.24 to 0.32). An error that
+        the other ranks stay in their queues and answer the calls that follow (seen in vLLM 0.32.0). An error that
         travels as a result leaves the queues in step, and tells what every rank found.
         """
         try:
