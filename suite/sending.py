@@ -13,6 +13,8 @@ from extensions.manifest import manifest_of
 from extensions.process_group import Communicator, stateless_init_process_group
 from suite import link, memory
 
+GROUP_TIMEOUT_S = 30.0  # one tensor that gloo takes longer for has no receiver any more
+
 
 class Refused(RuntimeError):
     """An engine refused the update; nothing, or not all, was sent."""
@@ -41,7 +43,7 @@ class Sending:
         """Serve the group of this trainer's rank 0 and all workers of the connected engines."""
         if self._broadcaster is not None:
             self._broadcaster.close()
-        self._broadcaster = BroadcastSender(address, port, world_size, self.device)
+        self._broadcaster = BroadcastSender(address, port, world_size, self.device, GROUP_TIMEOUT_S)
 
     def update(
         self,
