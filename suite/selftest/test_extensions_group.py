@@ -2,6 +2,7 @@
 
 import re
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,3 +195,11 @@ def test_a_rank_that_died_fails_the_broadcast_of_the_others(ranks: list[Process]
         pair[1].stop()
         with pytest.raises(RemoteError):
             pair[0].call("broadcast", "float32", 1, deadline_s=DEADLINE_S)
+
+
+def test_a_broadcast_that_nobody_receives_fails_in_time(ranks: list[Process]):
+    gather(joining(ranks[:2], (0, 2), (1, 2), timeout_s=2), DEADLINE_S)
+    started = time.monotonic()
+    with pytest.raises(RemoteError, match="Timed out waiting 2000ms"):
+        ranks[0].call("broadcast", "float32", deadline_s=DEADLINE_S)
+    assert time.monotonic() - started < 2 + SLACK_S
