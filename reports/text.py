@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 from reports import units
 from reports.compare import DEFAULT_CAUSES, Comparison, TimingChange
@@ -32,12 +32,20 @@ def run_text(run: Run, width: int = 100) -> str:
 
 
 def time_spent(run: Run) -> str:
-    """Where the run's own time went, in one line; empty where it was not recorded."""
+    """Where the run's own time went, in one line; empty where it was not recorded.
+
+    A test that judges moves weights and may wait for an engine to start: what is within something else is taken out.
+    """
     spent: Counter[str] = Counter()
-    covered: dict[str, float] = {}
-    for what, began, ended in sorted(run.timeline, key=lambda span: span[1]):  # what went on side by side counts once
-        spent[what] += max(ended - max(began, covered.get(what, 0.0)), 0.0)
-        covered[what] = max(ended, covered.get(what, 0.0))
+    spans = sorted(run.timeline, key=lambda span: span[1])
+    moments = sorted({moment for _, began, ended in spans for moment in (began, ended)})
+    going_on: list[tuple[str, float, float]] = []
+    for moment, following in pairwise(moments):  # each moment counts once, for what began last
+        while spans and spans[0][1] <= moment:
+            going_on.append(spans.pop(0))
+        going_on = [span for span in going_on if span[2] > moment]
+        if going_on:
+            spent[going_on[-1][0]] += following - moment
     return "Time went to: " + ", ".join(f"{w} {units.seconds(s)}" for w, s in spent.most_common()) if spent else ""
 
 

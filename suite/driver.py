@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 
 from suite import models
+from suite.plugin import timeline
 from suite.pool import EngineHandle, Pool
 from suite.processes import Process, RemoteError, Run, gather, launch
 from suite.stages import Stage
@@ -162,16 +163,18 @@ class Sync:
         """
         self.connect()
         self.updates += 1
-        if pause:
-            calls = [e.process.submit("pause", self.prompts(1)[0], deadline_s) for e in self.engines]
-        else:
-            calls = [e.process.submit("update", deadline_s, reset_cache) for e in self.engines]
-        calls += [rank.submit("update", self.subject.transport, deadline_s, **how) for rank in self.trainer.processes]
-        try:
-            halves = gather(calls, deadline_s + 10)
-        except Exception:
-            self.disconnect()
-            raise
+        with timeline("moving", str(self.engines[0].key)):
+            if pause:
+                calls = [e.process.submit("pause", self.prompts(1)[0], deadline_s) for e in self.engines]
+            else:
+                calls = [e.process.submit("update", deadline_s, reset_cache) for e in self.engines]
+            ranks = self.trainer.processes
+            calls += [rank.submit("update", self.subject.transport, deadline_s, **how) for rank in ranks]
+            try:
+                halves = gather(calls, deadline_s + 10)
+            except Exception:
+                self.disconnect()
+                raise
         started = min(half["started_s"] for half in halves)
         ended = max(half["ended_s"] for half in halves)
         sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])

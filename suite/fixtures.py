@@ -25,8 +25,11 @@ def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
     pool = Pool(run, selection.stages, selection.subjects, announce)
     own = {item.nodeid: _engines_of(item) for item in request.session.items}
     everything = [key for keys in own.values() for key in keys]
-    compared = [key for item in request.session.items if "target" in item.fixturenames for key in own[item.nodeid]]
-    pool.plan(own, [pool.reference(key, 1 - key.seed, everything) for key in compared])
+    compared = {item.nodeid: own[item.nodeid] for item in request.session.items if "target" in item.fixturenames}
+    references = {
+        test: [pool.reference(key, 1 - key.seed, everything) for key in keys] for test, keys in compared.items()
+    }
+    pool.plan(own, references)
     yield pool
     pool.close()
 

@@ -202,7 +202,10 @@ def _params(item: pytest.Item) -> dict[str, Any]:
 
 
 def _place(item: pytest.Item) -> tuple[int, ...]:
-    """Selftests first, then stage by stage and model by model, measuring last; then what needs no stage."""
+    """Selftests first, then what judges, stage by stage and model by model, then what measures in the same order.
+
+    By then the engines have started that would disturb what is measured.
+    """
     params = _params(item)
     if SELFTESTS in item.path.parents:
         return (0, 0, 0, 0)
@@ -210,7 +213,7 @@ def _place(item: pytest.Item) -> tuple[int, ...]:
     examined = _state.selection
     stages = [*examined.stages, *examined.missing] if examined else []
     measures = item.get_closest_marker("benchmark") is not None
-    return (1, _index(stages, stage), measures, _index([*MODELS], model))
+    return (1, measures, _index(stages, stage), _index([*MODELS], model))
 
 
 def _index(names: list[str], name: str | None) -> int:
@@ -253,6 +256,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             verdicts.not_applicable(reason)
     if requirement and isinstance(subject, Subject) and requirement.id in subject.lacks:
         verdicts.unsupported(subject.lacks[requirement.id])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with timeline("judging", item.name) if _examines(item) else contextlib.nullcontext():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

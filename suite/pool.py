@@ -91,16 +91,17 @@ class Pool:
         self._quiet = False
         self._closed = False
 
-    def plan(self, needs: dict[str, list[EngineKey]], references: Iterable[EngineKey]) -> None:
+    def plan(self, needs: dict[str, list[EngineKey]], references: dict[str, list[EngineKey]]) -> None:
         """Say which engines each test will update, in the tests' order, and begin to start them.
 
-        `references` are those that others are compared with. One that no test updates ends once it has written down
-        what it computes with.
+        `references` are those that a test's engines are compared with, which start right after them. One that no test
+        updates ends once it has written down what it computes with.
         """
         self._by_test = needs
-        self._needs = Counter(key for keys in needs.values() for key in keys)
-        self._records = set(references) - set(self._needs)
-        self._needs.update(self._records)
+        updated = Counter(key for keys in needs.values() for key in keys)
+        in_order = dict.fromkeys(key for test, keys in needs.items() for key in (*keys, *references.get(test, ())))
+        self._records = set(in_order) - set(updated)
+        self._needs = Counter({key: updated[key] or 1 for key in in_order})
         starts = max(MIN_STARTS, min(MAX_STARTS, len(os.sched_getaffinity(0)) // CORES_A_START))
         for index in range(starts):
             threading.Thread(target=self._work, name=f"engine-starter-{index}", daemon=True).start()

@@ -7,7 +7,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from suite.clock import moved_clock
 from suite.driver import Moved, Sync
-from suite.plugin import timeline
 from suite.pool import Pool
 
 ROUNDS = 10
@@ -56,7 +55,7 @@ def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool) -> None:
         rounds.append(sync.update())
         moved_clock.add(rounds[-1].elapsed_s)
 
-    with pool.quiet(), timeline("moving", str(sync.engines[0].key)):
+    with pool.quiet():
         benchmark.pedantic(one_update, rounds=ROUNDS, iterations=1, warmup_rounds=0)
         nbytes = rounds[0].bytes_sent
         kind, roofline_s = sync.roofline(nbytes, ROUNDS)

@@ -394,6 +394,23 @@ def test_measurements_are_recorded_with_their_raw_samples(tmp_path: Path):
     assert finished.code == 1
 
 
+JUDGING_AND_MEASURING = (
+    MEASURING
+    + """
+@pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
+def test_exact(subject, stage, model):
+    pass
+"""
+)
+
+
+def test_everything_is_judged_before_anything_is_measured(tmp_path: Path):
+    finished = examine(tmp_path, JUDGING_AND_MEASURING, "--subject=broadcast", "--collect-only", "-q")
+    cases = [line.partition("::")[2] for line in finished.output.splitlines() if "::" in line]
+    assert [case.partition("[")[0] for case in cases] == ["test_exact", "test_exact", "test_update", "test_update"]
+    assert ["cpu-tp1" in case for case in cases] == [True, False, True, False]
+
+
 # ---- runs that end early
 
 ENDING = """
@@ -433,7 +450,8 @@ def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path, n
     finished = finish(started, tmp_path)
     assert finished.code == code
     assert finished.verdicts == {"test_first[broadcast-cpu-tp1-qwen3-tied-tiny]": "pass"}
-    assert [entry["name"] for entry in finished.document["timeline"]] == ["worker"]
+    spans = [(entry["what"], entry["name"]) for entry in finished.document["timeline"]]
+    assert spans[:2] == [("starting", "worker"), ("judging", "test_first[broadcast-cpu-tp1-qwen3-tied-tiny]")]
     assert (finished.report / "report.html").exists() == (number != signal.SIGKILL)
     expect_gone(pids)
 

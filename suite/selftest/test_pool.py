@@ -142,7 +142,7 @@ def pool(started: Started, tmp_path: Path) -> Iterator[Pool]:
 
 def plan(pool: Pool, *needs: list[EngineKey], references: tuple[EngineKey, ...] = ()) -> None:
     """Tests "0", "1", ... with the engines that each needs."""
-    pool.plan({str(index): keys for index, keys in enumerate(needs)}, references)
+    pool.plan({str(index): keys for index, keys in enumerate(needs)}, {"0": [*references]})
 
 
 # ---- starting
@@ -368,6 +368,13 @@ def test_a_reference_that_no_test_updates_ends_when_it_has_written(pool: Pool, s
     assert not started.of(A).stopped.is_set()
     assert pool.oracle(A, 1) == started.of(B).arguments["oracle_path"]
     assert pool.oracle(A, 0) == started.of(A).arguments["oracle_path"]
+    assert started.stays_at(2)
+
+
+def test_a_reference_starts_right_after_the_engine_that_is_compared_with_it(pool: Pool, started: Started):
+    plan(pool, [A], [C], [D], references=(B,))
+    started.of(A)
+    started.of(B)
     assert started.stays_at(2)
 
 

@@ -248,10 +248,10 @@ def test_a_run_that_judged_nothing_is_no_pass():
     assert reports.render_text(document).startswith("- None of 25 requirements could be judged here.")
 
 
-def test_time_spent_side_by_side_counts_once():
+def test_time_spent_counts_once_for_what_began_last():
     spans = [("starting", 0, 30), ("starting", 5, 30), ("starting", 10, 5), ("judging", 20, 100), ("starting", 50, 5)]
     timeline = [{"what": what, "name": "", "began_s": began, "elapsed_s": long} for what, began, long in spans]
-    assert "Time went to: judging 100 s, starting 40.0 s" in reports.render_text(RUN | {"timeline": timeline})
+    assert "Time went to: judging 95.0 s, starting 25.0 s" in reports.render_text(RUN | {"timeline": timeline})
 
 
 def test_a_run_in_memory_may_hold_what_json_has_no_word_for(tmp_path):
