@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from extensions.dtypes import dtype_of
-from extensions.process_group import DEFAULT_TIMEOUT_S, Communicator, GroupError, stateless_init_process_group
+from extensions.process_group import Communicator, GroupError, stateless_init_process_group
 from extensions.updating import UpdateBracket
 
 
@@ -40,7 +40,18 @@ class WorkerExtension(UpdateBracket):
             raise GroupError("there is no group: call init_weight_update_group() on all workers first")
         tensor = torch.empty(tuple(shape), dtype=dtype_of(dtype), device=self.device)
         self._weight_sync_group.broadcast(tensor, src=0)
+        if self._weight_sync_load is None:
+            self._weight_sync_group.wait()  # inside the bracket end_update() does, once for all tensors
         self._weight_sync_accept({name: tensor})
+
+    def end_update(self) -> int:
+        """As UpdateBracket's. Raises GroupError where a tensor has not come through; the update is aborted then."""
+        if self._weight_sync_load is not None and self._weight_sync_group is not None:
+            try:
+                self._weight_sync_group.wait()
+            except GroupError as error:
+                raise GroupError(f"{error}; {self.abort_update()}") from error
+        return super().end_update()
 
     def close_weight_update_group(self) -> None:
         """Leave the group, if there is one."""
@@ -58,19 +69,25 @@ class BroadcastSender:
         master_port: int,
         world_size: int,
         device: "torch.device | str | int",
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
-        """Serve the group at `master_address:master_port` and wait for `world_size - 1` workers."""
+        """Serve the group at `master_address:master_port` and wait for `world_size - 1` workers.
+
+        `timeout_s` as in `stateless_init_process_group`.
+        """
         self._group = stateless_init_process_group(master_address, master_port, 0, world_size, device, timeout_s)
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Broadcast every tensor, in the order of the workers' `update_weight` calls. Returns the bytes sent."""
+        """Broadcast every tensor, in the order of the workers' `update_weight` calls. Returns the bytes sent.
+
+        They have left when this returns: the next optimiser step may write to them. Raises GroupError where a worker
+        died or takes longer than the group's timeout.
+        """
         device, sent = self._group.device, 0
         for _, tensor in named_tensors:
             self._group.broadcast(tensor.detach().to(device).contiguous(), src=0)
             sent += tensor.numel() * tensor.element_size()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the next optimiser step may write to what is being sent
+        self._group.wait()
         return sent
 
     def close(self) -> None:

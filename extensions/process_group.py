@@ -6,11 +6,14 @@ tensors of CUDA devices, gloo those of CPUs, behind one `broadcast`. Ranks find 
 """
 
 import contextlib
+import ctypes
 import math
+import os
 import secrets
 import socket
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import NoReturn, Protocol
@@ -20,8 +23,11 @@ import torch
 from extensions.dtypes import flat_bytes
 
 HANDSHAKE_POLL_S = 0.02
+WATCH_POLL_S = 0.5
+ABORT_S = 5.0  # how long aborting may hold up whoever closes
 LINGER_S = 2.0  # how long rank 0 stays after a refusal, for the others to hear of it
 DEFAULT_TIMEOUT_S = 120.0
+TIMEOUT_VARIABLE = "WEIGHT_UPDATE_TIMEOUT_S"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -37,7 +43,14 @@ class Communicator(Protocol):
     device: torch.device
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
-        """Send `tensor` from rank `src`, or receive into it; contiguous, any dtype, on the communicator's device."""
+        """Send `tensor` from rank `src`, or receive into it; contiguous, any dtype, on the communicator's device.
+
+        Raises GroupError where the group has been given up. On CUDA devices the tensor is there once the stream, or
+        `wait`, says so.
+        """
+
+    def wait(self) -> None:
+        """Wait until all broadcasts have ended. Raises GroupError where one can't: a rank is gone, or too slow."""
 
     def close(self) -> None:
         """Give back sockets and device memory. The communicator can't be used afterwards."""
@@ -49,7 +62,7 @@ def stateless_init_process_group(
     rank: int,
     world_size: int,
     device: "torch.device | str | int",
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> Communicator:
     """Join `world_size` ranks at `master_address:master_port`, where rank 0 listens, and return the communicator.
 
@@ -57,10 +70,15 @@ def stateless_init_process_group(
     rank has named the same world size and backend, and a random value has been broadcast by rank 0 and seen to
     arrive: a communicator that is disabled, or one that "broadcasts" nothing (vllm#57022), never leaves this function.
 
+    `timeout_s` is WEIGHT_UPDATE_TIMEOUT_S of the environment where it is not given, and 120 where that is not set.
+    A broadcast whose peer died or takes longer than `timeout_s` ends in GroupError on the ranks that are left, where
+    NCCL itself would wait for ever.
+
     Raises ValueError for impossible ranks or sizes, GroupError where the ranks disagree or data does not arrive, and
     TimeoutError where a rank is missing after `timeout_s` seconds: on every rank that is there. The name and signature
     are those of vLLM's RLHF examples.
     """
+    timeout_s = _timeout_s() if timeout_s is None else timeout_s
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -72,7 +90,7 @@ def stateless_init_process_group(
     try:
         meeting.join(f"world_size={world_size} device={device.type}")
         if device.type == "cuda":
-            group: Communicator = _NcclCommunicator(meeting.store, rank, world_size, device)
+            group: Communicator = _NcclCommunicator(meeting, rank, world_size, device, timeout_s)
         else:
             group = _GlooCommunicator(meeting.store, rank, world_size, device, master_address, timeout_s)
         _prove(group, meeting)
@@ -82,6 +100,17 @@ def stateless_init_process_group(
             raise
         meeting.refuse(GroupError, f"rank {rank} could not make the group: {_first_line(error)}")
     return group
+
+
+def _timeout_s() -> float:
+    text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{TIMEOUT_VARIABLE}: expected seconds, found {text!r}")
+    return seconds
 
 
 def _prove(group: Communicator, meeting: "_Meeting") -> None:
@@ -106,6 +135,7 @@ class _Meeting:
     def __init__(self, address: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
         self._address, self._port, self._rank, self._world_size = address, port, rank, world_size
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
+        self.server = (address, port)
         self._where = f"rank {rank} of {world_size} at {address}:{port}"
         self.store: torch.distributed.TCPStore | None = None  # None once this rank has left
         if rank != 0:
@@ -244,7 +274,13 @@ class _GlooCommunicator:
         options = torch.distributed.BroadcastOptions()
         options.rootRank = src
         # As bytes: gloo does not know every dtype, and moves them all alike.
-        self._group.broadcast([_as_bytes(tensor, self.device)], options).wait()
+        try:
+            self._group.broadcast([_as_bytes(tensor, self.device)], options).wait()
+        except RuntimeError as error:
+            raise GroupError(f"rank {self.rank}: the broadcast was given up ({_first_line(error)})") from error
+
+    def wait(self) -> None:
+        pass  # every broadcast has ended when it returns
 
     def close(self) -> None:
         self._group = None
@@ -252,30 +288,91 @@ class _GlooCommunicator:
 
 
 class _NcclCommunicator:
-    """Broadcasts of CUDA tensors, through vLLM's own binding of NCCL."""
+    """Broadcasts of CUDA tensors, through vLLM's own binding of NCCL.
 
-    def __init__(self, store: torch.distributed.TCPStore, rank: int, world_size: int, device: torch.device) -> None:
+    NCCL waits for a peer for ever, and so does whoever waits for the device. A thread watches the broadcasts: where
+    rank 0 is gone, or one takes longer than the timeout, it aborts them all.
+    """
+
+    def __init__(self, meeting: "_Meeting", rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 
         self.rank, self.world_size, self.device = rank, world_size, device
-        self._store = store
+        self._store, self._server, self._timeout_s = meeting.store, meeting.server, timeout_s
         with torch.cuda.device(device):
-            self._comm = PyNcclCommunicator(_plain_group(store, rank, world_size), device=device)
+            self._comm = PyNcclCommunicator(_plain_group(meeting.store, rank, world_size), device=device)
         if self._comm.disabled or not self._comm.available:
             raise GroupError("vLLM's NCCL communicator came up disabled: is NCCL there, and VLLM_DISABLE_PYNCCL unset?")
+        self._begin_watching()
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
-        if self._comm is None:
-            raise GroupError("this communicator is closed")
+        self._expect_whole()
         with torch.cuda.device(self.device):
-            self._comm.broadcast(
-                _as_bytes(tensor, self.device), src=src, stream=stream or torch.cuda.current_stream(self.device)
-            )
+            stream, ended = stream or torch.cuda.current_stream(self.device), torch.cuda.Event()
+            try:
+                self._comm.broadcast(_as_bytes(tensor, self.device), src=src, stream=stream)
+            except RuntimeError:  # NCCL's own, for what the watcher has aborted
+                self._expect_whole()
+                raise
+            ended.record(stream)
+        self._under_way.append((time.monotonic(), ended))
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self._expect_whole()
 
     def close(self) -> None:
+        self._closed.set()
+        self._watcher.join(ABORT_S)
         comm, self._comm, self._store = self._comm, None, None
-        if comm is not None and hasattr(comm, "destroy"):  # since vLLM 0.19
+        if comm is not None and not self._lost and hasattr(comm, "destroy"):  # since vLLM 0.19
             comm.destroy()
+
+    def _begin_watching(self) -> None:
+        self._lost = ""  # why the group was given up
+        self._under_way: deque[tuple[float, torch.cuda.Event]] = deque()
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="nccl-watch", daemon=True)
+        self._watcher.start()
+
+    def _expect_whole(self) -> None:
+        if self._comm is None:
+            raise GroupError("this communicator is closed")
+        if self._lost:
+            raise GroupError(f"rank {self.rank}: {self._lost}; the group was aborted, make a new one")
+
+    def _watch(self) -> None:
+        with torch.cuda.device(self.device):
+            while not self._closed.wait(WATCH_POLL_S):
+                self._lost = self._trouble()
+                if self._lost:
+                    nccl_abort = self._comm.nccl.lib.ncclCommAbort  # not among vLLM's own before 0.22
+                    nccl_abort.argtypes = [ctypes.c_void_p]
+                    nccl_abort(self._comm.comm)
+                    return
+
+    def _trouble(self) -> str:
+        """Why to give up; empty as long as broadcasts end."""
+        while self._under_way and self._under_way[0][1].query():
+            self._under_way.popleft()
+        if not self._under_way:
+            return ""
+        waited_s = time.monotonic() - self._under_way[0][0]
+        if waited_s > self._timeout_s:
+            return f"a broadcast has not ended within {self._timeout_s:g} s"
+        if self.rank != 0 and waited_s > WATCH_POLL_S and not _listens(self._server):
+            return "rank 0 is gone in the middle of a broadcast"
+        return ""
+
+
+def _listens(server: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(server, timeout=WATCH_POLL_S).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # too busy to answer is not gone
+        return True
+    return True
 
 
 def _plain_group(store: torch.distributed.TCPStore, rank: int, world_size: int):

@@ -52,6 +52,7 @@ class Alterations:
     truncate: list[str] = field(default_factory=list)  # one row less
     cast: dict[str, str] = field(default_factory=dict)  # to this dtype
     duplicate: list[str] = field(default_factory=list)  # sent twice in a row
+    bits: dict[str, list[int]] = field(default_factory=dict)  # the first elements, of 16 bits each, become these
     add: dict[str, str] = field(default_factory=dict)  # after this tensor, the same one under a name of no model's
 
     @classmethod
@@ -71,7 +72,18 @@ class Alterations:
             tensor = tensor[:-1]
         if name in self.cast:
             tensor = tensor.to(getattr(torch, self.cast[name]))
+        if name in self.bits:
+            tensor = with_bits(tensor, self.bits[name])
         for _ in range(2 if name in self.duplicate else 1):
             yield self.rename.get(name, name), tensor
         if name in self.add:
             yield self.add[name], tensor
+
+
+def with_bits(tensor: torch.Tensor, patterns: list[int]) -> torch.Tensor:
+    """A copy whose first elements have these patterns of 16 bits."""
+    changed = tensor.clone()
+    if not changed.is_meta:
+        signed = [pattern - 2**16 if pattern >= 2**15 else pattern for pattern in patterns]
+        changed.view(torch.int16).view(-1)[: len(patterns)] = torch.tensor(signed, dtype=torch.int16)
+    return changed

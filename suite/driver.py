@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from suite import models
 from suite.plugin import timeline
 from suite.pool import EngineHandle, Pool
-from suite.processes import Process, RemoteError, Run, gather, launch
-from suite.stages import Stage
+from suite.processes import Call, Process, ProcessDied, RemoteError, Run, gather, launch
+from suite.stages import UPDATE_TIMEOUT_S, Stage
 from suite.subjects import Subject
 
 CALL_DEADLINE_S = 120.0
+CALL_MARGIN_S = 10.0  # for an answer to arrive that was given just in time
 ADDRESS = "127.0.0.1"
 
 # Two right computations in bfloat16 differ in a log-probability by less than this, and choose the same token where the
@@ -35,7 +36,10 @@ def free_port() -> int:
 class TrainerGroup:
     """The ranks of one trainer. Every call goes to all of them."""
 
-    def __init__(self, run: Run, name: str, world_size: int, device: str, visible: list[str]) -> None:
+    def __init__(
+        self, run: Run, name: str, world_size: int, device: str, visible: list[str], warm_up: bool = True
+    ) -> None:
+        """`warm_up=False` leaves out what only `load` needs."""
         port = free_port()
         self.world_size = world_size
         self.processes: list[Process] = []
@@ -45,11 +49,13 @@ class TrainerGroup:
                 "CUDA_VISIBLE_DEVICES": visible[rank] if visible else "",
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
+                "WEIGHT_UPDATE_TIMEOUT_S": str(UPDATE_TIMEOUT_S["cpu" if device == "cpu" else "gpu"]),
             }
             self.processes.append(
                 launch(run, f"{name}-rank{rank}", "suite.trainer:Trainer", arguments, env, CALL_DEADLINE_S)
             )
-            self.processes[-1].submit("warm_up")
+            if warm_up:
+                self.processes[-1].submit("warm_up")
         self.connected: tuple[int, ...] = ()
         self.held: object = None
 
@@ -103,6 +109,14 @@ class Moved:
     tensors: int
     steps_s: dict[str, float]
     pause_s: float | None = None  # from the last token before to the first after, where that was asked for
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an update with a fault ended on both sides: what each raised, or nothing where it succeeded."""
+
+    engine_error: str
+    trainer_error: str
 
 
 class Sync:
@@ -171,7 +185,7 @@ class Sync:
             ranks = self.trainer.processes
             calls += [rank.submit("update", self.subject.transport, deadline_s, **how) for rank in ranks]
             try:
-                halves = gather(calls, deadline_s + 10)
+                halves = gather(calls, deadline_s + CALL_MARGIN_S)
             except Exception:
                 self.disconnect()
                 raise
@@ -233,6 +247,29 @@ class Sync:
         except RemoteError as error:  # one that runs into its deadline is not refused: that goes to the test
             return "\n".join([error.said, *getattr(error, "__notes__", [])])
         raise AssertionError(f"expected an error for an update with {how}, found success {self.where}")
+
+    def update_until(self, deadline_s: float, fault: dict) -> Outcome:
+        """One update with a fault, see `Sending.update`, of one engine; fails where the engine does not answer in time.
+
+        A trainer that has been stopped is not waited for.
+        """
+        self.connect()
+        self.updates += 1
+        (engine,), (rank,) = self.engines, self.trainer.processes
+        with timeline("moving", str(engine.key)):
+            updating = engine.process.submit("update", deadline_s)
+            sending = rank.submit("update", self.subject.transport, deadline_s, fault=fault)
+            engine_error = _raised(updating, deadline_s + CALL_MARGIN_S)
+            stopped = fault["signal"] == "STOP"
+            trainer_error = "stopped" if stopped else _raised(sending, deadline_s + CALL_MARGIN_S)
+        self.disconnect()
+        return Outcome(engine_error, trainer_error)
+
+    def says_inconsistent(self) -> bool:
+        """Whether the extension says of itself, by `update_state()`, that its weights are not to be used."""
+        if not hasattr(self.subject.load(), "update_state"):
+            return False
+        return all("inconsistent" in states for states in self.call_engines("update_state"))
 
     def generate(self, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[dict]]:
         """Greedy continuations, for each engine."""
@@ -379,3 +416,12 @@ class Sync:
 
     def _probe(self, engine: EngineHandle, method: str, *args: object) -> list[dict]:
         return engine.process.call("rpc", method, *args, deadline_s=CALL_DEADLINE_S)
+
+
+def _raised(call: Call, deadline_s: float) -> str:
+    """What a call raised, empty where it succeeded; a process that has ended counts as having said so."""
+    try:
+        call.result(deadline_s)
+    except (RemoteError, ProcessDied) as error:
+        return error.said
+    return ""

@@ -133,12 +133,11 @@ class Engine:
             self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)
             raise
         self._answer({"ready": True}, deadline_s)
-        decisions = [link.receive(deadline_s)["go"] for link in self._links]
-        if not all(decisions):
-            self._abort()
-            raise Cancelled("the trainer called the update off")
-        begun = time.monotonic()
         try:
+            decisions = [link.receive(deadline_s)["go"] for link in self._links]
+            if not all(decisions):
+                raise Cancelled("the trainer called the update off")
+            begun = time.monotonic()
             self._transfer(manifest, announced)
             transferred = time.monotonic()
             if self._brackets:
@@ -146,8 +145,9 @@ class Engine:
             if reset_cache:
                 self.reset_prefix_cache()
         except Exception as error:
-            self._abort()
-            self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)
+            if not isinstance(error, Cancelled):  # before aborting, which a dead worker may make impossible
+                self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)
+            self._abort(error)
             raise
         ended = time.monotonic()
         self._answer({"ended": True}, deadline_s)
@@ -180,9 +180,12 @@ class Engine:
                 handles.setdefault(device, {}).update(named)
         self.rpc("update_weights_from_ipc_handles", handles)
 
-    def _abort(self) -> None:
-        if self._brackets:
-            self.rpc("abort_update")
+    def _abort(self, cause: Exception) -> None:
+        try:
+            if self._brackets:
+                self.rpc("abort_update")
+        except Exception as error:
+            cause.add_note(f"nor could the update be aborted: {type(error).__name__}: {error}")
 
     def _answer(self, message: dict, deadline_s: float) -> None:
         for link in self._links:

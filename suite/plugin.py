@@ -35,6 +35,7 @@ MARKERS = (
     "selftest: tests the suite itself",
     "requirement(id, models=None): the requirement that a test judges, and the models it is judged with",
     "engine(**options): arguments of vllm.LLM for the engines of a test",
+    "ends_engine: leaves an engine that no other test can use; comes after those of its stage and model",
     "models(cpu=[...], gpu=[...]): the models that a test takes, by the kind or the name of the stage",
 )
 
@@ -208,12 +209,13 @@ def _place(item: pytest.Item) -> tuple[int, ...]:
     """
     params = _params(item)
     if SELFTESTS in item.path.parents:
-        return (0, 0, 0, 0)
+        return (0, 0, 0, 0, 0)
     stage, model = getattr(params.get("stage"), "name", None), params.get("model")
     examined = _state.selection
     stages = [*examined.stages, *examined.missing] if examined else []
     measures = item.get_closest_marker("benchmark") is not None
-    return (1, measures, _index(stages, stage), _index([*MODELS], model))
+    ends = item.get_closest_marker("ends_engine") is not None
+    return (1, measures, _index(stages, stage), _index([*MODELS], model), ends)
 
 
 def _index(names: list[str], name: str | None) -> int:

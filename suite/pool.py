@@ -18,7 +18,7 @@ import psutil
 
 from suite import environment, models
 from suite.processes import Process, Run, launch
-from suite.stages import Stage
+from suite.stages import UPDATE_TIMEOUT_S, Stage
 from suite.subjects import Subject
 
 START_DEADLINE_S = 300.0
@@ -343,6 +343,7 @@ def engine_environment(stage: Stage, copy: int, eager: bool) -> dict[str, str | 
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
+        "WEIGHT_UPDATE_TIMEOUT_S": str(UPDATE_TIMEOUT_S[stage.kind]),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         # The sampler compiles a helper for log-probabilities even in an eager engine: 15 s for nothing examined here.
         "TORCHDYNAMO_DISABLE": "1" if eager else None,

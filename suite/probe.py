@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from extensions.devices import device_id
-from extensions.process_group import stateless_init_process_group
+from extensions.process_group import Communicator, stateless_init_process_group
 from extensions.weights import effective_weights
 from suite import memory
 from suite.subjects import load
@@ -26,6 +26,8 @@ SHOWN = 5
 
 class Probe:
     """Reads what the worker computes with; changes nothing."""
+
+    _probe_group: Communicator | None = None
 
     def probe_call(self, method: str, args: list) -> dict:
         """Call a worker method and return {"result": ...} or {"error": what it raised}.
@@ -78,6 +80,11 @@ class Probe:
         counts = [(w.numel(), int(torch.count_nonzero(w))) for _, w in self._probe_weights()]
         return {"rank": self.rank, "elements": sum(n for n, _ in counts), "nonzero": sum(n for _, n in counts)}
 
+    def probe_bits(self, name: str, count: int) -> list[int]:
+        """The first `count` elements of an effective weight of 16-bit elements, as patterns of bits."""
+        weight = dict(self._probe_weights())[name].contiguous().view(-1)[:count]
+        return [pattern & 0xFFFF for pattern in weight.view(torch.int16).tolist()]
+
     def probe_addresses(self) -> dict[str, int]:
         """{parameter: address} of every parameter that isn't empty."""
         model = self.model_runner.get_model()
@@ -101,6 +108,8 @@ class Probe:
 
     def probe_join(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Join a group of the probe's own, for rooflines."""
+        if self._probe_group is not None:
+            self._probe_group.close()
         self._probe_group = stateless_init_process_group(
             address, port, rank_offset + self.rank, world_size, self.device
         )

@@ -88,6 +88,12 @@ _ALL = (
         "Truncation, or a way through float16, changes half of the weights by one unit and no shape.",
     ),
     Requirement(
+        "update.nonfinite",
+        "MUST",
+        "NaNs with their payloads, infinities, negative zeros and subnormal numbers arrive bit by bit.",
+        "A diverged trainer has to be seen in the engine; what cleans up or flushes numbers hides it.",
+    ),
+    Requirement(
         "update.trained",
         "MUST",
         "After an optimiser step of a trainer that holds the model in shards, the update sends the stepped "
@@ -159,6 +165,38 @@ _ALL = (
         "naming it, and the engine still generates what it generated before.",
         "Copying casts whatever it is given, and a dtype that cannot be sent leaves the other side waiting.",
         ("trl#3690", "trl#6913"),
+    ),
+    Requirement(
+        "errors.nested",
+        "MUST",
+        "An update that is begun inside another is refused, and the weights stay as they were.",
+        "Two updates at once leave a mixture that neither trainer has.",
+        ("vllm#57854",),
+    ),
+    Requirement(
+        "faults.trainer_killed",
+        "MUST",
+        "Where the trainer dies before, during or after the transfer, the engine answers within its deadline: it has "
+        "the new weights, or raises and has the old ones, or says that it is inconsistent. The next trainer's update "
+        "is exact.",
+        "NCCL waits for a peer that has died for ever, and what was half loaded generates on.",
+        ("trl#6913", "vllm#57854"),
+    ),
+    Requirement(
+        "faults.trainer_stopped",
+        "MUST",
+        "Where the trainer stops answering in the middle of the transfer, the engine answers within its deadline, as "
+        "if the trainer had died.",
+        "A process that hangs closes no connection: only a deadline finds it.",
+        ("trl#6913", "trl#3690"),
+    ),
+    Requirement(
+        "faults.worker_killed",
+        "MUST",
+        "Where a worker of the engine dies in the middle of an update, engine and trainer both raise within the "
+        "deadline.",
+        "A trainer that waits for a worker that has died holds its GPUs until someone looks.",
+        ("trl#6913", "vllm#57853"),
     ),
     Requirement(
         "devices.remap",

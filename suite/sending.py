@@ -2,7 +2,10 @@
 `world_size` and `device`.
 """
 
+import os
+import signal
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +15,6 @@ from extensions.colocate import HandleSender
 from extensions.manifest import manifest_of
 from extensions.process_group import Communicator, stateless_init_process_group
 from suite import link, memory
-
-GROUP_TIMEOUT_S = 30.0  # one tensor that gloo takes longer for has no receiver any more
 
 
 class Refused(RuntimeError):
@@ -28,6 +29,7 @@ class Sending:
     device: torch.device
 
     _links: tuple[link.Link, ...] = ()
+    _fault: dict | None = None
     _broadcaster: BroadcastSender | None = None
     _hander: HandleSender | None = None
     _roofline: Communicator | None = None
@@ -43,7 +45,7 @@ class Sending:
         """Serve the group of this trainer's rank 0 and all workers of the connected engines."""
         if self._broadcaster is not None:
             self._broadcaster.close()
-        self._broadcaster = BroadcastSender(address, port, world_size, self.device, GROUP_TIMEOUT_S)
+        self._broadcaster = BroadcastSender(address, port, world_size, self.device)
 
     def update(
         self,
@@ -52,13 +54,15 @@ class Sending:
         order: str = "checkpoint",
         alter: dict | None = None,
         relabel: str | None = None,
+        fault: dict | None = None,
     ) -> dict:
         """This rank's half of one update. Returns when it started and ended (monotonic clock) and what was sent.
 
         `order` and `alter` are those of `named_tensors`. `relabel` names the device of the handles falsely; where it
-        is empty there are none. Raises Refused where an engine refuses.
+        is empty there are none. `fault` has {"moment": "before" | "during" | "after" the transfer, "signal": "KILL" or
+        "STOP"} sent to this process then, or to that of "pid". Raises Refused where an engine refuses.
         """
-        started = time.monotonic()
+        started, self._fault = time.monotonic(), fault
         if transport == "broadcast":
             sent = self._update_by_broadcast(deadline_s, order, alter)
         else:
@@ -67,6 +71,8 @@ class Sending:
 
     def join_roofline(self, address: str, port: int, world_size: int) -> None:
         """Serve the probes' group."""
+        if self._roofline is not None:
+            self._roofline.close()
         self._roofline = stateless_init_process_group(address, port, 0, world_size, self.device)
 
     def send_roofline(self, nbytes: int) -> dict:
@@ -101,7 +107,8 @@ class Sending:
             raise Refused("; ".join(refusals) if self.rank == 0 else "an engine refused rank 0's update")
         sent = 0
         if self.rank == 0:
-            sent = self._broadcaster.send(self.named_tensors(order, alter))
+            sent = self._broadcaster.send(self._struck_half_way(self.named_tensors(order, alter), len(manifest)))
+            self._strike("after")
             self._await_end(deadline_s)
         else:
             for _ in self.named_tensors(order, alter):
@@ -118,7 +125,9 @@ class Sending:
         manifest = manifest_of(named)
         refusals = self._announce({"manifest": manifest, "handles": handles}, deadline_s)
         if not refusals:
+            self._strike("during")
             self._await_end(deadline_s)
+            self._strike("after")
         if self.device.type == "cuda":
             self._hander.release()
         if refusals:
@@ -131,6 +140,7 @@ class Sending:
             engine.send(message, deadline_s)
         answers = [engine.receive(deadline_s) for engine in self._links]
         refusals = [answer["refused"] for answer in answers if "refused" in answer]
+        self._strike("before")
         for engine, answer in zip(self._links, answers, strict=True):
             if "refused" not in answer:
                 engine.send({"go": not refusals}, deadline_s)
@@ -149,3 +159,16 @@ class Sending:
         decision = torch.tensor([int(go)], device=self.device)
         torch.distributed.broadcast(decision, src=0)
         return bool(decision.item())
+
+    def _struck_half_way(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], count: int
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for index, named in enumerate(named_tensors):
+            if index == count // 2:
+                self._strike("during")
+            yield named
+
+    def _strike(self, moment: str) -> None:
+        if self._fault and self._fault["moment"] == moment:
+            number = signal.Signals[f"SIG{self._fault['signal']}"]
+            os.kill(self._fault.get("pid", os.getpid()), number)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from suite import models
+from suite import models, verdicts
 from suite.driver import Sync
+from suite.processes import RemoteError
 
 MODELS = ["qwen3-tied-tiny"]
 DEADLINE_S = 30.0
@@ -28,6 +29,26 @@ def test_shape(sync: Sync, target: int) -> None:
 @pytest.mark.requirement("errors.dtype", models=MODELS)
 def test_dtype(sync: Sync, target: int) -> None:
     _refused(sync, target, {"cast": {_some_weight(sync): "int32"}}, named=_some_weight(sync))
+
+
+@pytest.mark.requirement("errors.nested", models=MODELS)
+def test_nested(sync: Sync, target: int) -> None:
+    if not hasattr(sync.subject.load(), "begin_update"):
+        verdicts.unsupported(f"{sync.subject.name} has no begin_update(): its updates have no beginning")
+    manifest = [{"name": n, "dtype": "bfloat16", "shape": list(shape)} for n, shape in models.tensors(sync.spec)]
+    sync.load(sync.seed)
+    sync.update()
+    answers, weights = sync.generate(sync.prompts()), sync.snapshot()
+    sync.call_engines("begin_update", manifest)
+    with pytest.raises(RemoteError) as refused:
+        sync.call_engines("begin_update", manifest)
+    assert "update" in refused.value.message, f"expected a refusal that says why, found {refused.value} {sync.where}"
+    sync.call_engines("abort_update")
+    sync.expect_equal_to(weights, "the weights from before the two updates")
+    assert sync.generate(sync.prompts()) == answers, f"expected the answers from before the two updates {sync.where}"
+    sync.load(target)
+    sync.update()
+    sync.expect_exact(target)
 
 
 def _some_weight(sync: Sync) -> str:

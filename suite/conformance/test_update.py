@@ -9,6 +9,19 @@ from suite.driver import MAX_TOKENS, Sync
 TIED, UNTIED, LLAMA = "qwen3-tied-tiny", "qwen3-untied-tiny", "llama-tiny"
 MOE = {"cpu": ["qwen3-moe-tiny"], "gpu": ["qwen3-moe-reduced"]}
 LEARNING_RATE = 0.002
+WHOLE_EVERYWHERE = ("model.norm.weight", "model.layers.0.input_layernorm.weight")  # not sharded, packed or quantised
+BFLOAT16_BITS = {
+    "infinity": 0x7F80,
+    "-infinity": 0xFF80,
+    "quiet NaN": 0x7FC0,
+    "NaN with a payload": 0x7FD5,
+    "-NaN": 0xFFC1,
+    "signalling NaN": 0x7F81,
+    "-0": 0x8000,
+    "smallest subnormal": 0x0001,
+    "largest negative subnormal": 0x807F,
+    "largest": 0x7F7F,
+}
 
 
 @pytest.mark.requirement("update.zeroed", models=[TIED])
@@ -92,6 +105,22 @@ def test_dtype(sync: Sync, target: int) -> None:
     moved = sync.update()
     expected = 4 * sync.spec.elements
     assert moved.bytes_sent == expected, f"expected {expected} float32 bytes, found {moved.bytes_sent} {sync.where}"
+    sync.expect_exact(target)
+
+
+@pytest.mark.requirement("update.nonfinite", models=[TIED])
+def test_nonfinite(sync: Sync, target: int) -> None:
+    sync.load(target)
+    sync.update(alter={"bits": {name: [*BFLOAT16_BITS.values()] for name in WHOLE_EVERYWHERE}})
+    for name in WHOLE_EVERYWHERE:
+        for found in sync.call_engines("probe_bits", name, len(BFLOAT16_BITS))[0]:
+            wrong = {
+                what: f"{bits:#06x} became {arrived:#06x}"
+                for (what, bits), arrived in zip(BFLOAT16_BITS.items(), found, strict=True)
+                if bits != arrived
+            }
+            assert not wrong, f"expected {name} bit by bit, found {wrong} {sync.where}"
+    sync.update()
     sync.expect_exact(target)
 
 

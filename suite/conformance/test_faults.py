@@ -1,0 +1,84 @@
+"""faults.*: one side dies or stops during an update; the other says so in time, and nothing is wrong in silence."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from suite.driver import Outcome, Sync, TrainerGroup
+from suite.plugin import timeline
+from suite.processes import Run
+from suite.stages import Stage
+
+TIED = "qwen3-tied-tiny"
+ONE_RANK = {"cpu-tp1": [TIED], "gpu-split": [TIED], "gpu-colocate-tp1": [TIED]}
+WORKERS = {"cpu-tp2": [TIED], "gpu-split": [TIED], "gpu-colocate-tp1": [TIED]}  # cpu-tp1's worker is its engine
+MOMENTS = ("before", "during", "after")
+DEADLINE_S = 60.0
+
+
+@pytest.fixture
+def doomed(run: Run, stage: Stage, sync: Sync) -> Callable:
+    """Makes trainers that may be killed, each connected to the case's engine while a block lasts."""
+
+    @contextmanager
+    def trainer() -> Iterator[Sync]:
+        device = "cpu" if stage.kind == "cpu" else "cuda"
+        group = TrainerGroup(run, f"doomed-{stage.name}", 1, device, list(stage.trainer_devices), warm_up=False)
+        try:
+            with timeline("starting", "a trainer to be lost"):
+                group.ready()
+            group.hold_random(sync.pool.config(sync.model), sync.seed)
+            doomed = Sync(sync.pool, group, sync.engines, sync.subject, stage, sync.model)
+            doomed.update()
+            doomed.expect_exact(sync.seed)
+            yield doomed
+        finally:
+            group.stop()
+
+    return trainer
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.requirement("faults.trainer_killed", models=ONE_RANK)
+def test_trainer_killed(sync: Sync, target: int, doomed: Callable, moment: str) -> None:
+    with doomed() as losing:
+        losing.trainer.fill(target)
+        found = losing.update_until(DEADLINE_S, {"moment": moment, "signal": "KILL"})
+    assert found.trainer_error, f"expected a trainer killed {moment} the transfer, found it well {sync.where}"
+    _never_wrong_in_silence(sync, target, found)
+
+
+@pytest.mark.requirement("faults.trainer_stopped", models=ONE_RANK)
+def test_trainer_stopped(sync: Sync, target: int, doomed: Callable) -> None:
+    with doomed() as losing:
+        losing.trainer.fill(target)
+        found = losing.update_until(DEADLINE_S, {"moment": "during", "signal": "STOP"})
+        _never_wrong_in_silence(sync, target, found)
+
+
+@pytest.mark.requirement("faults.worker_killed", models=WORKERS)
+@pytest.mark.ends_engine
+def test_worker_killed(sync: Sync, target: int) -> None:
+    sync.load(sync.seed)
+    sync.update()
+    sync.expect_exact(sync.seed)
+    sync.load(target)
+    worker = sync.engines[0].facts["devices"][-1]["pid"]
+    found = sync.update_until(DEADLINE_S, {"moment": "before", "signal": "KILL", "pid": worker})
+    assert found.engine_error, f"expected an error from an engine without its worker {worker}, found none {sync.where}"
+    assert found.trainer_error, f"expected the trainer to hear of the loss within {DEADLINE_S:g} s {sync.where}"
+
+
+def _never_wrong_in_silence(sync: Sync, target: int, found: Outcome) -> None:
+    """An update that succeeded is there; one that failed has left the weights, or the engine says what they are."""
+    if not found.engine_error:
+        sync.expect_exact(target)
+    elif sync.says_inconsistent():
+        pass
+    else:
+        sync.expect_exact(sync.seed)
+    sync.load(target)
+    sync.update()
+    sync.expect_exact(target)
+    sync.expect_same_behaviour()

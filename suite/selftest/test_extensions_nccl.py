@@ -1,0 +1,115 @@
+"""The watcher that ends NCCL's waits, with a device, a clock and a communicator that do as they are told."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from extensions import process_group
+from extensions.process_group import GroupError, _NcclCommunicator
+
+SOON_S = 5.0
+
+
+class Event:
+    """A CUDA event that has happened when the device says so."""
+
+    def __init__(self, device: "Device") -> None:
+        self._device = device
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self._device.idle.is_set()
+
+
+class Device:
+    """Broadcasts end once `idle` is set, by the peers or by an abort."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.idle = threading.Event()
+        self.aborted: list[object] = []
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "a stream")
+        monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
+        monkeypatch.setattr(torch.cuda, "synchronize", self._synchronize)
+
+    def abort(self, comm: object) -> None:
+        self.aborted.append(comm)
+        self.idle.set()
+
+    def _synchronize(self, device: object) -> None:
+        assert self.idle.wait(SOON_S), "the device waited for ever"
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    monkeypatch.setattr(process_group, "WATCH_POLL_S", 0.05)
+    return Device(monkeypatch)
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+def communicator(device: Device, server: socket.socket, rank: int, timeout_s: float) -> _NcclCommunicator:
+    """As the constructor leaves it, without vLLM."""
+    made = object.__new__(_NcclCommunicator)
+    made.rank, made.world_size, made.device = rank, 2, torch.device("cpu")
+    made._store, made._server, made._timeout_s = None, server.getsockname(), timeout_s
+    library = SimpleNamespace(ncclCommAbort=lambda comm: device.abort(comm))
+    made._comm = SimpleNamespace(
+        comm="a comm",
+        nccl=SimpleNamespace(lib=library),
+        broadcast=lambda tensor, src, stream: None,
+        destroy=lambda: None,
+    )
+    made._begin_watching()
+    return made
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_broadcast_that_never_ends_is_aborted(device: Device, server: socket.socket, rank: int):
+    group = communicator(device, server, rank, timeout_s=0.3)
+    started = time.monotonic()
+    group.broadcast(torch.zeros(1), src=0)
+    with pytest.raises(GroupError, match=r"has not ended within 0\.3 s"):
+        group.wait()
+    assert 0.3 <= time.monotonic() - started < SOON_S
+    assert device.aborted == ["a comm"]
+    with pytest.raises(GroupError, match="make a new one"):
+        group.broadcast(torch.zeros(1), src=0)
+    group.close()
+
+
+def test_where_rank_0_is_gone_the_others_do_not_wait_for_the_timeout(device: Device, server: socket.socket):
+    group = communicator(device, server, rank=1, timeout_s=100)
+    group.broadcast(torch.zeros(1), src=0)
+    time.sleep(0.3)
+    assert not device.aborted, "rank 0 still listens"
+    server.close()
+    with pytest.raises(GroupError, match="rank 0 is gone"):
+        group.wait()
+    group.close()
+
+
+def test_what_ends_in_time_is_left_alone_however_long_the_group_lives(device: Device, server: socket.socket):
+    group = communicator(device, server, rank=1, timeout_s=0.2)
+    device.idle.set()
+    for _ in range(3):
+        group.broadcast(torch.zeros(1), src=0)
+        group.wait()
+        time.sleep(0.15)
+    assert not device.aborted
+    group.close()
+    assert not group._watcher.is_alive()
+    with pytest.raises(GroupError, match="closed"):
+        group.broadcast(torch.zeros(1), src=0)
