@@ -7,6 +7,7 @@ from typing import Any
 from suite.link import Link, LinkError, Listener
 from suite.probe import EXTENSION, PROBED
 from suite.subjects import Subject, load
+from suite.watch import Watch
 
 LINK_WAIT_S = 60.0
 
@@ -54,19 +55,23 @@ class Engine:
             skip_tokenizer_init=True,
             **options,
         )
+        self._watch = Watch()
+        self._devices = self.rpc("probe_device")
+        self._watch.look_after([device["pid"] for device in self._devices])
         if oracle_path is not None:
             self.rpc("probe_save", oracle_path)
 
     def facts(self) -> dict:
         """Which devices the workers are on."""
-        return {"devices": self.rpc("probe_device")}
+        return {"devices": self._devices}
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         """Call a worker method on all ranks; returns their results in rank order.
 
-        Raises WorkerError with what every rank raised, if any did.
+        Raises WorkerError with what every rank raised, if any did, and WorkerDied where a worker has ended.
         """
-        answers = self._llm.collective_rpc("probe_call", args=(method, args))
+        with self._watch.waiting():
+            answers = self._llm.collective_rpc("probe_call", args=(method, args))
         if failed := {rank: answer for rank, answer in enumerate(answers) if "error" in answer}:
             print(*(answer["traceback"] for answer in failed.values()), sep="\n", flush=True)  # to the log
             raise WorkerError(f"{method}: " + "; ".join(f"rank {rank}: {a['error']}" for rank, a in failed.items()))
@@ -77,7 +82,8 @@ class Engine:
         from vllm import SamplingParams
 
         greedy = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False)
-        outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
+        with self._watch.waiting():
+            outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
         return [_continuation(output.outputs[0]) for output in outputs]
 
     def tokens_per_s(self, prompts: list[list[int]], max_tokens: int) -> float:
@@ -162,6 +168,7 @@ class Engine:
 
     def close(self) -> None:
         """End the engine's workers."""
+        self._watch.close()
         self._listener.close()
         for link in self._links:
             link.close()

@@ -36,21 +36,28 @@ def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def trainers(run: Run) -> Iterator[Callable[[Stage, int], TrainerGroup]]:
-    """Trainers by stage and number of ranks, started when first asked for and kept."""
+    """Trainers by stage and number of ranks, started when first asked for and kept; those on GPUs are started ahead."""
     groups: dict[tuple, TrainerGroup] = {}
 
-    def trainer(stage: Stage, world_size: int) -> TrainerGroup:
+    def started(stage: Stage, world_size: int) -> TrainerGroup:
         visible = list(stage.trainer_devices)
         key = (stage.kind, *visible, world_size)
         if key in groups and not groups[key].alive:
             groups.pop(key).stop()
         if key not in groups:
             device = "cpu" if stage.kind == "cpu" else "cuda"
-            with timeline("starting", f"trainer of {world_size}"):
-                groups[key] = TrainerGroup(run, f"trainer-{stage.name}-{world_size}", world_size, device, visible)
-                groups[key].ready()
+            groups[key] = TrainerGroup(run, f"trainer-{stage.name}-{world_size}", world_size, device, visible)
         return groups[key]
 
+    def trainer(stage: Stage, world_size: int) -> TrainerGroup:
+        with timeline("starting", f"trainer of {world_size}"):
+            group = started(stage, world_size)
+            group.ready()
+        return group
+
+    for stage in current_selection().stages.values():
+        if stage.kind == "gpu":
+            started(stage, stage.trainer_world_size)
     yield trainer
     for group in groups.values():
         group.stop()

@@ -28,6 +28,7 @@ SELFTESTS = Path(__file__).resolve().parent / "selftest"
 LOG_LINES = 40
 MEASURING = "benchmark"  # what stands for the requirement where a measurement failed
 SUMMARY_COLUMNS = 100
+PHASES = ("alone", "benchmark", "ends_engine")  # the markers of what comes after the rest, in this order
 MARKERS = (
     "cpu: judges or measures an engine on this machine's CPU",
     "gpu: judges or measures an engine on GPUs",
@@ -35,7 +36,8 @@ MARKERS = (
     "selftest: tests the suite itself",
     "requirement(id, models=None): the requirement that a test judges, and the models it is judged with",
     "engine(**options): arguments of vllm.LLM for the engines of a test",
-    "ends_engine: leaves an engine that no other test can use; comes after those of its stage and model",
+    "alone: judges what engines that start or end beside it would change; comes after what judges otherwise",
+    "ends_engine: leaves an engine that no other test can use; comes last",
     "models(cpu=[...], gpu=[...]): the models that a test takes, by the kind or the name of the stage",
 )
 
@@ -203,22 +205,22 @@ def _params(item: pytest.Item) -> dict[str, Any]:
 
 
 def _place(item: pytest.Item) -> tuple[int, ...]:
-    """Selftests first, then what judges, stage by stage and model by model, then what measures in the same order.
-
-    By then the engines have started that would disturb what is measured.
-    """
+    """Selftests first, then what needs no stage, while engines start; then phase by phase, stage and model."""
     params = _params(item)
     if SELFTESTS in item.path.parents:
-        return (0, 0, 0, 0, 0)
+        return (0, 0, 0, 0)
     stage, model = getattr(params.get("stage"), "name", None), params.get("model")
     examined = _state.selection
-    stages = [*examined.stages, *examined.missing] if examined else []
-    measures = item.get_closest_marker("benchmark") is not None
-    ends = item.get_closest_marker("ends_engine") is not None
-    return (1, measures, _index(stages, stage), _index([*MODELS], model), ends)
+    stages = [None, *examined.stages, *examined.missing] if examined else []
+    return (1, _phase(item), _index(stages, stage), _index([*MODELS], model))
 
 
-def _index(names: list[str], name: str | None) -> int:
+def _phase(item: pytest.Item) -> int:
+    """Measuring comes when the engines have started that would disturb it, and what ends them after that."""
+    return next((number for number, name in enumerate(PHASES, 1) if item.get_closest_marker(name)), 0)
+
+
+def _index(names: list[str | None], name: str | None) -> int:
     return names.index(name) if name in names else len(names)
 
 

@@ -22,8 +22,8 @@ from suite.stages import UPDATE_TIMEOUT_S, Stage
 from suite.subjects import Subject
 
 START_DEADLINE_S = 300.0
-CORES_A_START = 4  # an engine that starts keeps one to three cores busy
-MIN_STARTS, MAX_STARTS = 2, 8  # engines that start at once
+CORES_A_START = 2  # an engine that starts keeps one to three cores busy
+MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 ENGINE_BYTES = 2.5e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
 GPU_FRACTION = 0.9  # of a GPU's memory may be planned for
 HOST_BYTES = 4e9  # of host memory, for an engine and what it loads
@@ -133,11 +133,11 @@ class Pool:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """No engine starts meanwhile: what is measured has the machine to itself."""
+        """No engine starts or ends meanwhile: what is measured has the machine to itself."""
         with self._changed:
             self._quiet = True
             deadline = time.monotonic() + START_DEADLINE_S
-            while self._starting and time.monotonic() < deadline:
+            while (self._starting or self._stopping) and time.monotonic() < deadline:
                 self._changed.wait(POLL_S)
         try:
             yield

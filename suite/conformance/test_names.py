@@ -3,6 +3,7 @@
 import pytest
 
 from suite.plugin import timeline
+from suite.pool import Pool
 from suite.processes import Run, launch
 from suite.subjects import Subject
 
@@ -10,8 +11,11 @@ IMPORT_DEADLINE_S = 120.0
 
 
 @pytest.fixture(scope="session")
-def worker_names(run: Run) -> list[str]:
-    """Every attribute of the installed vLLM's worker classes, asked of a process that has no extension in it."""
+def worker_names(run: Run, pool: Pool) -> list[str]:
+    """Every attribute of the installed vLLM's worker classes, asked of a process that has no extension in it.
+
+    The pool is asked for so that engines start meanwhile.
+    """
     with timeline("starting", "worker names"):
         process = launch(
             run, "worker-names", "suite.workers:WorkerNames", {}, {"CUDA_VISIBLE_DEVICES": ""}, IMPORT_DEADLINE_S

@@ -263,11 +263,11 @@ def test_names(subject):
         (
             ("--subject=broadcast",),
             [
+                "test_names[broadcast]",
                 "test_exact[broadcast-cpu-tp1-qwen3-tied-tiny]",
                 "test_exact[broadcast-cpu-tp1-llama-tiny]",
                 "test_exact[broadcast-cpu-tp2-qwen3-tied-tiny]",
                 "test_exact[broadcast-cpu-tp2-llama-tiny]",
-                "test_names[broadcast]",
             ],
         ),
         (
@@ -279,7 +279,7 @@ def test_names(subject):
         ),
         (
             ("--extension=suite.selftest.targets:Reference", "--stage=cpu-tp2", "--model=llama-tiny", "-m", "cpu"),
-            ["test_exact[Reference-cpu-tp2-llama-tiny]", "test_names[Reference]"],
+            ["test_names[Reference]", "test_exact[Reference-cpu-tp2-llama-tiny]"],
         ),
         (("--subject=broadcast", "--model=qwen3-8b"), ["test_names[broadcast]"]),
     ],
@@ -394,21 +394,34 @@ def test_measurements_are_recorded_with_their_raw_samples(tmp_path: Path):
     assert finished.code == 1
 
 
-JUDGING_AND_MEASURING = (
-    MEASURING
-    + """
+OF_EVERY_PHASE = """
+@pytest.mark.ends_engine
+@pytest.mark.requirement("faults.worker_killed", models=["qwen3-tied-tiny"])
+def test_ends(subject, stage, model):
+    pass
+
+@pytest.mark.benchmark
+@pytest.mark.models(cpu=["qwen3-1m"])
+def test_measures(benchmark, subject, stage, model):
+    pass
+
+@pytest.mark.alone
+@pytest.mark.requirement("memory.steady", models=["qwen3-tied-tiny"])
+def test_alone(subject, stage, model):
+    pass
+
 @pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
-def test_exact(subject, stage, model):
+def test_judges(subject, stage, model):
     pass
 """
-)
 
 
-def test_everything_is_judged_before_anything_is_measured(tmp_path: Path):
-    finished = examine(tmp_path, JUDGING_AND_MEASURING, "--subject=broadcast", "--collect-only", "-q")
+def test_what_judges_comes_first_and_what_ends_engines_last_on_all_stages(tmp_path: Path):
+    finished = examine(tmp_path, OF_EVERY_PHASE, "--subject=broadcast", "--collect-only", "-q")
     cases = [line.partition("::")[2] for line in finished.output.splitlines() if "::" in line]
-    assert [case.partition("[")[0] for case in cases] == ["test_exact", "test_exact", "test_update", "test_update"]
-    assert ["cpu-tp1" in case for case in cases] == [True, False, True, False]
+    in_order = ["test_judges", "test_alone", "test_measures", "test_ends"]
+    assert [case.partition("[")[0] for case in cases] == [name for name in in_order for _ in range(2)]
+    assert ["cpu-tp1" in case for case in cases] == [True, False] * 4
 
 
 # ---- runs that end early
