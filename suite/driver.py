@@ -46,6 +46,7 @@ class TrainerGroup:
         for rank in range(world_size):
             arguments = {"rank": rank, "world_size": world_size, "device": device, "master_port": port}
             env = {
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
                 "CUDA_VISIBLE_DEVICES": visible[rank] if visible else "",
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",

@@ -40,7 +40,7 @@ def trainers(run: Run) -> Iterator[Callable[[Stage, int], TrainerGroup]]:
     groups: dict[tuple, TrainerGroup] = {}
 
     def started(stage: Stage, world_size: int) -> TrainerGroup:
-        visible = list(stage.trainer_devices)
+        visible = list(stage.trainer_visible)
         key = (stage.kind, *visible, world_size)
         if key in groups and not groups[key].alive:
             groups.pop(key).stop()

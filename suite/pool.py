@@ -314,11 +314,20 @@ class Pool:
         process = launch(self._run, name, "suite.engine:Engine", arguments, variables, START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
+            if key.visible == "":
+                _expect_on(stage.devices_of_engine(key.copy), facts, name)
         except Exception:
             process.stop()
             raise
         self._announce(f"engine {key}: ready after {time.monotonic() - started:.0f} s")
         return EngineHandle(key, process, link_path, stage.engine_ranks, facts=facts)
+
+
+def _expect_on(devices: tuple[str, ...], facts: dict, name: str) -> None:
+    """Ordinals name devices to the engine; UUIDs decide whether they are the right ones."""
+    found = tuple(device["id"] for device in facts.get("devices", []))
+    if devices and found != devices:
+        raise RuntimeError(f"expected {name} on {devices}, found it on {found}: do NVML and CUDA agree on the order?")
 
 
 def seed_of(subject_index: int) -> int:
@@ -349,7 +358,7 @@ def engine_environment(stage: Stage, copy: int, eager: bool) -> dict[str, str | 
         "TORCHDYNAMO_DISABLE": "1" if eager else None,
     }
     if stage.kind == "gpu":
-        return common | {"CUDA_VISIBLE_DEVICES": ",".join(stage.devices_of_engine(copy))}
+        return common | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": stage.visible_to_engine(copy)}
     cores = sorted(os.sched_getaffinity(0))
     bound = "|".join(str(cores[rank % len(cores)]) for rank in range(stage.tensor_parallel_size))
     return common | {

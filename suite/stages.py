@@ -49,6 +49,8 @@ class Stage:
 
     colocated: trainer and engine ranks share devices, rank by rank. On a CPU everything shares the host's memory and
     every transport is possible. Devices are UUIDs, none on a CPU; `engine_devices` has those of all engines in turn.
+    `engine_visible`, `trainer_visible`: what they are called in CUDA_VISIBLE_DEVICES, where CUDA_DEVICE_ORDER is
+    PCI_BUS_ID.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Stage:
     colocated: bool
     engine_devices: tuple[str, ...] = ()
     trainer_devices: tuple[str, ...] = ()
+    engine_visible: tuple[str, ...] = ()
+    trainer_visible: tuple[str, ...] = ()
     pipeline_parallel_size: int = 1
     engines: int = 1
 
@@ -87,6 +91,10 @@ class Stage:
     def devices_of_engine(self, engine: int = 0) -> tuple[str, ...]:
         """The UUIDs for one engine, by rank."""
         return self.engine_devices[engine * self.engine_ranks : (engine + 1) * self.engine_ranks]
+
+    def visible_to_engine(self, engine: int = 0) -> str:
+        """One engine's CUDA_VISIBLE_DEVICES."""
+        return ",".join(self.engine_visible[engine * self.engine_ranks : (engine + 1) * self.engine_ranks])
 
 
 # As they are without devices.
@@ -137,7 +145,19 @@ def _placed(stage: Stage, machine: Machine) -> Stage:
     chosen = tuple(_usable(stage, machine)[: stage.gpus])
     trainer = chosen[: stage.trainer_world_size]
     engines = chosen if stage.colocated else chosen[stage.trainer_world_size :]
-    return replace(stage, engine_devices=engines, trainer_devices=trainer)
+    called = {device.uuid: _called(device) for device in machine.devices}
+    return replace(
+        stage,
+        engine_devices=engines,
+        trainer_devices=trainer,
+        engine_visible=tuple(called[uuid] for uuid in engines),
+        trainer_visible=tuple(called[uuid] for uuid in trainer),
+    )
+
+
+def _called(device: Device) -> str:
+    """A GPU by its ordinal, which is all that vLLM understands before 0.24 (vllm#41848); a slice has none."""
+    return device.uuid if device.is_slice else str(device.gpu)
 
 
 def machine() -> Machine:

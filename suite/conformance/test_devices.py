@@ -76,29 +76,34 @@ def remapped(
     visibility: Visibility,
     engine_keys: Callable,
     request: pytest.FixtureRequest,
-) -> Iterator[Sync]:
-    """A trainer and an engine that see the machine's GPUs each in its own way."""
+) -> Iterator[Callable[[], Sync]]:
+    """Brings together a trainer and an engine that see the machine's GPUs each in its own way."""
     if len(machine().devices) < 2:
         verdicts.not_applicable(f"needs 2 GPUs to tell one from the other, found {len(machine().devices)}")
     trainer = request.getfixturevalue("remap_trainers")[visibility.name]
-    trainer.ready()
-    yield Sync(pool, trainer, [pool.get(key) for key in engine_keys(request.node)], subject, stage, model)
+
+    def started() -> Sync:
+        trainer.ready()
+        return Sync(pool, trainer, [pool.get(key) for key in engine_keys(request.node)], subject, stage, model)
+
+    yield started
     trainer.stop()
     pool.done(request.node.nodeid)
 
 
 @pytest.mark.requirement("devices.remap", models={"gpu-colocate-tp1": [TIED]})
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=lambda v: v.name)
-def test_remap(remapped: Sync, target: int, visibility: Visibility) -> None:
+def test_remap(remapped: Callable[[], Sync], target: int, visibility: Visibility) -> None:
+    sync = remapped()  # here, since an engine that does not start like this has not met the requirement
     expected = visibility.device(machine().devices)
-    engine = remapped.engines[0].facts["devices"][0]
-    trainer = remapped.trainer.processes[0].ready()
-    assert engine["id"] == expected, f"expected the engine on {expected}, found {engine} {remapped.where}"
-    assert trainer["device_id"] == expected, f"expected the trainer on {expected}, found {trainer} {remapped.where}"
-    for seed in (target, remapped.seed):
-        remapped.load(seed)
-        remapped.update()
-        remapped.expect_exact(seed)
+    engine = sync.engines[0].facts["devices"][0]
+    trainer = sync.trainer.processes[0].ready()
+    assert engine["id"] == expected, f"expected the engine on {expected}, found {engine} {sync.where}"
+    assert trainer["device_id"] == expected, f"expected the trainer on {expected}, found {trainer} {sync.where}"
+    for seed in (target, sync.seed):
+        sync.load(seed)
+        sync.update()
+        sync.expect_exact(seed)
 
 
 @pytest.mark.requirement("devices.identity", models=[TIED])

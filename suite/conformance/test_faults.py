@@ -24,7 +24,7 @@ def doomed(run: Run, stage: Stage, sync: Sync) -> Callable:
     @contextmanager
     def trainer() -> Iterator[Sync]:
         device = "cpu" if stage.kind == "cpu" else "cuda"
-        group = TrainerGroup(run, f"doomed-{stage.name}", 1, device, list(stage.trainer_devices), warm_up=False)
+        group = TrainerGroup(run, f"doomed-{stage.name}", 1, device, list(stage.trainer_visible), warm_up=False)
         try:
             with timeline("starting", "a trainer to be lost"):
                 group.ready()

@@ -27,6 +27,11 @@ def machine_of(gpus: int, cores: int = 2, note: str = "") -> Machine:
     return Machine(tuple(Device(f"GPU-{i}", "H100", i) for i in range(gpus)), cores, 2**34, note)
 
 
+def uuid_of(name: str) -> str:
+    """What `machine_of` calls the GPU of an ordinal."""
+    return f"GPU-{int(name)}"
+
+
 @pytest.mark.parametrize(
     ("gpus", "held"),
     [
@@ -56,6 +61,9 @@ def test_every_rank_has_a_device_and_only_colocated_ones_share():
         assert shared == (set(stage.trainer_devices) if stage.colocated else set())
         of_engines = [device for i in range(stage.engines) for device in stage.devices_of_engine(i)]
         assert tuple(of_engines) == stage.engine_devices
+        of_engines = [name for i in range(stage.engines) for name in stage.visible_to_engine(i).split(",")]
+        assert [uuid_of(name) for name in of_engines] == [*stage.engine_devices]
+        assert [uuid_of(name) for name in stage.trainer_visible] == [*stage.trainer_devices]
 
 
 def test_reasons_say_what_is_needed_what_is_there_and_why():
@@ -68,6 +76,7 @@ def test_slices_hold_a_stage_of_one_device():
     machine = Machine(tuple(parse_listing(SLICED)), 2, 2**34)
     held = {stage.name: stage for stage in available_stages(machine)}
     assert held["gpu-colocate-tp1"].engine_devices == ("MIG-bbbb1111-0000-0000-0000-000000000000",)
+    assert held["gpu-colocate-tp1"].visible_to_engine() == "MIG-bbbb1111-0000-0000-0000-000000000000"
     assert "gpu-split" not in held
 
 
