@@ -314,7 +314,7 @@ class Pool:
         process = launch(self._run, name, "suite.engine:Engine", arguments, variables, START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
-            if key.visible == "":
+            if stage.kind == "gpu" and key.visible == "":
                 _expect_on(stage.devices_of_engine(key.copy), facts, name)
         except Exception:
             process.stop()
@@ -325,8 +325,8 @@ class Pool:
 
 def _expect_on(devices: tuple[str, ...], facts: dict, name: str) -> None:
     """Ordinals name devices to the engine; UUIDs decide whether they are the right ones."""
-    found = tuple(device["id"] for device in facts.get("devices", []))
-    if devices and found != devices:
+    found = tuple(device["id"] for device in facts["devices"])
+    if found != devices:
         raise RuntimeError(f"expected {name} on {devices}, found it on {found}: do NVML and CUDA agree on the order?")
 
 

@@ -22,6 +22,7 @@ STAGES = {
     name: Stage(name, "cpu", tensor_parallel_size=ranks, trainer_world_size=1, colocated=True)
     for name, ranks in (("cpu-tp1", 1), ("cpu-tp2", 2), ("cpu-other", 1))
 }
+STAGES["gpu"] = Stage("gpu", "gpu", 1, 1, True, ("GPU-1",), ("GPU-1",), engine_visible=("1",), trainer_visible=("1",))
 A, B, C, D = (EngineKey(MODEL, "cpu-tp1", subject, seed) for subject in ("broadcast", "colocate") for seed in (0, 1))
 E = EngineKey(MODEL, "cpu-other", "broadcast", 0)
 
@@ -33,13 +34,14 @@ class Engine:
         self.label, self.arguments = label, arguments
         self.may_end = threading.Event()
         self.error: Exception | None = None
+        self.devices: list = [label]
         self.stopped = threading.Event()
 
     def ready(self, deadline_s: float) -> dict:
         assert self.may_end.wait(SOON_S)
         if self.error:
             raise self.error
-        return {"devices": [self.label]}
+        return {"devices": self.devices}
 
     def let(self, error: Exception | None = None) -> None:
         """Have the start end."""
@@ -202,6 +204,21 @@ def test_what_an_engine_is_told(pool: Pool, started: Started, tmp_path: Path):
     handle = pool.get(key)
     assert (handle.ranks, handle.facts, handle.link_path) == (2, {"devices": [engine.label]}, told["link_path"])
     assert [line.partition(":")[2][:15] for line in started.said] == [" starting", " ready after 0 "]
+
+
+@pytest.mark.parametrize("found", ["GPU-1", "GPU-0"])
+def test_an_engine_is_on_the_gpus_of_its_stage_or_not_used(pool: Pool, started: Started, found: str):
+    key = EngineKey(MODEL, "gpu", "colocate", None)
+    plan(pool, [key])
+    engine = started.of(key)
+    engine.devices = [{"id": found}]
+    engine.let()
+    if found == "GPU-1":
+        assert pool.get(key).process is engine
+        return
+    with pytest.raises(RuntimeError, match=r"on \('GPU-1',\), found it on \('GPU-0',\)"):
+        pool.get(key)
+    assert engine.stopped.is_set()
 
 
 def test_dummy_weights_need_no_checkpoint_and_write_none(pool: Pool, started: Started):
