@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from suite import environment, janitor, processes, selection
@@ -467,6 +468,28 @@ def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path, n
     assert spans[:2] == [("starting", "worker"), ("judging", "test_first[broadcast-cpu-tp1-qwen3-tied-tiny]")]
     assert (finished.report / "report.html").exists() == (number != signal.SIGKILL)
     expect_gone(pids)
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.3, 0.6, 0.9, 1.3, 2.0])
+def test_ctrl_c_at_any_moment_leaves_a_report_or_none_and_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_s: float
+):
+    monkeypatch.setenv("MARKED_BY", str(tmp_path))  # what is started inherits it
+    started = begin(tmp_path, ENDING, *ONE_CASE)
+    time.sleep(after_s)
+    started.send_signal(signal.SIGINT)
+    finished = finish(started, tmp_path)
+    assert finished.code != 0
+    expect_gone([process.pid for process in psutil.process_iter() if _marked(process, tmp_path)])
+    if (finished.report / "run.json").exists():
+        assert set(finished.verdicts.values()) <= {"pass", "error"}
+
+
+def _marked(process: psutil.Process, directory: Path) -> bool:
+    try:
+        return process.environ().get("MARKED_BY") == str(directory)
+    except psutil.Error:
+        return False
 
 
 def expect_gone(pids: list[int]) -> None:
