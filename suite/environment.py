@@ -62,6 +62,13 @@ def lacks_engine(kind: str) -> str | None:
     return None if runs == kind else f"{found}: install {wanted}"
 
 
+def device_names() -> tuple[str, ...]:
+    """What the installed vLLM runs on: "cpu" and the CPU's model, or "gpu" and the names of the machine's GPUs."""
+    if lacks_engine("cpu") is None:
+        return ("cpu", _cpu_model())
+    return ("gpu", *dict.fromkeys(device["name"] for device in _devices()))
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)

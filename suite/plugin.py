@@ -7,9 +7,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from suite.selection import NOTHING, MissingStage, Selection
 from suite.stages import Stage
 from suite.subjects import Subject
 from suite.verdicts import Judgement
+from suite.waivers import Case, Ledger, Waiver
 
 SELFTESTS = Path(__file__).resolve().parent / "selftest"
 LOG_LINES = 40
@@ -52,6 +53,7 @@ class Progress:
     began_s: float = field(default_factory=time.monotonic)
     duration_s: float = 0.0
     judgement: Judgement = field(default_factory=Judgement)
+    waiver: Waiver | None = None
 
 
 @dataclass
@@ -63,6 +65,7 @@ class State:
     record: Record | None = None
     run: Run | None = None
     selection: Selection | None = None
+    waivers: Ledger | None = None
     progress: dict[str, Progress] = field(default_factory=dict)
     verdicts: Counter[tuple[bool, str]] = field(default_factory=Counter)  # (whether on a stage, verdict)
 
@@ -103,6 +106,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
     group.addoption("--model", action="append", default=[], metavar="NAME", help="use this model only (repeatable)")
     group.addoption("--stage", action="append", default=[], metavar="NAME", help="use this stage only (repeatable)")
+    group.addoption(
+        "--waivers", default=None, metavar="FILE", help="TOML file of known failures, which do not fail the run"
+    )
     group.addoption("--report", default=None, metavar="DIR", help="where the artefacts go (default: reports/latest)")
 
 
@@ -127,6 +133,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuse options that name nothing, and free the terminal reporter from pytest's capturing."""
     if _state.examining:
         _state.selection = selection.select(session.config)
+        _state.waivers = selection.ledger(session.config, _state.selection)
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     with contextlib.suppress(AttributeError, OSError, ValueError):
         if terminal._tw._file is sys.stdout:
@@ -163,6 +170,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if _examines(metafunc.definition):
         selection.parametrize(metafunc, _state.selection)
+        if _state.waivers:
+            _state.waivers.expect(selection.possible(metafunc, _state.selection))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -183,8 +192,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: (*_place(item), collected[item.nodeid]))
 
 
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    if _state.waivers:
+        _state.waivers.due.update(filter(None, map(_case, items)))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
+    if _state.waivers:
+        _state.waivers.due.update(filter(None, map(_case, session.items)))
+        _state.waivers.whole &= not session.testsfailed  # what could not be collected is left out
     if _state.record and _any_examine(session.items):
         _state.record.begin()
 
@@ -202,6 +219,15 @@ def _any_examine(items: list[pytest.Item]) -> bool:
 def _params(item: pytest.Item) -> dict[str, Any]:
     callspec = getattr(item, "callspec", None)
     return callspec.params if callspec else {}
+
+
+def _case(item: pytest.Item) -> Case | None:
+    """What a test judges; None for one that judges no requirement."""
+    params = _params(item)
+    if NOTHING in params.values() or not _examines(item) or not (requirement := selection.requirement_of(item)):
+        return None
+    values = (params.get(name) for name in ("subject", "stage", "model"))
+    return Case(requirement.id, *(getattr(value, "name", value) or "" for value in values))
 
 
 def _place(item: pytest.Item) -> tuple[int, ...]:
@@ -272,9 +298,11 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     progress = _state.progress[item.nodeid]
-    progress.judgement = progress.judgement.then(
-        verdicts.judge(call.when, call.excinfo.value if call.excinfo else None)
-    )
+    judgement = verdicts.judge(call.when, call.excinfo.value if call.excinfo else None)
+    case = _case(item) if _state.waivers and judgement.verdict == verdicts.FAIL else None
+    if case and (waiver := _state.waivers.waiver_of(case)):
+        judgement, progress.waiver = replace(judgement, verdict=verdicts.WAIVED), waiver
+    progress.judgement = progress.judgement.then(judgement)
     progress.duration_s += call.duration if call.when == "call" else 0
     if report.failed and _state.run:
         report.sections += [
@@ -282,9 +310,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             for process in _state.run.processes
             if process.used_s >= progress.began_s
         ]
+    if judgement.verdict == verdicts.WAIVED:  # to pytest, what it knows as an expected failure
+        report.outcome, report.waived = "skipped", True
+        report.wasxfail = f"waived: {progress.waiver.reason} ({progress.waiver.issue})\n{judgement.detail}"
     if call.when == "teardown" and _state.record and _examines(item):
         _put_down(item, progress)
     return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+    return ("waived", "w", ("WAIVED", {"yellow": True})) if getattr(report, "waived", False) else None
 
 
 def _put_down(item: pytest.Item, progress: Progress) -> None:
@@ -301,6 +337,10 @@ def _put_down(item: pytest.Item, progress: Progress) -> None:
         "duration_s": round(progress.duration_s, 3),
         "nodeid": item.nodeid,
     }
+    if progress.judgement.verdict == verdicts.WAIVED:
+        entry |= {"waiver_issue": progress.waiver.issue, "waiver_reason": progress.waiver.reason}
+    if _state.waivers and (case := _case(item)):
+        _state.waivers.ended(case, progress.judgement.verdict)
     if requirement or progress.judgement.verdict in (verdicts.FAIL, verdicts.ERROR):
         _state.record.conformance.append(entry)
     _state.record.write()
@@ -311,9 +351,16 @@ def _put_down(item: pytest.Item, progress: Progress) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A run that was to judge or measure and found nothing that applies is no success."""
-    if session.exitstatus == pytest.ExitCode.OK and _nothing_judged():
+    """A run that was to judge or measure and found nothing that applies is no success, nor one with stale waivers."""
+    record = _state.record
+    if _state.waivers and record and record.began:
+        record.stale_waivers = [f"{waiver}: {wrong}" for waiver, wrong in _state.waivers.stale().items()]
+    if session.exitstatus != pytest.ExitCode.OK:
+        return
+    if _nothing_judged():
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+    elif record and record.stale_waivers:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(trylast=True)
@@ -324,12 +371,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     document = record.write()
     record.write_page(document)
     terminalreporter.section("weight sync", sep="=")
-    terminalreporter.write_line(_summary(document))
+    terminalreporter.write_line(_summary({**document, "stale_waivers": []}))  # they stand below, whatever becomes of it
     if _nothing_judged():
         counted = Counter(entry["verdict"] for entry in record.conformance)
         found = ", ".join(f"{counted[verdict]} {verdict}" for verdict in sorted(counted)) or "no case left"
         terminalreporter.write_line(f"\nNo stage was judged ({found}): this is no success.", red=True)
-    for problem in record.problems:
+    if _state.waivers:
+        terminalreporter.write_line(f"\n{_state.waivers}", red=bool(record.stale_waivers))
+    for problem in [*record.stale_waivers, *record.problems]:
         terminalreporter.write_line(problem, red=True)
     terminalreporter.write_line(f"\nArtefacts in {record.directory}: {', '.join(record.artefacts())}")
 

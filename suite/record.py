@@ -25,6 +25,7 @@ RUN, JUNIT, PAGE, LOGS = "run.json", "junit.xml", "report.html", "logs"
 class Record:
     """The record of one run, kept in `directory`.
 
+    stale_waivers: what --waivers should not hold as it does, known at the end.
     problems: what could not be written, each once; never a reason for a run to end.
     """
 
@@ -32,6 +33,7 @@ class Record:
     config: pytest.Config
     conformance: list[dict[str, Any]] = field(default_factory=list)
     timeline: list[dict[str, Any]] = field(default_factory=list)
+    stale_waivers: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
 
@@ -84,6 +86,7 @@ class Record:
             measured["params"] = {name: getattr(value, "name", value) for name, value in params.items()}
         with self._lock:
             ours = {"conformance": list(self.conformance), "timeline": list(self.timeline)}
+        ours |= {"stale_waivers": self.stale_waivers} if self.stale_waivers else {}
         return {**document, "schema": SCHEMA, "environment": self._fixed["environment"], **ours}
 
     def write(self) -> dict[str, Any]:

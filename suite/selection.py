@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from suite import environment, models, stages
+from suite import environment, models, stages, waivers
 from suite.requirements import REQUIREMENTS, Requirement
 from suite.stages import Stage
 from suite.subjects import SUBJECTS, Subject, subject_from
+from suite.waivers import Case, Ledger
 
 KINDS = ("cpu", "gpu")
 NOTHING = object()
@@ -32,18 +33,25 @@ class Selection:
     """What the command line asks for and this machine can hold.
 
     subjects, stages: by name. missing: the stages that cannot be held, of the kinds that were asked for.
-    models: names given by --model; empty for all.
+    models: names given by --model; empty for all. everywhere: all stages, asked for or not, held or not.
     """
 
     subjects: dict[str, Subject]
     stages: dict[str, Stage]
     missing: dict[str, MissingStage] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+    everywhere: tuple[Stage | MissingStage, ...] = ()
+
+    @property
+    def every_subject(self) -> tuple[str, ...]:
+        """The names of all subjects that there are, asked for or not."""
+        return tuple(dict.fromkeys([*SUBJECTS, *self.subjects]))
 
 
 def select(config: pytest.Config) -> Selection:
     """Read the options. Raises pytest.UsageError for a name that does not exist."""
     available, missing = all_stages()
+    everywhere = (*available.values(), *missing.values())
     names = config.getoption("stage")
     _expect_known("--stage", names, [*available, *missing])
     _expect_known("--model", config.getoption("model"), models.MODELS)
@@ -53,7 +61,28 @@ def select(config: pytest.Config) -> Selection:
     asked = [kind for kind in KINDS if re.search(rf"\b{kind}\b", config.getoption("markexpr"))]
     if available and not names:  # where nothing can be held, the reasons are all there is to say
         missing = {name: stage for name, stage in missing.items() if stage.kind in asked}
-    return Selection(subjects(config), available, missing, tuple(config.getoption("model")))
+    return Selection(subjects(config), available, missing, tuple(config.getoption("model")), everywhere)
+
+
+def ledger(config: pytest.Config, selected: Selection) -> Ledger | None:
+    """The waivers of --waivers that apply to this vLLM and device. Raises pytest.UsageError for an unusable file."""
+    given, (_, version) = config.getoption("waivers"), environment.vllm()
+    if given is None:
+        return None
+    try:
+        found = waivers.read(config.invocation_params.dir / given)
+        here = [waiver for waiver in found if version and waiver.applies(version, environment.device_names())]
+    except ValueError as error:
+        raise pytest.UsageError(f"--waivers {error}") from error
+    return Ledger(here, given, len(found), selected.every_subject, _takes_every_test(config))
+
+
+def _takes_every_test(config: pytest.Config) -> bool:
+    """Whether no test is left out without a word; what -k and its like leave out is known as deselected."""
+    source, sources = config.args_source, pytest.Config.ArgsSource
+    above = source == sources.INVOCATION_DIR and config.invocation_params.dir == config.rootpath
+    options = (config.getoption(name, None) for name in ("ignore", "ignore_glob", "lf"))
+    return (source == sources.TESTPATHS or above) and not any(options)
 
 
 def subjects(config: pytest.Config) -> dict[str, Subject]:
@@ -110,6 +139,21 @@ def _cases(definition: pytest.Item, names: list[str], selection: Selection) -> I
         for subject in selection.subjects.values() if "subject" in names else [None]:
             for model in chosen:
                 yield _case(names, {"subject": subject, "stage": stage, "model": model})
+
+
+def possible(metafunc: pytest.Metafunc, selection: Selection) -> Iterator[tuple[Case, bool]]:
+    """Every case that a test which judges could have, whatever was asked for, and whether this machine can hold it."""
+    requirement, names = requirement_of(metafunc.definition), metafunc.fixturenames
+    if requirement is None:
+        return
+    wanted = _models(metafunc.definition) if "model" in names else ()
+    kinds = KINDS if requirement.kind == "both" else (requirement.kind,)
+    stages_taken = [stage for stage in selection.everywhere if stage.kind in kinds] if "stage" in names else [None]
+    for stage in stages_taken:
+        for model in _of_kind(wanted, stage) if "model" in names else [""]:
+            for subject in selection.every_subject if "subject" in names else [""]:
+                case = Case(requirement.id, subject, stage.name if stage else "", model)
+                yield case, not isinstance(stage, MissingStage)
 
 
 def _case(names: list[str], values: dict[str, object]) -> object:

@@ -1,8 +1,9 @@
 """From how a test ended to its verdict.
 
 pass, fail, unsupported (the subject declares that it lacks it), not-applicable (the machine lacks it) or error (the
-suite itself could not tell). Only what is raised in a test's own call, and only an assertion or the failure of an
-examined process, is a fail; a set-up or tear-down that breaks is an error, never a skip and never a pass.
+suite itself could not tell); waived is a fail that a waiver of --waivers covers. Only what is raised in a test's own
+call, and only an assertion or the failure of an examined process, is a fail; a set-up or tear-down that breaks is an
+error, never a skip and never a pass.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from suite.processes import DeadlineExceeded, ProcessDied, RemoteError
 
 PASS, FAIL, ERROR = "pass", "fail", "error"
 UNSUPPORTED, NOT_APPLICABLE = "unsupported", "not-applicable"
-JUDGED = (PASS, FAIL, ERROR)
+WAIVED = "waived"
+JUDGED = (PASS, FAIL, ERROR, WAIVED)
 FAILURES = (AssertionError, pytest.fail.Exception, RemoteError, DeadlineExceeded, ProcessDied)
 DETAIL_CHARACTERS = 2000
 
@@ -45,7 +47,10 @@ class Judgement:
     detail: str = ""
 
     def then(self, later: "Judgement") -> "Judgement":
-        """What holds after a later phase of the same test: a fail stays, a tear-down that breaks spoils a pass."""
+        """What holds after a later phase of the same test: a fail stays, a tear-down that breaks spoils the rest.
+
+        The rest is a pass or a waived fail: a waiver does not cover the tear-down.
+        """
         return self if later.verdict == PASS or self.verdict == FAIL else later
 
 
