@@ -12,10 +12,11 @@ from reports.statistics import Ratio
 
 # What --fail-on may name. "failing" includes "failing-must".
 CAUSES = {
-    "failing": "a requirement that fails now and did not before",
+    "failing": "a requirement that fails now and did not before, or was waived",
     "failing-must": "the same, MUST only",
     "error": "one that the suite could judge before and cannot now",
     "lost": "one that passed, or a benchmark that was measured, and now is not: unsupported, not applicable, absent",
+    "waived": "one that fails now, which a waiver lets stand, and did not fail before",
     "slower": "a benchmark slower beyond the threshold",
 }
 DEFAULT_CAUSES = ("failing", "error", "slower")
@@ -39,6 +40,8 @@ class Change:
 
     @property
     def kind(self) -> str:
+        if self.now == "waived":
+            return "still failing (waived)" if self.was in ("fail", "waived") else "newly waived"
         if self.now == self.was:
             return "unchanged" if self.now != "fail" else "still failing"
         if self.now == "fail":
@@ -58,6 +61,8 @@ class Change:
             found = {"failing", "failing-must"} if self.after and self.after.level == "MUST" else {"failing"}
         elif self.kind == "newly in error":
             found = {"error"}
+        elif self.kind == "newly waived":
+            found = {"waived"}
         elif self.before and self.before.passes > (self.after.passes if self.after else 0):
             found = {"lost"}
         return found

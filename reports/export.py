@@ -12,7 +12,8 @@ from reports.load import Run
 from reports.matrix import SYMBOL, headline, in_order
 from reports.table import markdown, markdown_table
 
-CASE = ("requirement", "level", "subject", "stage", "model", "verdict", "detail", "duration_s")
+CASE = ("requirement", "level", "subject", "stage", "model", "verdict", "detail", "duration_s", "waiver_issue",
+        "waiver_reason")  # fmt: skip
 TIMING = ("group", "subject", "stage", "model", "name", "bytes_sent", "tensors", "parameters", "median_s", "gb_per_s",
           "roofline_kind", "roofline_gb_per_s", "fraction_of_roofline", "engine_peak_extra_bytes",
           "trainer_peak_extra_bytes")  # fmt: skip
@@ -36,18 +37,19 @@ def run_csv(run: Run) -> str:
 
 
 def run_markdown(run: Run) -> str:
-    """The run's verdict, its cases that are no pass, its throughput."""
+    """The run's verdict, its cases, its throughput, and what is to be said about the file."""
     verdict, sentence = headline(run)
     parts = [f"**{SYMBOL[verdict]} {markdown(sentence)}**", markdown(run.environment.line)]
     if run.outcomes:
         rows = [
-            (o.requirement, o.level, o.subject, o.stage, o.model, f"{SYMBOL[o.verdict]} {o.verdict}", o.detail)
+            (o.requirement, o.level, o.subject, o.stage, o.model, f"{SYMBOL[o.verdict]} {o.verdict}", o.told)
             for o in run.outcomes
         ]
         parts.append(markdown_table(("requirement", "level", "subject", "stage", "model", "verdict", "detail"), rows))
     if run.timings:
         rows = [text.throughput_row(timing) for timing in run.timings]
         parts.append(markdown_table(text.THROUGHPUT_HEAD, rows, text.THROUGHPUT_RIGHT))
+    parts += [markdown(note) for note in run.notes]
     return "\n\n".join(parts) + "\n"
 
 

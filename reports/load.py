@@ -18,7 +18,7 @@ __all__ = ["Outcome", "Run", "Timing", "UnusableInput", "labelled", "only", "par
 
 SCHEMA = 1
 MAX_BYTES = 64_000_000
-VERDICTS = ("pass", "fail", "unsupported", "not-applicable", "error")
+VERDICTS = ("pass", "fail", "waived", "unsupported", "not-applicable", "error")
 LEVELS = ("MUST", "SHOULD")
 
 
@@ -36,10 +36,20 @@ class Outcome:
     duration_s: float = 0.0
     nodeid: str = ""
     text: str = ""
+    waiver_issue: str = ""
+    waiver_reason: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
         return (self.requirement, self.subject, self.stage, self.model)
+
+    @property
+    def told(self) -> str:
+        """What a reader is told: the message and, before it, why that failure is waived."""
+        if self.verdict != "waived":
+            return self.detail
+        waiver = ", ".join(filter(None, [self.waiver_reason, self.waiver_issue])) or "no reason given"
+        return f"waived: {waiver}\n{self.detail}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ def parse(document: Any, file: str) -> Run:
     if "benchmarks" not in root and "conformance" not in root:
         raise root.refuse("pytest-benchmark's JSON, an object with a list 'benchmarks'", "no 'benchmarks'")
     outcomes = tuple(_outcome(node) for node in root["conformance"]) if "conformance" in root else ()
-    notes: list[str] = []
+    notes = [node.text() for node in root["stale_waivers"]] if "stale_waivers" in root else []
     timings = [_timing(node, notes) for node in root["benchmarks"]] if "benchmarks" in root else []
     where = environment(root)
     return Run(
@@ -219,6 +229,8 @@ def _outcome(node: Node) -> Outcome:
         duration_s=node["duration_s"].optional_number() or 0.0,
         nodeid=node["nodeid"].optional_text() or "",
         text=node["text"].optional_text() or "",
+        waiver_issue=node["waiver_issue"].optional_text() or "",
+        waiver_reason=node["waiver_reason"].optional_text() or "",
     )
 
 
@@ -268,7 +280,8 @@ def _median(node: Node) -> float:
 
 def _joined(timings: list[Timing], outcomes: tuple[Outcome, ...]) -> list[Timing]:
     """pytest-benchmark also saves what was timed by a test that failed afterwards: such a time means nothing."""
-    failed = {item.nodeid: item.verdict for item in outcomes if item.nodeid and item.verdict in ("fail", "error")}
+    spoiling = ("fail", "error", "waived")
+    failed = {item.nodeid: item.verdict for item in outcomes if item.nodeid and item.verdict in spoiling}
     return [replace(timing, failed=failed.get(timing.fullname, "")) for timing in timings]
 
 

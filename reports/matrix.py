@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from reports.load import Outcome, Run
 
 # One verdict stands for several cases: the first of these that any of them has.
-ORDER = ("fail", "error", "pass", "unsupported", "not-applicable")
-SYMBOL = {"pass": "✓", "fail": "✗", "error": "!", "unsupported": "∅", "not-applicable": "-"}
+ORDER = ("fail", "error", "waived", "pass", "unsupported", "not-applicable")
+FOUND_WANTING = ("fail", "error", "waived")  # told case by case, with their messages
+SYMBOL = {"pass": "✓", "fail": "✗", "waived": "~", "error": "!", "unsupported": "∅", "not-applicable": "-"}
 MEANING = {
     "pass": "met",
     "fail": "not met",
+    "waived": "not met, and known: a waiver lets it stand",
     "error": "the suite itself could not tell",
     "unsupported": "the subject declares that it lacks this",
     "not-applicable": "this machine or stage cannot hold it",
@@ -43,7 +45,7 @@ class Cell:
     @property
     def detail(self) -> str:
         """What the cases that decided say, each text once."""
-        return "\n".join(dict.fromkeys(o.detail for o in self.outcomes if o.verdict == self.verdict and o.detail))
+        return "\n".join(dict.fromkeys(o.told for o in self.outcomes if o.verdict == self.verdict and o.told))
 
     @property
     def level(self) -> str:
@@ -63,23 +65,40 @@ def in_order(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
+def legend(verdicts: Iterable[str]) -> list[str]:
+    """The verdicts to explain beside a table of these; waived ones are rare, and explained where there are some."""
+    present = set(verdicts)
+    return [verdict for verdict in SYMBOL if verdict != "waived" or verdict in present]
+
+
 def headline(run: Run) -> tuple[str, str]:
-    """(verdict, sentence) of a whole run. A run in which nothing was judged is no pass."""
+    """(verdict, sentence) of a whole run. One in which nothing was judged is no pass, nor one with waived failures."""
     found = cells(run.outcomes, "requirement", "level")
     failing = [cell for cell in found.values() if cell.verdict == "fail"]
-    must = sum(cell.level == "MUST" for cell in failing)
     unsure = sum(any(outcome.verdict == "error" for outcome in cell.outcomes) for cell in found.values())
     met = sum(cell.verdict == "pass" for cell in found.values())
+    waived = [cell for cell in found.values() if any(outcome.verdict == "waived" for outcome in cell.outcomes)]
     if not run.outcomes:
         return "not-applicable", "No requirement was judged: this file holds timings only."
     unsure_too = f"; {unsure} could not be judged" if unsure else ""
+    waived_too = f"; {len(waived)} with waived failures" if waived else ""
     if failing:
-        levels = f"{must} MUST, {len(failing) - must} SHOULD"
-        return "fail", f"{len(failing)} of {len(found)} requirements not met ({levels}){unsure_too}; {met} met."
+        said = f"{len(failing)} of {len(found)} requirements not met ({_levels(failing)})"
+        return "fail", f"{said}{unsure_too}{waived_too}; {met} met."
     if unsure:
-        return "error", f"{unsure} of {len(found)} requirements could not be judged; {met} met, none failed."
+        failed = waived_too or ", none failed"
+        return "error", f"{unsure} of {len(found)} requirements could not be judged; {met} met{failed}."
+    if waived:
+        rest = f"; {others} not judged" if (others := len(found) - met - len(waived)) else ""
+        said = f"{len(waived)} of {len(found)} requirements not met, which is waived ({_levels(waived)})"
+        return "waived", f"{said}; {met} met{rest}."
     if not met:
         return "not-applicable", f"None of {len(found)} requirements could be judged here."
     lacking = len(found) - met
     rest = f"; {lacking} not judged (unsupported or not applicable)" if lacking else ""
     return "pass", f"All {met} requirements that were judged are met{rest}."
+
+
+def _levels(found: list[Cell]) -> str:
+    must = sum(cell.level == "MUST" for cell in found)
+    return f"{must} MUST, {len(found) - must} SHOULD"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from reports import plots, text, units, versions
 from reports.compare import DEFAULT_CAUSES, Comparison, compare
 from reports.load import Run
-from reports.matrix import MEANING, ORDER, SYMBOL, Cell, cells, headline, in_order
+from reports.matrix import FOUND_WANTING, MEANING, SYMBOL, Cell, cells, headline, in_order, legend
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -29,7 +29,7 @@ def run_page(run: Run) -> str:
         runs=[run],
         notes=_notes([run]),
         matrix=matrix(run),
-        failures=[o for verdict in ("fail", "error") for o in run.outcomes if o.verdict == verdict],
+        failures=[o for verdict in FOUND_WANTING for o in run.outcomes if o.verdict == verdict],
         throughput=_plots(plots.throughput(run), "throughput", "GB/s against model size, with the roofline"),
         steps=_plots(plots.steps(run), "steps", "Time of an update split by step"),
         timings=[text.throughput_row(timing) for timing in run.timings],
@@ -43,7 +43,7 @@ def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) ->
     return _render(
         "compare.html",
         title=f"From {found.a.label} to {found.b.label}",
-        verdict="fail" if found.worse(causes) else "inconclusive" if found.inconclusive else "pass",
+        verdict=_compare_verdict(found, causes),
         sentence=text.compare_headline(found, causes),
         runs=[found.a, found.b],
         notes=_notes([found.a, found.b]),
@@ -54,6 +54,14 @@ def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) ->
         drift=text.drift_lines(found),
         trend=_plots(plots.trend([found.a, found.b]), "trend", "Seconds of both runs"),
     )
+
+
+def _compare_verdict(found: Comparison, causes: tuple[str, ...]) -> str:
+    if found.worse(causes):
+        return "fail"
+    if found.inconclusive:
+        return "inconclusive"
+    return "waived" if any(change.kind == "newly waived" for change in found.requirements) else "pass"
 
 
 def trend_page(runs: Sequence[Run], threshold: float) -> str:
@@ -124,7 +132,7 @@ def _templates() -> Environment:
     found.globals |= {
         "SYMBOL": SYMBOL | {"inconclusive": text.VERDICT_SYMBOL["inconclusive"]},
         "MEANING": MEANING,
-        "ORDER": ORDER,
+        "legend_of": lambda runs: legend(outcome.verdict for run in runs for outcome in run.outcomes),
         "dark": plots.DARK,
         "light": plots.LIGHT,
     }

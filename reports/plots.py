@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from reports import statistics, units
 from reports.load import Run, Timing
-from reports.matrix import SYMBOL, cells, in_order
+from reports.matrix import FOUND_WANTING, SYMBOL, cells, in_order
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,8 +28,8 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5b
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "--")
 INK, FAINT, PAPER = "#1b1f24", "#c9ced6", "#ffffff"
-VERDICT_COLOUR = {"pass": "#009e73", "fail": "#d55e00", "error": "#b8860b", "unsupported": "#5b6470",
-                  "not-applicable": "#8a929c"}  # fmt: skip
+VERDICT_COLOUR = {"pass": "#009e73", "fail": "#d55e00", "waived": "#8a4f9e", "error": "#b8860b",
+                  "unsupported": "#5b6470", "not-applicable": "#8a929c"}  # fmt: skip
 VARIABLES = {**{colour: f"--series-{place}" for place, colour in enumerate(SERIES, 1)}, INK: "--ink", FAINT: "--line",
              PAPER: "--paper"}  # fmt: skip
 LIGHT = {variable: colour for colour, variable in VARIABLES.items()}
@@ -216,7 +216,7 @@ class Strip:
         found = [cells(run.outcomes, "requirement") for run in runs]
         names = dict.fromkeys(key for judged in found for key in judged)
         self.labels, self.found = [_name(run.label) for run in runs], found
-        self.names = [n for n in names if any(n in f and f[n].verdict in ("fail", "error") for f in found)]
+        self.names = [n for n in names if any(n in f and f[n].verdict in FOUND_WANTING for f in found)]
         self.inches = 0.9 + 0.27 * len(self.names)
 
     def __call__(self, axes: Axes) -> None:

@@ -8,12 +8,13 @@ from itertools import pairwise, zip_longest
 from reports import units
 from reports.compare import DEFAULT_CAUSES, Comparison, TimingChange
 from reports.load import Run, Timing
-from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order
+from reports.matrix import FOUND_WANTING, MEANING, SYMBOL, Cell, cells, headline, in_order, legend
 from reports.table import text_table, wrapped
 
 LINES_OF_A_MESSAGE = 6
-HEADLINE = ("newly failing", "newly in error", "slower", "no longer judged", "only in A", "inconclusive",
-            "not compared", "changed", "only in B", "still failing", "newly passing", "faster")  # fmt: skip
+HEADLINE = ("newly failing", "newly in error", "newly waived", "slower", "no longer judged", "only in A",
+            "inconclusive", "not compared", "changed", "only in B", "still failing", "still failing (waived)",
+            "newly passing", "faster")  # fmt: skip
 VERDICT_SYMBOL = {"slower": "▲", "faster": "▼", "same": "=", "inconclusive": "?"}
 THROUGHPUT_HEAD = ("subject", "stage", "model", "sent", "median", "n", "GB/s", "roof", "of it", "engine+", "trainer+")
 THROUGHPUT_RIGHT = range(3, 11)
@@ -28,7 +29,8 @@ def run_text(run: Run, width: int = 100) -> str:
     if run.timings:
         parts.append(_throughput(run.timings, width))
     parts.append(time_spent(run))
-    return "\n\n".join(part for part in [*parts, *run.notes] if part)
+    parts += [wrapped(note, width, "") for note in run.notes]
+    return "\n\n".join(filter(None, parts))
 
 
 def time_spent(run: Run) -> str:
@@ -76,9 +78,10 @@ def _requirements(run: Run, width: int) -> str:
         (name, levels[name,].level, *(_folded(found.get((name, subject))) for subject in subjects)) for name in names
     ]
     stages = in_order(outcome.stage for outcome in run.outcomes if outcome.stage)
-    legend = "; ".join(f"{symbol} {verdict}: {MEANING[verdict]}" for verdict, symbol in SYMBOL.items())
+    explained = legend(outcome.verdict for outcome in run.outcomes)
+    meanings = "; ".join(f"{SYMBOL[verdict]} {verdict}: {MEANING[verdict]}" for verdict in explained)
     table = text_table(("requirement", "level", *(subject or "-" for subject in subjects)), rows, width)
-    return "\n".join([f"Stages: {', '.join(stages) or '-'}", "", table, "", wrapped(legend, width, "")])
+    return "\n".join([f"Stages: {', '.join(stages) or '-'}", "", table, "", wrapped(meanings, width, "")])
 
 
 def _folded(cell: Cell | None) -> str:
@@ -88,7 +91,7 @@ def _folded(cell: Cell | None) -> str:
     parts = []
     for verdict, count in cell.counts:
         stages = in_order(o.stage for o in cell.outcomes if o.verdict == verdict and o.stage)
-        named = verdict in ("fail", "error") and stages and count < len(cell.outcomes)
+        named = verdict in FOUND_WANTING and stages and count < len(cell.outcomes)
         parts.append(f"{SYMBOL[verdict]} {verdict} {count}" + (f" ({', '.join(stages)})" if named else ""))
     return ", ".join(parts)
 
@@ -96,12 +99,12 @@ def _folded(cell: Cell | None) -> str:
 def _reasons(run: Run, width: int) -> list[str]:
     """Every failure with its message; the reasons for not judging once each."""
     parts = []
-    for verdict in ("fail", "error"):
+    for verdict in FOUND_WANTING:
         not_met = [outcome for outcome in run.outcomes if outcome.verdict == verdict]
-        for (requirement, detail), cell in cells(not_met, "requirement", "detail").items():
+        for (requirement, told), cell in cells(not_met, "requirement", "told").items():
             where = [" ".join(filter(None, [o.subject, o.stage, o.model])) for o in cell.outcomes]
             head = f"{SYMBOL[verdict]} {verdict} {cell.level} {requirement}: {'; '.join(in_order(where))}"
-            message = wrapped(detail or "no message", width, lines=LINES_OF_A_MESSAGE)
+            message = wrapped(told or "no message", width, lines=LINES_OF_A_MESSAGE)
             parts.append(f"{wrapped(head, width, '')}\n{message}")
     for verdict in ("unsupported", "not-applicable"):
         counted = Counter(outcome.detail or "no reason given" for outcome in run.outcomes if outcome.verdict == verdict)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from reports import statistics, units
 from reports.compare import compare_timing
 from reports.load import Run, Timing
-from reports.matrix import SYMBOL, Cell, cells
+from reports.matrix import FOUND_WANTING, SYMBOL, Cell, cells
 from reports.table import markdown_table, text_table
 from reports.text import VERDICT_SYMBOL
 
@@ -15,12 +15,12 @@ LEGEND = "▲ slower, ▼ faster than the run before it, significantly and beyon
 
 
 def requirement_rows(runs: Sequence[Run], all_of_them: bool = False) -> list[tuple[str, ...]]:
-    """(requirement, verdict in each run) of those that any run fails or cannot judge, or of all."""
+    """(requirement, verdict in each run) of those that any run fails, waived or not, or cannot judge, or of all."""
     found = [cells(run.outcomes, "requirement") for run in runs]
     rows = []
     for key in dict.fromkeys(key for judged in found for key in judged):
         row = [judged.get(key) for judged in found]
-        if all_of_them or any(cell and cell.verdict in ("fail", "error") for cell in row):
+        if all_of_them or any(cell and cell.verdict in FOUND_WANTING for cell in row):
             rows.append((*key, *(_counted(cell) for cell in row)))
     return rows
 

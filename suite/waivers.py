@@ -24,7 +24,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from suite.requirements import REQUIREMENTS
-from suite.verdicts import ERROR, NOT_APPLICABLE, PASS, WAIVED
+from suite.verdicts import ERROR, NOT_APPLICABLE, PASS, UNSUPPORTED, WAIVED
 
 TABLE = "waiver"
 HEADER = re.compile(r"\s*\[\[\s*waiver\s*\]\]\s*(#.*)?")
@@ -73,7 +73,7 @@ class Waiver:
 
     def __str__(self) -> str:
         narrowed = [f"{name} {getattr(self, name)}" for name in ("stage", "model") if getattr(self, name) != "*"]
-        return f"Waiver {self.place} ({', '.join([self.requirement, self.subject, *narrowed])})"
+        return f"Waiver {self.place}: {', '.join([self.requirement, self.subject, *narrowed])}"
 
 
 # ---- the file
@@ -213,10 +213,10 @@ class Ledger:
             return ""
         if PASS in found:
             return f"no longer needed: all that it covers here passes. Remove it, or narrow its {NARROWING}."
+        if UNSUPPORTED in found:
+            return f"not needed: what the subject lacks is no failure. Remove it, or narrow its {NARROWING}."
         if NOT_APPLICABLE in found or any(map(waiver.covers, self.elsewhere)):
             return ""
-        if found:
-            return "not needed: the subject declares that it lacks this, which is no failure. Remove it."
         return "matches no case: no test judges this requirement with such a stage and model. Correct or remove it."
 
     def _verdicts(self, waiver: Waiver) -> set[str]:
