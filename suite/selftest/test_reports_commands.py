@@ -23,6 +23,8 @@ REPOSITORY = Path(__file__).parents[2]
 def with_verdict(verdict: str, index: int = 0, document: dict = RUN) -> dict:
     changed = copy.deepcopy(document)
     changed["conformance"][index] |= {"verdict": verdict, "detail": "as the test wants it"}
+    if verdict == "waived":
+        changed["conformance"][index] |= {"waiver_issue": "https://example.org/7", "waiver_reason": "packs twice"}
     return changed
 
 
@@ -79,6 +81,15 @@ def test_20_percent_added_to_one_benchmark_exits_1_and_names_it(files, capsys, i
         (RUN, with_verdict("error"), [], 1),
         (RUN, with_verdict("error"), ["--fail-on", "failing,slower"], 0),
         (with_verdict("fail"), with_verdict("error"), [], 1),
+        (RUN, with_verdict("waived"), [], 0),
+        (RUN, with_verdict("waived"), ["--fail-on", "failing,error,lost,slower"], 0),
+        (RUN, with_verdict("waived"), ["--fail-on", "waived"], 1),
+        (without("conformance", 0), with_verdict("waived"), ["--fail-on", "waived"], 1),
+        (with_verdict("fail"), with_verdict("waived"), ["--fail-on", "waived"], 0),
+        (with_verdict("waived"), with_verdict("waived"), ["--fail-on", "waived"], 0),
+        (with_verdict("waived"), with_verdict("fail"), [], 1),
+        (with_verdict("waived"), with_verdict("error"), [], 1),
+        (with_verdict("waived"), RUN, [], 0),
         (RUN, with_verdict("unsupported"), [], 0),
         (RUN, with_verdict("unsupported"), ["--fail-on", "lost"], 1),
         (RUN, without("conformance", 0), ["--fail-on", "lost"], 1),
@@ -150,6 +161,41 @@ def test_what_changed_is_named_with_its_message(files, capsys):
     assert "99 requirement cases unchanged." in out
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "headline", "told"),
+    [
+        ("pass", "waived", "Nothing worse: 1 newly waived.", "Newly waived:\n  ~ {} (pass -> waived)"),
+        (
+            "fail",
+            "waived",
+            "Nothing worse: 1 still failing (waived).",
+            "Still failing (waived):\n  ~ {} (fail -> waived)",
+        ),
+        ("waived", "waived", "Nothing worse: 1 still failing (waived).", "  ~ {} (waived -> waived)"),
+        ("waived", "fail", "Worse: 1 newly failing.", "Newly failing:\n  ✗ {} (waived -> fail)"),
+        ("waived", "pass", "Nothing worse: 1 newly passing.", "Newly passing:\n  ✓ {} (waived -> pass)"),
+    ],
+)
+def test_what_a_waiver_lets_stand_is_listed_as_that(tmp_path, files, capsys, before, after, headline, told):
+    page, comment, junit = tmp_path / "c.html", tmp_path / "c.md", tmp_path / "c.xml"
+    outputs = ["--html", str(page), "--markdown", str(comment), "--junit", str(junit)]
+    main(["compare", *files(with_verdict(before), with_verdict(after)), *outputs])
+    out = capsys.readouterr().out
+    assert out.startswith(headline)
+    assert told.format("update.zeroed broadcast cpu-tp1 qwen3-tied-tiny") in out
+    assert ("waived: packs twice, https://example.org/7\n    as the test wants it" in out) == (after == "waived")
+    assert headline[:-1] in page.read_text()
+    assert f" {before} → {after} |" in comment.read_text()
+    case = ElementTree.parse(junit).getroot().find("testsuite").find("testcase")
+    assert [found.tag for found in case] == {"waived": ["skipped"], "fail": ["failure"]}.get(after, [])
+
+
+def test_a_comparison_with_newly_waived_failures_is_no_green_page(tmp_path, files):
+    page = tmp_path / "c.html"
+    main(["compare", *files(RUN, with_verdict("waived")), "--html", str(page)])
+    assert '<p class="verdict waived">' in page.read_text()
+
+
 def test_what_only_one_side_has_is_listed(files, capsys):
     a, b = files(without("conformance", 0), without("benchmarks", 0))
     main(["compare", a, b])
@@ -158,11 +204,12 @@ def test_what_only_one_side_has_is_listed(files, capsys):
     assert re.search(r"· only in A +qwen3-1m ", out)
 
 
-def test_a_timing_of_a_failed_test_is_not_compared(files, capsys):
-    document = with_verdict("fail")
+@pytest.mark.parametrize("verdict", ["fail", "error", "waived"])
+def test_a_timing_of_a_failed_test_is_not_compared(files, capsys, verdict):
+    document = with_verdict(verdict)
     document["conformance"][0]["nodeid"] = document["benchmarks"][0]["fullname"]
     main(["compare", *files(RUN, document)])
-    expected = "not compared: broadcast cpu-tp1 qwen3-1m: the test that timed it ended in fail in B"
+    expected = f"not compared: broadcast cpu-tp1 qwen3-1m: the test that timed it ended in {verdict} in B"
     assert expected in capsys.readouterr().out
 
 
@@ -239,6 +286,48 @@ def test_the_summary_of_a_run_shows_verdicts_reasons_and_throughput():
     assert "12 of 32768 elements differ after update 2" in out
     assert "6 x the subject hands over no device handles" in out
     assert re.search(r"broadcast +gpu-split +qwen3-8b +16.4 GB +\d+ ms +20 +\d+ +\d+ +\d+%", out)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "headline"),  # each requirement has four cases: 0 to 3, 4 to 7 ...
+    [
+        ({0: "waived"}, "~ 1 of 25 requirements not met, which is waived (1 MUST, 0 SHOULD); 22 met; 2 not judged."),
+        ({0: "waived", 4: "fail"},
+         "✗ 1 of 25 requirements not met (1 MUST, 0 SHOULD); 1 with waived failures; 21 met."),
+        ({0: "waived", 1: "fail"},
+         "✗ 1 of 25 requirements not met (1 MUST, 0 SHOULD); 1 with waived failures; 22 met."),
+        ({0: "waived", 5: "waived", 8: "error"},
+         "! 1 of 25 requirements could not be judged; 20 met; 2 with waived failures."),
+        ({}, "✓ All 23 requirements that were judged are met"),
+    ],
+)  # fmt: skip
+def test_a_waived_failure_counts_as_met_in_no_headline(tmp_path, files, capsys, verdicts, headline):
+    document = RUN
+    for index, verdict in verdicts.items():
+        document = with_verdict(verdict, index, document)
+    out = reports.render_text(document)
+    assert out.startswith(headline)
+    page = reports.write_html(document, tmp_path / "r.html").read_text()
+    assert headline[2:] in page
+    assert ("a waiver lets it stand" in out) == ("a waiver lets it stand" in page) == bool(verdicts)
+    main(["table", *files(document)])
+    met = re.search(r"requirements met \| (\d+) of 25", capsys.readouterr().out)[1]
+    assert met == re.search(r"(?:; |All )(\d+)(?: requirements that were judged are)? met", headline)[1]
+
+
+def test_a_version_with_waived_failures_stands_in_the_trend(tmp_path, files, capsys):
+    main(
+        [
+            "trend",
+            *files(RUN, with_verdict("waived")),
+            "--html",
+            str(tmp_path / "t.html"),
+            "--svg",
+            str(tmp_path / "t.svg"),
+        ]
+    )
+    assert re.search(r"update.zeroed +✓ pass +~ waived 1/4", capsys.readouterr().out)
+    assert "~ waived" in (tmp_path / "t.svg").read_text()
 
 
 def test_a_run_that_judged_nothing_is_no_pass():

@@ -52,6 +52,8 @@ def with_markup() -> dict:
     for entry in document["conformance"]:
         entry |= {name: f"{entry[name]}{MARKUP}" for name in ("requirement", "subject", "stage", "model", "detail")}
         entry["text"] = MARKUP
+    document["conformance"][0] |= {"verdict": "waived", "waiver_issue": MARKUP, "waiver_reason": MARKUP}
+    document["stale_waivers"] = [MARKUP]
     for entry in document["benchmarks"]:
         entry["extra_info"] |= {name: f"{entry['extra_info'][name]}{MARKUP}" for name in ("subject", "stage", "model")}
         entry["extra_info"]["roofline_kind"] = MARKUP
