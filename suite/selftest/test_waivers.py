@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from reports.__main__ import main
-from suite import environment
+from suite import environment, processes
 from suite.selftest.test_plugin import CONFTEST, Finished, examine
 from suite.waivers import Case, Ledger, Waiver, read
 
@@ -473,6 +474,15 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, content: str | byt
         read(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert [part for part in said.split(" ... ") if part not in str(caught.value)] == []
+
+
+def test_the_example_of_the_readme_can_be_used(tmp_path: Path):
+    (example,) = re.findall(r"```toml\n(.*?)```", (processes.ROOT / "README.md").read_text(), re.DOTALL)
+    file = tmp_path / "waivers.toml"
+    file.write_text(example)
+    (waiver,) = read(file)
+    assert waiver.applies("0.27.1", ("gpu", H100))
+    assert waiver.covers(Case("update.moe", "broadcast", "gpu-split-tp2", "qwen3-moe-tiny"))
 
 
 def test_what_differs_in_its_scope_is_no_duplicate(tmp_path: Path):
