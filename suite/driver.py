@@ -170,11 +170,17 @@ class Sync:
         gather(calls, CALL_DEADLINE_S)
 
     def update(
-        self, deadline_s: float = CALL_DEADLINE_S, reset_cache: bool = True, pause: bool = False, **how: object
+        self,
+        deadline_s: float = CALL_DEADLINE_S,
+        reset_cache: bool = True,
+        pause: bool = False,
+        bracket: bool = True,
+        **how: object,
     ) -> Moved:
-        """One update of all engines; `how` is order=, alter= and relabel= of the trainer's update.
+        """One update of all engines; `how` is order=, alter=, relabel= and call_off= of the trainer's update.
 
-        `pause=True` has the engines generate a token right before and after. Raises the first failure of either side.
+        `pause=True` has the engines generate a token right before and after; `bracket=False` leaves out begin_update
+        and end_update. Raises the first failure of either side.
         """
         self.connect()
         self.updates += 1
@@ -182,7 +188,7 @@ class Sync:
             if pause:
                 calls = [e.process.submit("pause", self.prompts(1)[0], deadline_s) for e in self.engines]
             else:
-                calls = [e.process.submit("update", deadline_s, reset_cache) for e in self.engines]
+                calls = [e.process.submit("update", deadline_s, reset_cache, bracket) for e in self.engines]
             ranks = self.trainer.processes
             calls += [rank.submit("update", self.subject.transport, deadline_s, **how) for rank in ranks]
             try:
@@ -378,13 +384,16 @@ class Sync:
             )
 
     def expect_same_behaviour(self, prompts: list[list[int]] | None = None) -> None:
-        """Greedy tokens and log-probabilities are those of the trainer's own forward pass.
+        """Greedy tokens and log-probabilities are those of the trainer's own forward pass."""
+        prompts = prompts or self.prompts()
+        self.expect_answers(prompts, self.trainer.call("greedy", prompts, MAX_TOKENS)[0])
+
+    def expect_answers(self, prompts: list[list[int]], oracle: list[dict]) -> None:
+        """Greedy tokens and log-probabilities are those of an oracle, as `oracles.greedy` gives them.
 
         A prompt is followed up to the first token whose lead is so small that another right computation may choose
         otherwise. Raises RuntimeError where that leaves too little to tell anything.
         """
-        prompts = prompts or self.prompts()
-        oracle = self.trainer.call("greedy", prompts, MAX_TOKENS)[0]
         clear = [next((i for i, gap in enumerate(a["gaps"]) if gap <= CLEAR_GAP), MAX_TOKENS) for a in oracle]
         if sum(clear) < MIN_CLEAR_TOKENS:
             raise RuntimeError(f"only {sum(clear)} tokens of {len(prompts)} prompts are clear-cut {self.where}")

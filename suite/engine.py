@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any
 
-from suite.link import Link, LinkError, Listener
+from suite.link import CALLED_OFF, Link, LinkError, Listener
 from suite.probe import EXTENSION, PROBED
 from suite.subjects import Subject, load
 from suite.watch import Watch
@@ -13,7 +13,7 @@ LINK_WAIT_S = 60.0
 
 
 class Cancelled(RuntimeError):
-    """The trainer called the update off, since another engine refused it."""
+    """The trainer called the update off: another engine has refused it, say."""
 
 
 class WorkerError(RuntimeError):
@@ -122,18 +122,18 @@ class Engine:
         self.generate([prompt], 1)
         return half | {"pause_s": time.monotonic() - before}
 
-    def update(self, deadline_s: float, reset_cache: bool = True) -> dict:
+    def update(self, deadline_s: float, reset_cache: bool = True, bracket: bool = True) -> dict:
         """The engine's half of one update. Returns when it started and ended (monotonic clock), and its steps' seconds.
 
-        `reset_cache=False` leaves out what the extension asks of its caller. Raises what the extension raised, after
-        telling the trainer.
+        `reset_cache=False` leaves out what the extension asks of its caller, `bracket=False` the calls that say where
+        the update begins and ends. Raises what the extension raised, after telling the trainer.
         """
-        started = time.monotonic()
+        started, brackets = time.monotonic(), self._brackets and bracket
         announced = [link.receive(deadline_s) for link in self._links]
         manifest = announced[0]["manifest"]
         arrived = time.monotonic()
         try:
-            if self._brackets:
+            if brackets:
                 self.rpc("begin_update", manifest)
         except Exception as error:
             self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)
@@ -142,18 +142,19 @@ class Engine:
         try:
             decisions = [link.receive(deadline_s)["go"] for link in self._links]
             if not all(decisions):
-                raise Cancelled("the trainer called the update off")
+                raise Cancelled(CALLED_OFF)
             begun = time.monotonic()
             self._transfer(manifest, announced)
             transferred = time.monotonic()
-            if self._brackets:
+            if brackets:
                 self.rpc("end_update")
             if reset_cache:
                 self.reset_prefix_cache()
         except Exception as error:
             if not isinstance(error, Cancelled):  # before aborting, which a dead worker may make impossible
                 self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)
-            self._abort(error)
+            if brackets:
+                self._abort(error)
             raise
         ended = time.monotonic()
         self._answer({"ended": True}, deadline_s)
@@ -189,8 +190,7 @@ class Engine:
 
     def _abort(self, cause: Exception) -> None:
         try:
-            if self._brackets:
-                self.rpc("abort_update")
+            self.rpc("abort_update")
         except Exception as error:
             cause.add_note(f"nor could the update be aborted: {type(error).__name__}: {error}")
 

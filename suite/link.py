@@ -11,6 +11,8 @@ from typing import Any
 
 from suite import wire
 
+CALLED_OFF = "the trainer called the update off"
+
 
 class LinkError(RuntimeError):
     """The other side of a link is gone, silent, or refuses what was sent."""

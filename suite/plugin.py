@@ -27,6 +27,7 @@ from suite.waivers import Case, Ledger, Waiver
 
 SELFTESTS = Path(__file__).resolve().parent / "selftest"
 LOG_LINES = 40
+TRIED = pytest.StashKey[dict[str, int]]()  # what a test has tried and how often, for run.json
 MEASURING = "benchmark"  # what stands for the requirement where a measurement failed
 SUMMARY_COLUMNS = 100
 PHASES = ("alone", "benchmark", "ends_engine")  # the markers of what comes after the rest, in this order
@@ -108,6 +109,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--stage", action="append", default=[], metavar="NAME", help="use this stage only (repeatable)")
     group.addoption(
         "--waivers", default=None, metavar="FILE", help="TOML file of known failures, which do not fail the run"
+    )
+    group.addoption(
+        "--sequences", type=int, default=4, metavar="N", help="update.sequence: play so many sequences (default: 4)"
+    )
+    group.addoption(
+        "--sequence-steps", type=int, default=20, metavar="N", help="update.sequence: of so many steps (default: 20)"
+    )
+    group.addoption(
+        "--play", metavar="STEPS", help="update.sequence: play this sequence, as a failure's message has it"
     )
     group.addoption("--report", default=None, metavar="DIR", help="where the artefacts go (default: reports/latest)")
 
@@ -336,6 +346,7 @@ def _put_down(item: pytest.Item, progress: Progress) -> None:
         "detail": progress.judgement.detail,
         "duration_s": round(progress.duration_s, 3),
         "nodeid": item.nodeid,
+        **({"tried": item.stash[TRIED]} if TRIED in item.stash else {}),
     }
     if progress.judgement.verdict == verdicts.WAIVED:
         entry |= {"waiver_issue": progress.waiver.issue, "waiver_reason": progress.waiver.reason}

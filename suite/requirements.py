@@ -102,6 +102,15 @@ _ALL = (
         ("slime#929", "ms-swift#10204", "trl#5312"),
     ),
     Requirement(
+        "update.sequence",
+        "MUST",
+        "After any sequence of whole updates, tensors sent alone, updates that are refused, called off, nested or lost "
+        "with their trainer, generations, cache resets and sleeps, the engine computes with the last acknowledged "
+        "weights, or has said that it is inconsistent.",
+        "What an update leaves behind meets the next one: each may be right on its own.",
+        ("vllm#42821", "vllm#57853", "vllm#57854", "vllm#48284"),
+    ),
+    Requirement(
         "update.graphs",
         "MUST",
         "An engine that captured CUDA graphs computes with the updated weights, and the addresses of its "

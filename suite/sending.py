@@ -30,6 +30,7 @@ class Sending:
 
     _links: tuple[link.Link, ...] = ()
     _fault: dict | None = None
+    _call_off: bool = False
     _broadcaster: BroadcastSender | None = None
     _hander: HandleSender | None = None
     _roofline: Communicator | None = None
@@ -55,14 +56,16 @@ class Sending:
         alter: dict | None = None,
         relabel: str | None = None,
         fault: dict | None = None,
+        call_off: bool = False,
     ) -> dict:
         """This rank's half of one update. Returns when it started and ended (monotonic clock) and what was sent.
 
         `order` and `alter` are those of `named_tensors`. `relabel` names the device of the handles falsely; where it
         is empty there are none. `fault` has {"moment": "before" | "during" | "after" the transfer, "signal": "KILL" or
-        "STOP"} sent to this process then, or to that of "pid". Raises Refused where an engine refuses.
+        "STOP"} sent to this process then, or to that of "pid". `call_off` ends the update when all engines have begun
+        it. Raises Refused where an engine refuses, and where it is called off.
         """
-        started, self._fault = time.monotonic(), fault
+        started, self._fault, self._call_off = time.monotonic(), fault, call_off
         if transport == "broadcast":
             sent = self._update_by_broadcast(deadline_s, order, alter)
         else:
@@ -140,6 +143,8 @@ class Sending:
             engine.send(message, deadline_s)
         answers = [engine.receive(deadline_s) for engine in self._links]
         refusals = [answer["refused"] for answer in answers if "refused" in answer]
+        if self._call_off and not refusals:
+            refusals.append(link.CALLED_OFF)
         self._strike("before")
         for engine, answer in zip(self._links, answers, strict=True):
             if "refused" not in answer:

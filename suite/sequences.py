@@ -1,0 +1,404 @@
+"""Sequences of what a trainer and an engine do: the steps, what the engine has to compute with after each, replays.
+
+A sequence is text that can be played again: `update(seed=1); lose_trainer(moment='during'); generate()`.
+"""
+
+import ast
+import contextlib
+import math
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from suite import models
+from suite.driver import MAX_TOKENS, Sync, TrainerGroup
+from suite.link import CALLED_OFF
+from suite.processes import DeadlineExceeded, ProcessDied, RemoteError
+from suite.verdicts import FAILURES
+
+DEADLINE_S = 60.0
+LONG_PROMPT = 200  # tokens: more than one block of the prefix cache on every backend
+SAID_CHARACTERS, PLAYED_CHARACTERS = 300, 800  # that a failure's message has of what was raised, and of the sequence
+REPLAYS = 3  # of a sequence before it counts as one that does not fail again: what is hidden may go by turns
+GHOST = "model.layers.0.mlp.ghost_proj.weight"
+MALFORMED: dict[str, Callable[[str], dict]] = {
+    "unknown_name": lambda name: {"add": {name: GHOST}},
+    "missing_name": lambda name: {"drop": [name]},
+    "shape": lambda name: {"truncate": [name]},
+    "dtype": lambda name: {"cast": {name: "int32"}},
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call of one of the Player's steps, with plain arguments."""
+
+    name: str
+    arguments: dict[str, object] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
+
+
+Sequence = tuple[Step, ...]
+STEPS = (
+    "update", "alone", "malformed", "wrong_device", "called_off", "nested", "generate", "reset_cache", "sleep",
+    "lose_trainer",
+)  # fmt: skip
+
+
+def text(sequence: Sequence) -> str:
+    """The sequence in one line, as `parse` reads it."""
+    return "; ".join(map(str, sequence))
+
+
+def parse(line: str) -> Sequence:
+    """A sequence from its text. Raises ValueError for what is none."""
+    try:
+        calls = [statement.value for statement in ast.parse(line.strip()).body]
+        steps = [
+            Step(call.func.id, {word.arg: ast.literal_eval(word.value) for word in call.keywords}) for call in calls
+        ]
+    except (AttributeError, SyntaxError, ValueError) as error:
+        raise ValueError(f"expected steps like update(seed=1); generate(), found {line!r}") from error
+    if unknown := [step.name for step in steps if step.name not in STEPS]:
+        raise ValueError(f"expected the steps {', '.join(STEPS)}, found {unknown[0]}")
+    if not steps or any(call.args or None in step.arguments for call, step in zip(calls, steps, strict=True)):
+        raise ValueError(f"expected steps with arguments by name, like update(seed=1), found {line!r}")
+    return tuple(steps)
+
+
+@dataclass(frozen=True)
+class State:
+    """What the engine has to compute with.
+
+    known: False from where its weights were lost, as they may be, until the next whole update. seed: of the checkpoint
+    that was acknowledged last, None for zeros. alone: seeds by name of the tensors that were acknowledged alone since.
+    stale: whether the prefix cache may hold what older weights have computed.
+    """
+
+    known: bool
+    seed: int | None = None
+    alone: dict[str, int] = field(default_factory=dict)
+    stale: bool = False
+
+
+class Player:
+    """Takes steps on a live engine, and after each compares what it computes with to what was acknowledged last.
+
+    Args:
+        sync: brings the engine. Its trainer gives the answers that the checkpoints' are compared with.
+        seeds: of two checkpoints that there are cold-loaded engines of; the first one starts every sequence.
+        new_trainer: starts a trainer's process and returns at once. The player makes and ends its trainers itself.
+    """
+
+    def __init__(self, sync: Sync, seeds: tuple[int, int], new_trainer: Callable[[], TrainerGroup]) -> None:
+        self.prompts = sync.prompts(length=LONG_PROMPT)
+        self._config, self._scratch = sync.pool.config(sync.model), sync.pool.scratch()
+        uniform = -math.log(sync.spec.config["vocab_size"])
+        zeros = {"tokens": [0] * MAX_TOKENS, "logprobs": [uniform] * MAX_TOKENS, "gaps": [math.inf] * MAX_TOKENS}
+        self.answers: dict[int | None, list[dict]] = {None: [zeros] * len(self.prompts)}
+        for seed in seeds:
+            sync.load(seed)
+            self.answers[seed] = sync.trainer.call("greedy", self.prompts, MAX_TOKENS)[0]
+        self.seeds, self.start = seeds, Step("update", {"seed": seeds[0]})
+        self.state = State(known=False)
+        self.steps, self.counts = 0, Counter[str]()
+        extension = sync.subject.load()
+        self.aborts, self.brackets = hasattr(extension, "abort_update"), hasattr(extension, "begin_update")
+        self._new_trainer, self._spare = new_trainer, new_trainer()
+        self.sync = Sync(sync.pool, self._next_trainer(), sync.engines, sync.subject, sync.stage, sync.model)
+
+    def close(self) -> None:
+        """End the trainers."""
+        for trainer in (self.sync.trainer, self._spare):
+            trainer.stop()
+
+    def take(self, step: Step) -> None:
+        """Take a step; raises what an engine or trainer raises that should not, or AssertionError for wrong weights."""
+        self.steps += 1
+        outcome = getattr(self, step.name)(**step.arguments)
+        self.counts[f"{step.name}, {outcome}" if outcome else step.name] += 1
+        state = self.state
+        if not state.known:
+            return
+        if state.alone:
+            self.sync.expect_equal_to(self._mixture(), f"checkpoint {state.seed} with {state.alone}")
+        elif state.seed is None:
+            self.sync.expect_zero()
+        else:
+            self.sync.expect_exact(state.seed)
+
+    def recover(self) -> None:
+        """Bring the engine where a sequence starts, at the second attempt at the latest. Raises as `take`."""
+        self.sync.disconnect()
+        if not self.sync.trainer.alive:
+            self.sync.trainer = self._next_trainer()
+        if self.aborts:
+            with contextlib.suppress(RemoteError):
+                self.sync.call_engines("abort_update")
+        try:
+            self.take(self.start)
+        except (AssertionError, RemoteError):  # it may have met what the failure left behind
+            self.take(self.start)
+
+    # ---- steps
+
+    def update(self, seed: int | None, order: str = "checkpoint", reset_cache: bool = True) -> None:
+        """A whole update."""
+        self.sync.trainer.fill(seed)
+        self.sync.update(DEADLINE_S, order=order, reset_cache=reset_cache)
+        self.state = State(known=True, seed=seed, stale=not reset_cache)
+
+    def alone(self, name: str, seed: int) -> str:
+        """One tensor outside of begin_update and end_update; an extension that can't take it refuses it."""
+        self.sync.trainer.fill(seed)
+        others = [other for other, _ in models.tensors(self.sync.spec) if other != name]
+        try:
+            self.sync.update(DEADLINE_S, bracket=False, alter={"drop": others})
+        except RemoteError:
+            return "refused"
+        self.state = replace(self.state, alone={**self.state.alone, name: seed}, stale=False)
+        return "acknowledged"
+
+    def malformed(self, how: str, name: str, seed: int) -> str:
+        """An update that has to be refused for one of its tensors."""
+        self.sync.trainer.fill(seed)
+        self._refused(GHOST if how == "unknown_name" else name, alter=MALFORMED[how](name))
+        return how
+
+    def wrong_device(self, label: str, seed: int) -> None:
+        """An update by handles for another device, or for none."""
+        self.sync.trainer.fill(seed)
+        self._refused(self.sync.engines[0].facts["devices"][0]["id"], relabel=label)
+
+    def called_off(self, seed: int) -> None:
+        """An update that the trainer ends when the engine has begun it."""
+        self.sync.trainer.fill(seed)
+        self._refused(CALLED_OFF, call_off=True)
+
+    def nested(self, seed: int, ending: str) -> None:
+        """An update within another, of which nothing arrives: ended by abort_update, or by end_update, which raises."""
+        manifest = [{"name": n, "dtype": "bfloat16", "shape": list(s)} for n, s in models.tensors(self.sync.spec)]
+        self.sync.call_engines("begin_update", manifest)
+        self.sync.trainer.fill(seed)
+        self.sync.refusal(DEADLINE_S)
+        try:
+            self.sync.call_engines(ending)
+        except RemoteError:
+            if ending != "end_update":
+                raise
+        else:
+            assert ending != "end_update", f"expected an error from end_update() without tensors {self.sync.where}"
+
+    def generate(self) -> None:
+        """Prompts that are cached; judged where the cache and the weights are of the same checkpoint."""
+        state = self.state
+        if state.known and (state.stale or state.alone):
+            self.sync.generate(self.prompts)
+        elif state.known:
+            self.sync.expect_answers(self.prompts, self.answers[state.seed])
+
+    def reset_cache(self) -> None:
+        """Forget cached prefixes."""
+        self.sync.reset_cache()
+        self.state = replace(self.state, stale=False)
+
+    def sleep(self, level: int) -> None:
+        """Sleep and wake; at level 2 the weights are lost."""
+        self.sync.sleep_and_wake(level)
+        self.state = self.state if level == 1 else State(known=False)
+
+    def lose_trainer(self, moment: str) -> str:
+        """Kill the trainer, "between" updates or before, during or after a transfer, and go on with another one."""
+        (rank,) = self.sync.trainer.processes
+        if moment == "between":
+            os.kill(rank.pid, signal.SIGKILL)
+        else:
+            self._strike(moment)
+        self.sync.trainer.stop()
+        self.sync.trainer = self._next_trainer()
+        return moment
+
+    def _refused(self, named: str, **how: object) -> None:
+        error = self.sync.refusal(DEADLINE_S, **how)
+        assert named in error, f"expected an error that names {named}, found: {error} {self.sync.where}"
+
+    def _strike(self, moment: str) -> None:
+        """The engine has the new weights, or raises and has the old ones, or says that it is inconsistent."""
+        seed = next(seed for seed in self.answers if seed not in (None, self.state.seed))
+        self.sync.trainer.fill(seed)
+        found = self.sync.update_until(DEADLINE_S, {"moment": moment, "signal": "KILL"})
+        if not found.engine_error:
+            self.state = State(known=True, seed=seed)
+        elif self.sync.says_inconsistent():
+            self.state = State(known=False)
+
+    def _next_trainer(self) -> TrainerGroup:
+        """The spare one, which had time to start; the next begins to."""
+        trainer, self._spare = self._spare, self._new_trainer()
+        trainer.ready()
+        trainer.hold_random(self._config, self.start.arguments["seed"])
+        return trainer
+
+    def _mixture(self) -> str:
+        """Where what is to be expected is written down, put together from what cold-loaded engines compute with."""
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        self._scratch.parent.mkdir(parents=True, exist_ok=True)
+        for index, engine in enumerate(self.sync.engines):
+            oracles = {seed: self.sync.pool.oracle(engine.key, seed) for seed in self.answers if seed is not None}
+            for rank in range(engine.ranks):
+                found = {seed: load_file(f"{path}.rank{rank}.safetensors") for seed, path in oracles.items()}
+                names = next(iter(found.values()))
+                found[None] = {name: torch.zeros_like(weight) for name, weight in names.items()}
+                mixture = {name: found[self._source(name)][name] for name in names}
+                save_file(mixture, f"{self._scratch}-{index}.rank{rank}.safetensors")
+        return str(self._scratch)
+
+    def _source(self, effective: str) -> int | None:
+        """The seed that an effective weight is of: a tied output layer goes with the embedding."""
+        for name, seed in self.state.alone.items():
+            tied = self.sync.spec.tied and name == "model.embed_tokens.weight"
+            if effective.startswith((name, "lm_head.weight") if tied else name):
+                return seed
+        return self.state.seed
+
+
+class Trial:
+    """Plays sequences as they are drawn, until one fails or the time is over; steps after that do nothing.
+
+    Args:
+        budget_s: after so many seconds no sequence begins any more.
+    """
+
+    def __init__(self, player: Player, budget_s: float) -> None:
+        self._player, self._deadline = player, time.monotonic() + budget_s
+        self._sequence: Sequence = ()
+        self._idle = True
+        self.error: Exception | None = None
+        self.played = self.left_out = 0
+
+    def begin(self) -> None:
+        """A sequence begins. It starts from a whole update, so that it can be played without the ones before."""
+        late = time.monotonic() > self._deadline
+        self.left_out += late
+        self._idle = late or self.error is not None
+        if not self._idle:
+            self.played += 1
+            before, self._sequence = self._sequence, ()
+            self.take(self._player.start)
+            if self.error and before:
+                self._sequence = (*before, *self._sequence)
+
+    def take(self, step: Step) -> None:
+        """Take a step, unless one has failed before."""
+        if self._idle:
+            return
+        self._sequence += (step,)
+        try:
+            self._player.take(step)
+        except Exception as error:  # hypothesis must not see it: it would play the sequence on what has become of it
+            self.error, self._idle = error, True
+
+    def __str__(self) -> str:
+        cut = f"; {self.left_out} more were left out since the time was over" if self.left_out else ""
+        return (
+            f"{self.played} sequences of {self._player.steps} steps in all, {'failed' if self.error else 'passed'}{cut}"
+        )
+
+    def counts(self) -> dict[str, int]:
+        """How many sequences and steps were played, and how many steps of every kind ended how."""
+        player = self._player
+        counts = dict(sorted(player.counts.items()))
+        return {"sequences": self.played, "left out": self.left_out, "steps": player.steps, **counts}
+
+    def failure(self, shrinking_s: float) -> Exception | None:
+        """What has failed, if anything, with the shortest sequence that fails again, sought for so many seconds."""
+        if self.error is None or not isinstance(self.error, FAILURES):
+            return self.error
+        print(f"failed first: {text(self._sequence)}")
+        if isinstance(self.error, DeadlineExceeded | ProcessDied):
+            return _failed(self.error, self._sequence, "not played again: a process hangs or has died")
+        again = Again(self._player, time.monotonic() + shrinking_s)
+        steps = self._sequence[1:]
+        try:
+            shorter = next(filter(None, (again.fails(steps) for _ in range(REPLAYS))), None)
+            if shorter is None:
+                came_before = f"{self.played - 1} sequences, {self._player.steps} steps in all"
+                how = f"played again {REPLAYS} times, it passed: what the engine had seen before counts ({came_before})"
+                return _failed(self.error, self._sequence, how)
+            shorter = shrink(again.fails, shorter)
+        except Unrecoverable as error:
+            shorter, how = again.shortest or steps, str(error)
+        else:
+            how = f"the shortest of {again.tried} that were tried"
+        how += f"; it failed first after {len(self._sequence)} steps of sequence {self.played}"
+        return _failed(again.error or self.error, (self._player.start, *shorter), how)
+
+
+class Unrecoverable(Exception):
+    """No further sequence can be tried."""
+
+
+class Again:
+    """Plays sequences again on an engine where one has failed.
+
+    shortest, error: the last sequence that failed, up to the step that did, and what that raised.
+    """
+
+    def __init__(self, player: Player, deadline: float) -> None:
+        self._player, self._deadline = player, deadline
+        self.tried = 0
+        self.shortest: Sequence = ()
+        self.error: Exception | None = None
+
+    def fails(self, steps: Sequence) -> Sequence | None:
+        """The steps up to the one that fails; None where none does. Raises Unrecoverable where they can't be tried."""
+        if time.monotonic() > self._deadline:
+            raise Unrecoverable(f"the shortest of {self.tried} that were tried before the time was over")
+        try:
+            self._player.recover()
+        except Exception as error:
+            raise Unrecoverable(f"no more were tried: the engine could not be brought back: {_said(error)}") from error
+        self.tried += 1
+        for index, step in enumerate(steps):
+            try:
+                self._player.take(step)
+            except FAILURES as error:
+                self.shortest, self.error = steps[: index + 1], error
+                return self.shortest
+        return None
+
+
+def shrink(fails: Callable[[Sequence], Sequence | None], steps: Sequence) -> Sequence:
+    """Leave out steps, many at first and then one by one, as long as what is left fails; `fails` may shorten it too."""
+    size = len(steps) // 2
+    while size:
+        start = 0
+        while start < len(steps):
+            shorter = fails(steps[:start] + steps[start + size :])
+            if shorter is None:
+                start += size
+            else:
+                steps = shorter
+        size //= 2
+    return steps
+
+
+def _failed(error: Exception, sequence: Sequence, how: str) -> AssertionError:
+    """A message that is bounded, with the last of the steps where there are too many; its cause says it all."""
+    played = text(sequence)
+    played = played if len(played) <= PLAYED_CHARACTERS else f"... {played[-PLAYED_CHARACTERS:]}"
+    failure = AssertionError(f"{_said(error)}\nafter: {played}\n({how})")
+    failure.__cause__ = error
+    return failure
+
+
+def _said(error: Exception) -> str:
+    said = str(getattr(error, "said", error))
+    return said if len(said) <= SAID_CHARACTERS else f"{said[:SAID_CHARACTERS]} ..."
