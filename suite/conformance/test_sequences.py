@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from suite.driver import Sync, TrainerGroup
 from suite.plugin import TRIED, announce
 from suite.processes import Run
-from suite.sequences import MALFORMED, Player, Step, Trial, parse
+from suite.sequences import MALFORMED, Player, Step, parse
+from suite.trial import Trial
 
 TIED = "qwen3-tied-tiny"
 SECONDS_A_STEP = 0.25  # of the budget; about twice what a step takes on 2 quiet cores

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suite.sequences import PLAYED_CHARACTERS, STEPS, Sequence, Step, Trial, parse, shrink, text
+from suite.sequences import STEPS, Sequence, Step, parse, text
+from suite.trial import PLAYED_CHARACTERS, Trial, shrink
 from suite.verdicts import DETAIL_CHARACTERS
 
 pytestmark = pytest.mark.selftest
