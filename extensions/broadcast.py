@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from extensions.dtypes import dtype_of
+from extensions.dtypes import dtype_of, is_shape
+from extensions.manifest import ManifestError
 from extensions.process_group import Communicator, GroupError, stateless_init_process_group
 from extensions.updating import UpdateBracket
 
@@ -34,10 +35,13 @@ class WorkerExtension(UpdateBracket):
         """Receive one tensor, of this dtype and full shape, and load it under its checkpoint name.
 
         The tensor is received before it is judged, so that an error here leaves the group usable and the trainer
-        not waiting. Raises GroupError without a group, ManifestError or UpdateError where the model can't take it.
+        not waiting; only what is no shape or dtype of a tensor is refused before. Raises GroupError without a group,
+        ManifestError or UpdateError where the model can't take it.
         """
         if self._weight_sync_group is None:
             raise GroupError("there is no group: call init_weight_update_group() on all workers first")
+        if not is_shape(shape):
+            raise ManifestError(f"{name!r:.120}: a shape is a list of sizes, found {shape!r:.99}; nothing was received")
         tensor = torch.empty(tuple(shape), dtype=dtype_of(dtype), device=self.device)
         self._weight_sync_group.broadcast(tensor, src=0)
         if self._weight_sync_load is None:

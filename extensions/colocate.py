@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from extensions.devices import SharedSegment, device_id, export_tensor, open_handle
-from extensions.manifest import ManifestError
+from extensions.devices import HandleError, SharedSegment, device_id, export_tensor, open_handle
+from extensions.manifest import SHOWN, ManifestError, require_name
 from extensions.updating import UpdateBracket
 
 
@@ -30,22 +30,38 @@ class ColocateWorkerExtension(UpdateBracket):
         the weights are as they were then.
         """
         own = self.report_device_id()
-        if not isinstance(ipc_handles, dict) or own not in ipc_handles:
-            found = ", ".join(map(str, ipc_handles)) if isinstance(ipc_handles, dict) and ipc_handles else "none"
-            raise ManifestError(f"expected handles for device {own}, found handles for: {found}; nothing was touched")
-        handles = ipc_handles[own]
-        if not isinstance(handles, dict) or not handles:
-            raise ManifestError(f"the handles for device {own} are empty; nothing was touched")
+        handles = _of_device(own, ipc_handles)
         if self._weight_sync_load is None:
             self._weight_sync_refuse_alone(self.model_runner.get_model())
         else:
             for name in handles:
                 self._weight_sync_awaited(name)
-        tensors = {name: open_handle(handle, self.device) for name, handle in handles.items()}
+        tensors = {name: _opened(name, handle, self.device) for name, handle in handles.items()}
         self._weight_sync_accept(tensors)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return len(tensors)
+
+
+def _of_device(own: str, ipc_handles: object) -> dict[str, object]:
+    """The handles for one device, by names that can be shown."""
+    if not isinstance(ipc_handles, dict) or own not in ipc_handles:
+        devices = list(ipc_handles)[:SHOWN] if isinstance(ipc_handles, dict) else []
+        found = ", ".join(f"{device!r:.80}" for device in devices) or "none"
+        raise ManifestError(f"expected handles for device {own}, found handles for: {found}; nothing was touched")
+    handles = ipc_handles[own]
+    if not isinstance(handles, dict) or not handles:
+        raise ManifestError(f"the handles for device {own} are empty; nothing was touched")
+    for name in handles:
+        require_name(name)
+    return handles
+
+
+def _opened(name: str, handle: object, device: torch.device) -> torch.Tensor:
+    try:
+        return open_handle(handle, device)
+    except HandleError as error:
+        raise HandleError(f"{name}: {error}") from error
 
 
 class HandleSender:

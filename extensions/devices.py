@@ -7,7 +7,6 @@ ordinal inside a CUDA IPC handle is replaced by the receiver's own for that UUID
 A handle is plain data. It is rebuilt by functions named here, and nothing of it is called or unpickled.
 """
 
-import math
 import os
 import re
 import secrets
@@ -16,14 +15,16 @@ from types import BuiltinFunctionType, FunctionType
 
 import torch
 
-from extensions.dtypes import dtype_name, dtype_of, flat_bytes
+from extensions.dtypes import MAX_ELEMENTS, dtype_name, dtype_of, flat_bytes, is_shape
 
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENT_NAME = re.compile(r"weight-sync-[A-Za-z0-9-]{1,80}")
 CPU_DEVICE_ID = "WEIGHT_SYNC_CPU_DEVICE_ID"  # names host memory, where one machine is to stand for several devices
 RUN_ID = "WEIGHT_SYNC_RUN_ID"
 ALIGNMENT_BYTES = 64
-MAX_DIMENSIONS = 64  # as in torch
+EVENT_BYTES = 64  # of a cudaIpcEventHandle_t, which torch reads whatever it is given
+COUNTER_BYTES = 8
+COUNTERS_PREFIX = b"/torch_"  # of the names in shared memory under which senders count what is still in use
 
 # The arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor after the tensor class, in order.
 CUDA_FIELDS = (
@@ -42,16 +43,20 @@ class HandleError(ValueError):
 def device_id(device: torch.device) -> str:
     """The id of a device, the same in every process of the machine.
 
-    For CUDA `GPU-<uuid>` as nvidia-smi prints it (torch leaves the prefix out), `MIG-<uuid>` for a slice. For the
-    CPU, which vLLM gives no id, `CPU-` and this boot's id, or what WEIGHT_SYNC_CPU_DEVICE_ID says.
+    For CUDA `GPU-<uuid>` as nvidia-smi prints it (torch leaves the prefix out). For a slice that CUDA_VISIBLE_DEVICES
+    names `MIG-<uuid>`; where torch gives the UUID of its GPU instead, what CUDA_VISIBLE_DEVICES says, or all slices of
+    a GPU would be one. For the CPU, which vLLM gives no id, `CPU-` and this boot's id, or what
+    WEIGHT_SYNC_CPU_DEVICE_ID says.
     """
     if device.type == "cpu":
         return os.environ.get(CPU_DEVICE_ID) or "CPU-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     index = torch.cuda.current_device() if device.index is None else device.index
     uuid = str(torch.cuda.get_device_properties(index).uuid)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    is_slice = index < len(visible) and visible[index].strip().startswith("MIG-")
-    return f"{'MIG' if is_slice else 'GPU'}-{uuid}"
+    entry = visible[index].strip() if index < len(visible) else ""
+    if not entry.startswith("MIG-"):
+        return f"GPU-{uuid}"
+    return f"MIG-{uuid}" if f"MIG-{uuid}".startswith(entry) else entry
 
 
 def export_tensor(tensor: torch.Tensor) -> dict:
@@ -129,15 +134,33 @@ def _open_cuda(handle: dict, device: torch.device) -> torch.Tensor:
             raise HandleError(f"{name}: expected bytes, found {type(handle[name]).__name__}")
     for name in CUDA_COUNTS:
         _count(handle, name)
+    _check_synchronisation(handle)
     shape, stride, offset = _layout(handle, dtype)
     index = torch.cuda.current_device() if device.index is None else device.index
-    # rebuild_cuda_tensor imports the memory on the device that it is told: the receiver's own.
-    return rebuild_cuda_tensor(
-        torch.Tensor, torch.Size(shape), tuple(stride), offset, torch.UntypedStorage, dtype, index,
-        handle["memory_handle"], handle["storage_bytes"], handle["storage_offset_bytes"], False,
-        handle["ref_counter_handle"], handle["ref_counter_offset"], handle["event_handle"],
-        bool(handle["event_sync_required"]),
-    )  # fmt: skip
+    try:
+        # It imports the memory on the device that it is told: the receiver's own.
+        return rebuild_cuda_tensor(
+            torch.Tensor, torch.Size(shape), tuple(stride), offset, torch.UntypedStorage, dtype, index,
+            handle["memory_handle"], handle["storage_bytes"], handle["storage_offset_bytes"], False,
+            handle["ref_counter_handle"], handle["ref_counter_offset"], handle["event_handle"],
+            handle["event_sync_required"],
+        )  # fmt: skip
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise HandleError(f"CUDA could not open the memory on {device}: {said}") from error
+
+
+def _check_synchronisation(handle: dict) -> None:
+    """Refuse what torch would take as it comes: an event to read, a counter to write to in shared memory."""
+    if type(handle["event_sync_required"]) is not bool or len(handle["event_handle"]) != EVENT_BYTES:
+        raise HandleError(f"event_handle: expected {EVENT_BYTES} bytes and whether to wait for it")
+    name = handle["ref_counter_handle"]
+    if not name.startswith(COUNTERS_PREFIX) or not re.fullmatch(rb"/[A-Za-z0-9_]{1,100}", name):
+        raise HandleError(f"ref_counter_handle: expected a name such as {COUNTERS_PREFIX!r}..., found {name!r:.80}")
+    counters = SHARED_MEMORY / name[1:].decode()
+    end = (handle["ref_counter_offset"] + 1) * COUNTER_BYTES
+    if counters.is_file() and end > counters.stat().st_size:  # torch leaves a counter alone whose file is gone
+        raise HandleError(f"ref_counter_offset: {handle['ref_counter_offset']} is outside {counters.name}")
 
 
 def _open_shared_memory(handle: dict) -> torch.Tensor:
@@ -174,14 +197,14 @@ def _dtype(handle: dict) -> torch.dtype:
 
 def _count(handle: dict, name: str) -> int:
     value = handle[name]
-    if type(value) is not int or not 0 <= value < 2**48:
+    if type(value) is not int or not 0 <= value < MAX_ELEMENTS:
         raise HandleError(f"{name}: expected a count, found {value!r:.80}")
     return value
 
 
 def _sizes(handle: dict, name: str) -> list[int]:
     values = handle[name]
-    if not isinstance(values, list | tuple) or not all(type(n) is int and 0 <= n < 2**48 for n in values):
+    if not isinstance(values, list | tuple) or not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in values):
         raise HandleError(f"{name}: expected a list of sizes, found {values!r:.80}")
     return list(values)
 
@@ -191,7 +214,7 @@ def _layout(handle: dict, dtype: torch.dtype) -> tuple[list[int], list[int], int
     shape, stride, offset = _sizes(handle, "shape"), _sizes(handle, "stride"), _count(handle, "storage_offset")
     if len(shape) != len(stride):
         raise HandleError(f"expected as many strides as sizes, found {len(stride)} and {len(shape)}")
-    if len(shape) > MAX_DIMENSIONS or math.prod(shape) >= 2**48:
+    if not is_shape(shape):
         raise HandleError(f"shape: expected that of a tensor, found {shape!r:.80}")
     if not all(shape):
         return shape, stride, 0  # torch lets the offset of an empty tensor be anything

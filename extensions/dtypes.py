@@ -1,6 +1,11 @@
-"""Tensors between processes: one spelling for dtypes (`bfloat16`, whatever the caller wrote), and their bytes."""
+"""Tensors between processes: one spelling for dtypes (`bfloat16`, whatever the caller wrote), shapes, and bytes."""
+
+import math
 
 import torch
+
+MAX_ELEMENTS = 2**48  # bytes and strides of what has fewer can be counted in 64 bits
+MAX_DIMENSIONS = 64  # as in torch
 
 # What a floating-point parameter may be updated from. Narrower types would need scales, integers a meaning.
 FLOATING_SOURCES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,6 +29,18 @@ def dtype_of(value: "str | torch.dtype") -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16: plain text, which every serialiser passes."""
     return str(dtype).removeprefix("torch.")
+
+
+def is_shape(value: object) -> bool:
+    """Whether this is a list of sizes, of a tensor whose elements and strides torch can count.
+
+    Strides count an empty dimension as 1: `[0, 2**40, 2**40]` is the shape of no tensor.
+    """
+    if not isinstance(value, list | tuple) or len(value) > MAX_DIMENSIONS:
+        return False
+    if not all(type(size) is int and 0 <= size < MAX_ELEMENTS for size in value):
+        return False
+    return math.prod(max(1, size) for size in value) < MAX_ELEMENTS
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 import torch
 
-from extensions.dtypes import FLOATING_SOURCES, dtype_name, dtype_of
+from extensions.dtypes import FLOATING_SOURCES, dtype_name, dtype_of, is_shape
 
 Manifest = list[dict]
 SHOWN = 8  # names in a message; the rest is counted
+MAX_NAME = 1000  # characters
 
 
 class ManifestError(ValueError):
@@ -45,14 +46,19 @@ def _parse_entry(index: int, entry: object) -> tuple[str, torch.dtype, tuple[int
     if not isinstance(entry, dict) or set(entry) != {"name", "dtype", "shape"}:
         raise ManifestError(f"{where}: expected the keys name, dtype, shape, found {entry!r:.120}")
     name, shape = entry["name"], entry["shape"]
-    if not isinstance(name, str) or not name or not name.isprintable():
-        raise ManifestError(f"{where}: a name is printable text, found {name!r:.120}")
-    if not isinstance(shape, list | tuple) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+    require_name(name, f"{where}: ")
+    if not is_shape(shape):
         raise ManifestError(f"{where} ({name}): a shape is a list of sizes, found {shape!r:.120}")
     try:
         return name, dtype_of(entry["dtype"]), tuple(shape)
     except (TypeError, ValueError) as error:
         raise ManifestError(f"{where} ({name}): {error}") from None
+
+
+def require_name(value: object, where: str = "") -> None:
+    """Raise ManifestError unless this may be a weight's name: text that messages and logs can show as it is."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
+        raise ManifestError(f"{where}a name is printable text, found {value!r:.120}")
 
 
 def check(

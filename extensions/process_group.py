@@ -190,7 +190,7 @@ class _Meeting:
         missing = set(range(self._world_size)) - {self._rank}
         while missing:
             if self.store.check(["refused"]):
-                kind, _, verdict = self.store.get("refused").decode().partition(": ")
+                kind, _, verdict = self.store.get("refused").decode(errors="backslashreplace").partition(": ")
                 if kind != "TimeoutError":
                     self._leave(GroupError, verdict)
                 absent = [other for other in missing if not self.store.check([f"{step}/{other}"])]
@@ -198,7 +198,7 @@ class _Meeting:
             for other in sorted(missing):
                 if not self.store.check([f"{step}/{other}"]):
                     continue
-                theirs = self.store.get(f"{step}/{other}").decode()
+                theirs = self.store.get(f"{step}/{other}").decode(errors="backslashreplace")
                 if theirs != value:
                     says = f"rank {self._rank} has {value}, rank {other} has {theirs}; all ranks need the same"
                     self.refuse(GroupError, says)

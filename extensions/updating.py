@@ -12,7 +12,7 @@ import torch
 
 from extensions.expected import expected_weights
 from extensions.loading import Load, new_load, processed_layers
-from extensions.manifest import ManifestError, check, parse
+from extensions.manifest import ManifestError, check, parse, require_name
 from extensions.weights import all_zero
 
 
@@ -103,6 +103,8 @@ class UpdateBracket:
 
         None is loaded unless all are what they should be.
         """
+        for name in tensors:
+            require_name(name)
         load, pending = self._weight_sync_load, self._weight_sync_pending
         if load is None:
             load, pending = self._weight_sync_load_alone(tensors), {}

@@ -129,10 +129,10 @@ class Engine:
         the update begins and ends. Raises what the extension raised, after telling the trainer.
         """
         started, brackets = time.monotonic(), self._brackets and bracket
-        announced = [link.receive(deadline_s) for link in self._links]
-        manifest = announced[0]["manifest"]
-        arrived = time.monotonic()
         try:
+            announced = [self._announcement(link.receive(deadline_s)) for link in self._links]
+            manifest = announced[0]["manifest"]
+            arrived = time.monotonic()
             if brackets:
                 self.rpc("begin_update", manifest)
         except Exception as error:
@@ -140,8 +140,8 @@ class Engine:
             raise
         self._answer({"ready": True}, deadline_s)
         try:
-            decisions = [link.receive(deadline_s)["go"] for link in self._links]
-            if not all(decisions):
+            decisions = [link.receive(deadline_s) for link in self._links]
+            if any(decision != {"go": True} for decision in decisions):
                 raise Cancelled(CALLED_OFF)
             begun = time.monotonic()
             self._transfer(manifest, announced)
@@ -185,8 +185,20 @@ class Engine:
         handles: dict[str, dict] = {}
         for message in announced:
             for device, named in message["handles"].items():
-                handles.setdefault(device, {}).update(named)
+                if twice := handles.setdefault(device, {}).keys() & named.keys():
+                    raise LinkError(f"two trainer ranks sent handles for {min(twice)!r} on device {device}")
+                handles[device].update(named)
         self.rpc("update_weights_from_ipc_handles", handles)
+
+    def _announcement(self, message: dict) -> dict:
+        """What a trainer's rank announced, where it is an announcement."""
+        expected = {"manifest", "handles"} if self._subject.transport == "handles" else {"manifest"}
+        if message.keys() != expected:
+            raise LinkError(f"the trainer sent {sorted(message)!r:.120}, expected {sorted(expected)}")
+        handles = message.get("handles", {})
+        if not isinstance(handles, dict) or not all(isinstance(named, dict) for named in handles.values()):
+            raise LinkError(f"the trainer sent no {{device: {{name: handle}}}}, but {handles!r:.120}")
+        return message
 
     def _abort(self, cause: Exception) -> None:
         try:

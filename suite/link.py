@@ -4,6 +4,8 @@ Manifests, acknowledgements and handles go from trainer to engine directly, over
 (suite.wire). pytest is not on the way, so what is measured has no hop that a training loop would not have.
 """
 
+import os
+import selectors
 import socket
 import time
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 from suite import wire
 
 CALLED_OFF = "the trainer called the update off"
+GREETING = b"weight-sync 1\n"  # the first thing that a trainer's rank says: a peer that does not is none
+STRANGERS = 16  # how many peers that say nothing are kept waiting
 
 
 class LinkError(RuntimeError):
@@ -33,14 +37,17 @@ class Link:
             raise LinkError(f"{self._peer} could not be sent {sorted(message)}: {error!r}") from error
 
     def receive(self, deadline_s: float) -> dict[str, Any]:
-        """The next message. Raises LinkError where the peer is gone or has sent none for `deadline_s`."""
+        """The next message. Raises LinkError where the peer is gone, sends nonsense or nothing for `deadline_s`."""
         deadline = time.monotonic() + deadline_s
         try:
-            return wire.receive(self._sock, wait=lambda: self._sock.settimeout(_left(deadline)))
+            message = wire.receive(self._sock, wait=lambda: self._sock.settimeout(_left(deadline)))
         except TimeoutError:
             raise LinkError(f"{self._peer} sent nothing for {deadline_s:g} s") from None
         except (EOFError, OSError, wire.WireError) as error:
             raise LinkError(f"{self._peer} is gone or sends nonsense: {error!r}") from error
+        if not isinstance(message, dict):
+            raise LinkError(f"{self._peer} sends nonsense: expected a mapping, found {message!r:.80}")
+        return message
 
     def close(self) -> None:
         """Hang up."""
@@ -48,34 +55,57 @@ class Link:
 
 
 class Listener:
-    """Where an engine waits for its trainers' ranks."""
+    """Where an engine waits for its trainers' ranks. Only this user's processes can connect."""
 
     def __init__(self, path: str) -> None:
         Path(path).unlink(missing_ok=True)
+        self._waiting: list[socket.socket] = []  # those that connected and have not spoken
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.bind(path)
+        os.chmod(path, 0o600)  # before anyone can connect
         self._sock.listen()
 
     def accept(self, deadline_s: float) -> Link:
-        """The next trainer rank that connects. Raises LinkError where none comes within `deadline_s`."""
-        self._sock.settimeout(deadline_s)
-        try:
-            connected, _ = self._sock.accept()
-        except TimeoutError:
-            raise LinkError(f"no trainer connected within {deadline_s:g} s") from None
-        return Link(connected, "the trainer")
+        """The next trainer rank that connects. Raises LinkError where none comes within `deadline_s`.
+
+        Peers that don't greet as one are sent away; one that says nothing keeps nobody waiting.
+        """
+        deadline, sent_away = time.monotonic() + deadline_s, 0
+        while time.monotonic() < deadline:
+            for sock in self._ready(deadline):
+                self._waiting.remove(sock)
+                if _greets(sock):
+                    return Link(sock, "the trainer")
+                sock.close()
+                sent_away += 1
+        strangers = f"; {sent_away} that did not greet as one were sent away" if sent_away else ""
+        raise LinkError(f"no trainer connected within {deadline_s:g} s{strangers}")
 
     def close(self) -> None:
         """Stop listening."""
-        self._sock.close()
+        for sock in (self._sock, *self._waiting):
+            sock.close()
+
+    def _ready(self, deadline: float) -> list[socket.socket]:
+        """Those that have spoken or gone, in the order of connecting, once there are any."""
+        with selectors.DefaultSelector() as selector:
+            for sock in (self._sock, *self._waiting):
+                selector.register(sock, selectors.EVENT_READ)
+            ready = {key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
+        if self._sock in ready:
+            self._waiting.append(self._sock.accept()[0])
+        if len(self._waiting) > STRANGERS:
+            self._waiting.pop(0).close()
+        return [sock for sock in self._waiting if sock in ready]
 
 
 def connect(path: str, deadline_s: float) -> Link:
-    """Connect to an engine's listener."""
+    """Connect to an engine's listener, as a trainer's rank."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(deadline_s)
     try:
         sock.connect(path)
+        sock.sendall(GREETING)
     except OSError as error:
         sock.close()
         raise LinkError(f"no engine listens at {path}: {error!r}") from error
@@ -87,3 +117,12 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
+
+
+def _greets(sock: socket.socket) -> bool:
+    """Whether what has arrived begins with the greeting. It is so short that it arrives whole."""
+    sock.setblocking(False)
+    try:
+        return sock.recv(len(GREETING)) == GREETING
+    except OSError:
+        return False

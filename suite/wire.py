@@ -1,24 +1,27 @@
 """Plain data between pytest and the processes it starts: JSON in length-prefixed frames, never pickle.
 
-A frame is the payload's length (8 bytes, big endian) and the payload (UTF-8 JSON). Strings, numbers (NaN and the
-infinities too), booleans, None, lists and dicts with string keys pass as they are; tuples arrive as lists; bytes
-travel as ``{"__bytes__": base64}``. Anything else is refused where it is sent, with the place it was found at.
+A frame is the payload's length (8 bytes, big endian), its CRC-32 (4 bytes) and the payload (UTF-8 JSON). Strings,
+numbers (NaN and the infinities too), booleans, None, lists and dicts with string keys pass as they are; tuples arrive
+as lists; bytes travel as ``{"__bytes__": base64}``. Anything else is refused where it is sent, with the place it was
+found at.
 """
 
 import base64
 import json
 import socket
 import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 MAX_FRAME_BYTES = 1 << 31
-_LENGTH = struct.Struct(">Q")
+READ_BYTES = 1 << 20  # memory is taken as data arrives: a length is only what the other side says
+_HEADER = struct.Struct(">QI")
 _BYTES = "__bytes__"
 
 
 class WireError(Exception):
-    """What arrived is no frame of ours: garbage on the socket, or a frame that broke off."""
+    """What arrived is no frame of ours: garbage on the socket, a damaged frame, or one that broke off."""
 
 
 def encode(obj: Any) -> bytes:
@@ -27,10 +30,10 @@ def encode(obj: Any) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """The inverse of encode (tuples come back as lists). Raises WireError for what is not JSON."""
+    """The inverse of encode (tuples come back as lists). Raises WireError for what encode did not make."""
     try:
-        return json.loads(data, object_hook=_restore)
-    except ValueError as error:
+        return json.loads(data, object_pairs_hook=_restore)
+    except (ValueError, RecursionError) as error:
         raise WireError(f"expected JSON, found {data[:80]!r} ({len(data)} bytes): {error}") from error
 
 
@@ -41,32 +44,34 @@ def send(sock: socket.socket, obj: Any) -> None:
 
 def send_encoded(sock: socket.socket, payload: bytes) -> None:
     """Send what encode() returned as one frame."""
-    sock.sendall(_LENGTH.pack(len(payload)))
+    sock.sendall(_HEADER.pack(len(payload), zlib.crc32(payload)))
     sock.sendall(payload)
 
 
 def receive(sock: socket.socket, wait: Callable[[], None] = lambda: None) -> Any:
-    """Return the next object. Raises EOFError when the other side is gone, WireError for a frame that broke off.
+    """Return the next object. Raises EOFError when the other side is gone, WireError for a frame that is not whole.
 
     `wait` is called before each read of the socket and may raise to give up.
     """
-    (length,) = _LENGTH.unpack(_read(sock, _LENGTH.size, wait, at_boundary=True))
+    length, checksum = _HEADER.unpack(_read(sock, _HEADER.size, wait, at_boundary=True))
     if length > MAX_FRAME_BYTES:
         raise WireError(f"expected a frame of at most {MAX_FRAME_BYTES} bytes, found one of {length}")
-    return decode(_read(sock, length, wait, at_boundary=False))
+    payload = _read(sock, length, wait, at_boundary=False)
+    if zlib.crc32(payload) != checksum:
+        raise WireError(f"expected CRC-32 {checksum:08x}, found {zlib.crc32(payload):08x} of {length} bytes: damaged")
+    return decode(payload)
 
 
 def _read(sock: socket.socket, count: int, wait: Callable[[], None], at_boundary: bool) -> bytes:
-    data = bytearray(count)
-    view, found = memoryview(data), 0
-    while found < count:
+    data = bytearray()
+    while len(data) < count:
         wait()
-        received = sock.recv_into(view[found:])
-        if received == 0 and at_boundary and found == 0:
+        received = sock.recv(min(count - len(data), READ_BYTES))
+        if not received and at_boundary and not data:
             raise EOFError("the other side is gone")
-        if received == 0:
-            raise WireError(f"expected {count} bytes, found {found}: the other side went away within a frame")
-        found += received
+        if not received:
+            raise WireError(f"expected {count} bytes, found {len(data)}: the other side went away within a frame")
+        data += received
     return bytes(data)
 
 
@@ -92,5 +97,13 @@ def _key(key: Any, where: str) -> str:
     return key
 
 
-def _restore(found: dict[str, Any]) -> Any:
-    return base64.b64decode(found[_BYTES], validate=True) if found.keys() == {_BYTES} else found
+def _restore(pairs: list[tuple[str, Any]]) -> Any:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} is there twice")
+    if found.keys() != {_BYTES}:
+        return found
+    if not isinstance(found[_BYTES], str):
+        raise ValueError(f"expected base64 under {_BYTES}, found {type(found[_BYTES]).__name__}")
+    return base64.b64decode(found[_BYTES], validate=True)

@@ -92,7 +92,7 @@ def playing(run: Run, sync: Sync, target: int, request: pytest.FixtureRequest) -
     device = "cpu" if sync.stage.kind == "cpu" else "cuda"
 
     def new_trainer() -> TrainerGroup:
-        visible = list(sync.stage.trainer_devices)
+        visible = list(sync.stage.trainer_visible)
         return TrainerGroup(run, f"spare-{sync.stage.name}", 1, device, visible, warm_up=False)
 
     def play() -> None:

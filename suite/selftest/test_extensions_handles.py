@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import rebuild_tensor, reduce_tensor
 
@@ -25,6 +25,7 @@ from extensions.devices import (
     open_handle,
 )
 from suite import wire
+from suite.selftest.properties import examples
 from suite.selftest.ranks import same_bits, seeded
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 
 
 @given(st.lists(tensors(), min_size=1, max_size=5))
-@settings(max_examples=200, deadline=None)
+@examples(2)
 def test_any_tensors_come_out_as_they_went_in(some: list[torch.Tensor]):
     segment = SharedSegment(SharedSegment.size_for(some))
     handles = segment.fill([(str(index), tensor) for index, tensor in enumerate(some)])
@@ -87,7 +88,6 @@ def test_any_tensors_come_out_as_they_went_in(some: list[torch.Tensor]):
 
 
 @given(tensors().filter(lambda tensor: tensor.dtype != torch.complex32))
-@settings(max_examples=100, deadline=None)
 def test_torchs_own_pair_is_opened_without_being_called(tensor: torch.Tensor):
     function, arguments = reduce_tensor(tensor)
     assert function is rebuild_tensor
@@ -179,7 +179,7 @@ def test_a_handle_that_lacks_a_field_is_refused(handle: dict, field: str):
         }
     )
 )
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_opens_lies_inside_the_segment(segment: SharedSegment, handle: dict, change: dict):
     try:
         opened = open_handle(handle | change, CPU)
@@ -298,8 +298,8 @@ def cuda_arguments(**changes: object) -> tuple:
     fields = {
         "shape": torch.Size([2, 3]), "stride": (3, 1), "storage_offset": 0, "storage_class": torch.UntypedStorage,
         "dtype": torch.bfloat16, "device_index": 7, "memory_handle": b"m" * 64, "storage_bytes": 12,
-        "storage_offset_bytes": 512, "requires_grad": True, "ref_counter_handle": b"r", "ref_counter_offset": 0,
-        "event_handle": b"e" * 64, "event_sync_required": True,
+        "storage_offset_bytes": 512, "requires_grad": True, "ref_counter_handle": b"/torch_1_2_3",
+        "ref_counter_offset": 0, "event_handle": b"e" * 64, "event_sync_required": True,
     }  # fmt: skip
     assert tuple(fields) == CUDA_FIELDS
     return (torch.Tensor, *(fields | changes).values())

@@ -1,79 +1,18 @@
 """The bracket around an update, with a model and a loader of its own: every state, and every way out of it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from extensions import updating
-from extensions.broadcast import WorkerExtension
-from extensions.colocate import ColocateWorkerExtension
 from extensions.devices import HandleError, SharedSegment, device_id
 from extensions.manifest import ManifestError, manifest_of
 from extensions.process_group import GroupError
 from extensions.updating import UpdateError
-
-CPU = torch.device("cpu")
-SHAPES = {"a.weight": (2, 3), "b.weight": (4,), "c.weight": (1,)}
-
-
-class Model(torch.nn.Module):
-    """Weights by name; what `load` is to raise, or `begin`, or `end`, or `abort`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-        self.fails: dict[str, Exception] = {}
-        self.packed: list[str] = []
-        self.calls: list[str] = []
-
-
-class Load:
-    """As LayerwiseReload: what is loaded is in the model only at the end."""
-
-    def __init__(self, model: Model, _: object) -> None:
-        self._model, self._taken = model, {}
-
-    def begin(self) -> None:
-        self._do("begin")
-
-    def load(self, name: str, tensor: torch.Tensor) -> None:
-        self._do("load")
-        self._taken[name] = tensor.clone()
-
-    def end(self) -> None:
-        self._do("end")
-        self._model.held.update(self._taken)
-
-    def abort(self) -> bool:
-        self._do("abort")
-        return not self._taken
-
-    def _do(self, what: str) -> None:
-        self._model.calls.append(what)
-        if what in self._model.fails:
-            raise self._model.fails.pop(what)
-
-
-class Worker(ColocateWorkerExtension, WorkerExtension):
-    """What the extensions touch of vLLM's worker. Its class attributes are the extensions' own."""
-
-    rank = 1
-    device = CPU
-    vllm_config = None
-    model_config = SimpleNamespace(hf_config=None)
-
-    def __init__(self) -> None:
-        self.model = Model()
-        self.model_runner = SimpleNamespace(get_model=lambda: self.model)
+from suite.selftest.fakes import CPU, SHAPES, Worker, begin, fitted, tensors, untouched
 
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
-    monkeypatch.setattr(updating, "expected_weights", lambda model, config: (dict(SHAPES), {}))
-    monkeypatch.setattr(updating, "processed_layers", lambda model: model.packed)
-    monkeypatch.setattr(updating, "new_load", Load)
-    return Worker()
+    return fitted(monkeypatch)
 
 
 @pytest.fixture
@@ -81,14 +20,6 @@ def segment():
     segment = SharedSegment(1 << 12)
     yield segment
     segment.unlink()
-
-
-def tensors(value: float = 1, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: torch.full(shape, float(value)) for name, shape in SHAPES.items()} | changes
-
-
-def begin(worker: Worker) -> None:
-    worker.begin_update(manifest_of(tensors().items()))
 
 
 def send(worker: Worker, name: str, tensor: torch.Tensor | None = None) -> None:
@@ -101,10 +32,6 @@ def whole_update(worker: Worker, value: float = 1) -> None:
     assert worker.end_update() == len(SHAPES)
     assert worker.update_state() == "ready"
     assert all(torch.all(held == value) for held in worker.model.held.values())
-
-
-def untouched(worker: Worker) -> bool:
-    return not any(held.any() for held in worker.model.held.values()) and worker.update_state() == "ready"
 
 
 # ---- the way through
@@ -409,7 +336,7 @@ def test_handles_are_loaded_in_one_call_or_in_several(worker: Worker, segment: S
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({}, "found handles for: none"), ({"GPU-1": {"a.weight": {}}, "GPU-2": {}}, "found handles for: GPU-1, GPU-2"),
+        ({}, "found handles for: none"), ({"GPU-1": {"a.weight": {}}, "GPU-2": {}}, "for: 'GPU-1', 'GPU-2'; nothing"),
         (None, "found handles for: none"), ([1], "found handles for: none"), ({"own": {}}, "are empty"),
         ({"own": None}, "are empty"), ({"own": [1]}, "are empty"),
     ],

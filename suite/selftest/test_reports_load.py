@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reports import load
 from reports.load import UnusableInput, parse, read, read_all
 from suite.selftest import reports_data as data
+from suite.selftest.properties import examples
 
 RUN = data.run(stages=data.CPU_STAGES)
 
@@ -125,7 +126,7 @@ def test_what_is_no_file_is_refused(tmp_path, name):
         read(tmp_path / name)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(0.6)
 @given(st.integers(0, len(COMPLETE) - 1))
 def test_a_run_cut_anywhere_is_refused_not_half_read(tmp_path_factory, length):
     file = tmp_path_factory.getbasetemp() / "cut.json"
@@ -147,7 +148,7 @@ PLACES = ["schema", "stale_waivers", "conformance.0.waiver_issue", "conformance.
           *(f"benchmarks.0.extra_info.{name}" for name in RUN["benchmarks"][0]["extra_info"])]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@examples(3)
 @given(st.sampled_from(PLACES), json_values)
 def test_a_hand_edited_run_is_read_or_refused_but_never_crashes(path, value):
     try:

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import reports
@@ -20,6 +20,7 @@ from reports import load, page
 from reports.__main__ import main
 from reports.load import UnusableInput
 from suite.selftest import reports_data as data
+from suite.selftest.properties import examples
 from suite.selftest.test_reports_load import PLACES, changed, json_values
 
 DEADLINE_S = 60
@@ -220,7 +221,7 @@ def small_run() -> dict:
     return document | {"conformance": document["conformance"][:2], "benchmarks": document["benchmarks"][:2]}
 
 
-@settings(max_examples=25, deadline=None)
+@examples(0.25)
 @given(st.sampled_from(PLACES), json_values)
 def test_whatever_is_read_is_shown(path, value):
     try:
@@ -230,7 +231,7 @@ def test_whatever_is_read_is_shown(path, value):
     page.run_page(run)
 
 
-@settings(max_examples=4, deadline=None)
+@examples(0.04)
 @given(st.lists(st.sampled_from([1e-300, 1e-9, 0.0, 1.0, 1e12, 1e299]), min_size=1, max_size=3), st.text(max_size=30))
 def test_extreme_samples_and_names_are_shown(samples, name):
     document = copy.deepcopy(small_run())

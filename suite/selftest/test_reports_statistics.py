@@ -1,34 +1,33 @@
 """Verdicts on timings: mirrored, sure of 20%, not taken in by noise, and honest about what would settle the rest."""
 
 import random
-from functools import partial
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reports import load, statistics
 from reports.compare import compare
 from reports.statistics import mirrored
 from suite.selftest import reports_data as data
+from suite.selftest.properties import examples
 
 seeds = st.integers(0, 2**32)
 samples = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=30)
-few = partial(settings, max_examples=40, deadline=None)
 
 
 def parsed(**how):
     return load.parse(data.run(**how), "made up")
 
 
-@few()
+@examples(0.4)
 @given(samples)
 def test_samples_compared_with_themselves_are_the_same(a):
     found = statistics.compare(a, list(reversed(a)))
     assert (found.verdict, found.ratio, found.low, found.high) == ("same", 1.0, 1.0, 1.0)
 
 
-@few()
+@examples(0.4)
 @given(samples, samples, st.lists(samples, max_size=1), st.floats(0.01, 0.5))
 def test_swapping_the_sides_mirrors_verdict_ratio_and_interval(a, b, roofline, threshold):
     roofline = roofline[0] if roofline else ()
@@ -41,7 +40,7 @@ def test_swapping_the_sides_mirrors_verdict_ratio_and_interval(a, b, roofline, t
     assert there.more == (back.more and back.more[::-1])
 
 
-@few()
+@examples(0.4)
 @given(seeds, st.floats(0, 0.05), st.floats(1e-4, 100))
 def test_a_slowdown_of_20_percent_is_found_at_20_samples(seed, spread, middle):
     rng = random.Random(seed)
@@ -113,7 +112,7 @@ def test_too_close_to_the_threshold_is_said():
     assert "choose another --threshold" in statistics.compare(a, [factor * value for value in b]).why
 
 
-@few(max_examples=5)
+@examples(0.05)
 @given(seeds)
 def test_a_run_compared_with_itself_says_same(seed):
     run = parsed(seed=seed)
@@ -124,7 +123,7 @@ def test_a_run_compared_with_itself_says_same(seed):
     assert found.exit_status(strict=True) == 0
 
 
-@few(max_examples=10)
+@examples(0.1)
 @given(seeds, seeds, st.sampled_from([0.8, 1.0, 1.04, 1.3]), st.integers(0, 30), st.sampled_from(["0.20.2", "0.33.0"]))
 def test_swapping_two_runs_mirrors_every_verdict(seed, other, slower, without, vllm):
     document = data.run(seed=other, slower=slower, vllm=vllm)

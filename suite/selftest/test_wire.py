@@ -2,7 +2,10 @@
 
 import math
 import socket
+import struct
 import threading
+import tracemalloc
+import zlib
 
 import pytest
 from hypothesis import given
@@ -55,20 +58,42 @@ def test_a_large_message_survives_partial_reads():
         thread.join(5)
 
 
+def framed(payload: bytes, length: int | None = None) -> bytes:
+    """A frame whose checksum is right, whatever is in it."""
+    return struct.pack(">QI", len(payload) if length is None else length, zlib.crc32(payload)) + payload
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"\0\0\0", "expected 8 bytes, found 3: the other side went away"),
-        (b"\0" * 7 + b"\x05abc", "expected 5 bytes, found 3: the other side went away"),
-        (b"\0" * 7 + b"\x02{x", "expected JSON, found b'{x'"),
-        (b"\0" * 7 + b"\x11" + b'{"__bytes__":"!"}', "expected JSON"),
+        (b"\0\0\0", "expected 12 bytes, found 3: the other side went away"),
+        (framed(b"abc", 5), "expected 5 bytes, found 3: the other side went away"),
+        (framed(b"{x"), "expected JSON, found b'{x'"),
+        (framed(b"\xff"), "expected JSON, found b'.xff'"),
+        (framed(b"[" * 100_000), "expected JSON, .*recursion"),
+        (framed(b"1" * 5000), "expected JSON, .*digits"),
+        (framed(b'{"__bytes__":"!"}'), "expected JSON"),
+        (framed(b'{"__bytes__":3}'), "expected base64 under __bytes__, found int"),
+        (framed(b'{"a":1,"b":2,"a":1}'), "the key 'a' is there twice"),
+        (struct.pack(">QI", 2, 7) + b"{}", "expected CRC-32 00000007, found a3a6bf43 of 2 bytes: damaged"),
         (b"\xff" * 16, "expected a frame of at most"),
     ],
 )
 def test_garbage_and_broken_frames_are_refused(data: bytes, said: str):
     here, there = socket.socketpair()
     with there:
-        here.sendall(data)
-        here.close()
+        threading.Thread(target=lambda: (here.sendall(data), here.close())).start()
         with pytest.raises(wire.WireError, match=said):
             wire.receive(there)
+
+
+def test_a_length_alone_takes_no_memory():
+    here, there = socket.socketpair()
+    with there:
+        here.sendall(struct.pack(">QI", wire.MAX_FRAME_BYTES, 0) + b"abc")
+        here.close()
+        tracemalloc.start()
+        with pytest.raises(wire.WireError, match="expected 2147483648 bytes, found 3"):
+            wire.receive(there)
+        assert tracemalloc.get_traced_memory()[1] < 4 * wire.READ_BYTES
+        tracemalloc.stop()

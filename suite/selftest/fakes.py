@@ -1,0 +1,88 @@
+"""A vLLM worker with an extension in it, without vLLM: a model of three weights, and a loader."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from extensions import updating
+from extensions.broadcast import WorkerExtension
+from extensions.colocate import ColocateWorkerExtension
+from extensions.manifest import manifest_of
+
+CPU = torch.device("cpu")
+SHAPES = {"a.weight": (2, 3), "b.weight": (4,), "c.weight": (1,)}
+
+
+class Model(torch.nn.Module):
+    """Weights by name; what `load` is to raise, or `begin`, or `end`, or `abort`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        self.fails: dict[str, Exception] = {}
+        self.packed: list[str] = []
+        self.calls: list[str] = []
+
+
+class Load:
+    """As LayerwiseReload: what is loaded is in the model only at the end."""
+
+    def __init__(self, model: Model, _: object) -> None:
+        self._model, self._taken = model, {}
+
+    def begin(self) -> None:
+        self._do("begin")
+
+    def load(self, name: str, tensor: torch.Tensor) -> None:
+        self._do("load")
+        self._taken[name] = tensor.clone()
+
+    def end(self) -> None:
+        self._do("end")
+        self._model.held.update(self._taken)
+
+    def abort(self) -> bool:
+        self._do("abort")
+        return not self._taken
+
+    def _do(self, what: str) -> None:
+        self._model.calls.append(what)
+        if what in self._model.fails:
+            raise self._model.fails.pop(what)
+
+
+class Worker(ColocateWorkerExtension, WorkerExtension):
+    """What the extensions touch of vLLM's worker. Its class attributes are the extensions' own."""
+
+    rank = 1
+    device = CPU
+    vllm_config = None
+    model_config = SimpleNamespace(hf_config=None)
+
+    def __init__(self) -> None:
+        self.model = Model()
+        self.model_runner = SimpleNamespace(get_model=lambda: self.model)
+
+
+def fitted(monkeypatch: pytest.MonkeyPatch, worker: type[Worker] = Worker) -> Worker:
+    """A worker for whose model and loader the extensions are fitted."""
+    monkeypatch.setattr(updating, "expected_weights", lambda model, config: (dict(SHAPES), {}))
+    monkeypatch.setattr(updating, "processed_layers", lambda model: model.packed)
+    monkeypatch.setattr(updating, "new_load", Load)
+    return worker()
+
+
+def tensors(value: float = 1, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the model can be updated to."""
+    return {name: torch.full(shape, float(value)) for name, shape in SHAPES.items()} | changes
+
+
+def begin(worker: Worker) -> None:
+    """Announce all weights."""
+    worker.begin_update(manifest_of(tensors().items()))
+
+
+def untouched(worker: Worker) -> bool:
+    """Whether no weight is what it was not at first, and no update is under way."""
+    return not any(held.any() for held in worker.model.held.values()) and worker.update_state() == "ready"
