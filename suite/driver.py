@@ -152,7 +152,7 @@ class Sync:
         ranks = self.trainer.processes[:1] if by_broadcast else self.trainer.processes
         paths = [engine.link_path for engine in self.engines]
         calls = [engine.process.submit("accept", len(ranks)) for engine in self.engines]
-        calls += [rank.submit("connect", paths, CALL_DEADLINE_S) for rank in ranks]
+        calls += [rank.submit("connect", paths, CALL_DEADLINE_S, self.subject.sender) for rank in ranks]
         gather(calls, CALL_DEADLINE_S)
         if by_broadcast:
             self._open_group()

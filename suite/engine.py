@@ -44,8 +44,7 @@ class Engine:
         os.environ[EXTENSION] = subject["extension"]  # before the workers are made: they inherit it
         from vllm import LLM
 
-        self._subject = Subject(**subject)
-        self._brackets = hasattr(load(self._subject.extension), "begin_update")
+        self._examine(subject)
         self._listener = Listener(link_path)
         self._links: list[Link] = []
         self._llm = LLM(
@@ -64,6 +63,11 @@ class Engine:
     def facts(self) -> dict:
         """Which devices the workers are on."""
         return {"devices": self._devices}
+
+    def become(self, subject: dict) -> None:
+        """Exchange the workers' extension for another subject's. Trainers have to connect anew."""
+        self.rpc("probe_become", subject["extension"])
+        self._examine(subject)
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         """Call a worker method on all ranks; returns their results in rank order.
@@ -148,7 +152,7 @@ class Engine:
             transferred = time.monotonic()
             if brackets:
                 self.rpc("end_update")
-            if reset_cache:
+            if reset_cache and not self._resets_cache:
                 self.reset_prefix_cache()
         except Exception as error:
             if not isinstance(error, Cancelled):  # before aborting, which a dead worker may make impossible
@@ -176,6 +180,12 @@ class Engine:
         shutdown = getattr(self._llm.llm_engine.engine_core, "shutdown", None)
         if shutdown is not None:
             shutdown()
+
+    def _examine(self, subject: dict) -> None:
+        self._subject = Subject(**subject)
+        extension = load(self._subject.extension)
+        self._brackets = hasattr(extension, "begin_update")
+        self._resets_cache = getattr(extension, "weight_sync_resets_cache", False)
 
     def _transfer(self, manifest: list[dict], announced: list[dict]) -> None:
         if self._subject.transport == "broadcast":

@@ -10,8 +10,8 @@ from suite import verdicts
 from suite.driver import Sync, TrainerGroup
 from suite.models import MODELS
 from suite.plugin import announce, current_selection, timeline
-from suite.pool import EngineKey, Pool, seed_of
-from suite.processes import DeadlineExceeded, ProcessDied, Run
+from suite.pool import EngineHandle, EngineKey, Pool, seed_of
+from suite.processes import DeadlineExceeded, Process, ProcessDied, Run
 from suite.stages import Device, Stage, machine
 from suite.subjects import Subject
 
@@ -68,7 +68,7 @@ def sync(
     pool: Pool, trainers: Callable, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
 ) -> Iterator[Sync]:
     """The stage's trainer and the engine of this case."""
-    yield from _lent(pool, trainers(stage, stage.trainer_world_size), request)
+    yield from lend(pool, trainers(stage, stage.trainer_world_size), request)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def sharded(
 ) -> Iterator[Sync]:
     """As `sync`, with a trainer that holds the model in shards wherever the stage has room for two ranks."""
     world_size = FSDP_RANKS if stage.kind == "cpu" else stage.trainer_world_size
-    yield from _lent(pool, trainers(stage, world_size), request)
+    yield from lend(pool, trainers(stage, world_size), request)
 
 
 @pytest.fixture
@@ -87,13 +87,7 @@ def fanout(
     """One trainer connected to two engines of this subject, of different tensor-parallel sizes where there are such."""
     if len(_engines_of(request.node)) < 2:
         verdicts.not_applicable(f"{stage.name} has no room for a second engine")
-    yield from _lent(pool, trainers(stage, stage.trainer_world_size), request)
-
-
-@pytest.fixture(scope="session")
-def engine_keys() -> Callable[[pytest.Item], list[EngineKey]]:
-    """For fixtures that bring trainer and engine together in a way of their own."""
-    return _engines_of
+    yield from lend(pool, trainers(stage, stage.trainer_world_size), request)
 
 
 @pytest.fixture
@@ -102,26 +96,53 @@ def target(subject: Subject) -> int:
     return 1 - seed_of(_index(subject))
 
 
-def _lent(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> Iterator[Sync]:
+def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> Iterator[Sync]:
+    """A trainer and the engines of a test, with its subject's extension in them, and what is left of them afterwards.
+
+    An engine that hangs or died is replaced, and so is a trainer; one that computes with wrong weights is not. Of a
+    subject that is examined on another's engines, these have to be seen to work as before.
+    """
     subject, stage, model = (request.getfixturevalue(name) for name in ("subject", "stage", "model"))
     keys = _engines_of(request.node)
     with timeline("starting", str(keys[0])):
         engines = [pool.get(key) for key in keys]
-    yield Sync(pool, trainer, engines, subject, stage, model)
+    for engine in engines:
+        engine.become(subject)
+    sync = Sync(pool, trainer, engines, subject, stage, model)
+    yield sync
+    if not all(_answers(rank, "resources") for rank in trainer.processes):
+        trainer.stop()
     for key, engine in zip(keys, engines, strict=True):
-        if not _still_answers(engine.process):
+        if not _answers(engine.process, "generate", [[1, 2, 3]], 1) or (subject.host and not _given_back(sync, engine)):
             pool.discard(key)
     pool.done(request.node.nodeid)
 
 
-def _still_answers(process: object) -> bool:
-    """Whether a later test can start from here: an engine that hangs or died is replaced, a wrong one is not."""
+def _answers(process: Process, method: str, *args: object) -> bool:
+    """Whether a later test can start from here."""
     try:
-        process.call("generate", [[1, 2, 3]], 1, deadline_s=15)
+        process.call(method, *args, deadline_s=15)
     except (DeadlineExceeded, ProcessDied):
         return False
     except Exception as error:
-        announce(f"{process.name} can't generate any more and is replaced: {type(error).__name__}")
+        announce(f"{process.name} fails in {method}() and is replaced: {type(error).__name__}")
+        return False
+    return True
+
+
+def _given_back(sync: Sync, engine: EngineHandle) -> bool:
+    """Whether an engine works with its own subject's extension, there and back: also graphs, caches and buffers."""
+    host = current_selection().subjects[sync.subject.host]
+    own = Sync(sync.pool, sync.trainer, [engine], host, sync.stage, sync.model)
+    try:
+        engine.become(host)
+        for seed in (1 - own.seed, own.seed):
+            own.load(seed)
+            own.update()
+            own.expect_same_behaviour()
+        own.expect_exact(own.seed)
+    except Exception as error:  # whatever it was, no later test is to meet it
+        announce(f"{engine.process.name} is not as before {sync.subject.name} and is replaced: {type(error).__name__}")
         return False
     return True
 
@@ -138,7 +159,7 @@ def _engines_of(item: pytest.Item) -> list[EngineKey]:
     marker = item.get_closest_marker("engine")
     options = tuple(sorted(marker.kwargs.items())) if marker else ()
     seed = None if MODELS[model].purpose == "published" else seed_of(_index(subject))
-    key = EngineKey(model, stage.name, subject.name, seed, options)
+    key = EngineKey(model, stage.name, subject.host or subject.name, seed, options)
     if "visibility" in params:
         return [replace(key, visible=params["visibility"].engine(_devices()))]
     if "fanout" in names:
@@ -152,7 +173,7 @@ def _devices() -> tuple[Device, ...]:
 
 
 def _index(subject: Subject) -> int:
-    return list(current_selection().subjects).index(subject.name)
+    return list(current_selection().subjects).index(subject.host or subject.name)
 
 
 def _two_engines(key: EngineKey, stage: Stage) -> list[EngineKey]:

@@ -22,6 +22,7 @@ from suite.stages import UPDATE_TIMEOUT_S, Stage
 from suite.subjects import Subject
 
 START_DEADLINE_S = 300.0
+BECOME_DEADLINE_S = 30.0
 CORES_A_START = 2  # an engine that starts keeps one to three cores busy
 MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 ENGINE_BYTES = 2.5e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
@@ -61,8 +62,16 @@ class EngineHandle:
     process: Process
     link_path: str
     ranks: int
+    extension: str  # what its workers have now
     connection: object = None  # which trainer and group it last joined
     facts: dict = field(default_factory=dict)
+
+    def become(self, subject: Subject) -> None:
+        """Have the workers exchange their extension for this subject's, unless they have it."""
+        if self.extension != subject.extension:
+            self.extension, self.connection = "", None
+            self.process.call("become", subject.plain(), deadline_s=BECOME_DEADLINE_S)
+            self.extension = subject.extension
 
 
 class Pool:
@@ -301,7 +310,7 @@ class Pool:
         options = engine_options(stage) | ({"load_format": "dummy"} if key.seed is None else {}) | dict(key.options)
         arguments = {
             "model": self.config(key.model) if key.seed is None else self.checkpoint(key.model, key.seed),
-            "subject": {"name": subject.name, "extension": subject.extension, "transport": subject.transport},
+            "subject": subject.plain(),
             "link_path": link_path,
             "tensor_parallel_size": stage.tensor_parallel_size,
             "oracle_path": str(self._oracle_path(key)) if key.seed is not None else None,
@@ -320,7 +329,7 @@ class Pool:
             process.stop()
             raise
         self._announce(f"engine {key}: ready after {time.monotonic() - started:.0f} s")
-        return EngineHandle(key, process, link_path, stage.engine_ranks, facts=facts)
+        return EngineHandle(key, process, link_path, stage.engine_ranks, subject.extension, facts=facts)
 
 
 def _expect_on(devices: tuple[str, ...], facts: dict, name: str) -> None:

@@ -4,6 +4,8 @@ vLLM takes one extension class. So the workers get `ProbedExtension`: the subjec
 with the probe's methods added. The subject's own methods stay as they are.
 """
 
+import contextlib
+import inspect
 import os
 import time
 import traceback
@@ -21,6 +23,7 @@ from suite.subjects import load
 
 EXTENSION = "WEIGHT_SYNC_EXTENSION"
 PROBED = "suite.probe.ProbedExtension"
+STATE = ("_weight_sync_", "_mutant_")  # what the attributes begin with that the suite's own extensions leave on workers
 SHOWN = 5
 
 
@@ -40,6 +43,18 @@ class Probe:
             return {"result": getattr(self, method)(*args)}
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+    def probe_become(self, extension: str) -> None:
+        """Exchange the extension in this worker's class for `pkg.module:Class`, and forget what it left behind."""
+        holder = next(cls for cls in type(self).__mro__ if any(map(_is_probed, cls.__bases__)))
+        holder.__bases__ = tuple(_probed(extension) if _is_probed(base) else base for base in holder.__bases__)
+        for method in ("abort_update", "close_weight_update_group"):
+            with contextlib.suppress(Exception):  # of what the former one left, anything may be
+                getattr(self, method, lambda: None)()
+        for name, value in [*vars(self).items()]:
+            if name.startswith(STATE) or (inspect.ismethod(value) and hasattr(type(self), name)):
+                delattr(self, name)
+        _synchronize(self.device)
 
     def probe_save(self, path: str) -> int:
         """Write this rank's effective weights to `<path>.rank<r>.safetensors`. Returns the elements written."""
@@ -174,6 +189,10 @@ def __getattr__(name: str) -> type:
     if name != "ProbedExtension":
         raise AttributeError(name)
     return _probed(os.environ[EXTENSION])
+
+
+def _is_probed(cls: type) -> bool:
+    return cls.__name__ == "ProbedExtension"
 
 
 @cache

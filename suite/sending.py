@@ -15,6 +15,7 @@ from extensions.colocate import HandleSender
 from extensions.manifest import manifest_of
 from extensions.process_group import Communicator, stateless_init_process_group
 from suite import link, memory
+from suite.subjects import SENDERS, load
 
 
 class Refused(RuntimeError):
@@ -31,13 +32,20 @@ class Sending:
     _links: tuple[link.Link, ...] = ()
     _fault: dict | None = None
     _call_off: bool = False
+    _sender: str = ""
     _broadcaster: BroadcastSender | None = None
     _hander: HandleSender | None = None
     _roofline: Communicator | None = None
     _roofline_buffer: torch.Tensor | None = None
 
-    def connect(self, link_paths: list[str], deadline_s: float) -> None:
-        """Connect to the engines that listen at these paths, and hang up on earlier ones."""
+    def connect(self, link_paths: list[str], deadline_s: float, sender: str = "") -> None:
+        """Connect to the engines that listen at these paths, and hang up on earlier ones.
+
+        `sender` is `pkg.module:Class` of what sends to them; by default the reference's for the transport.
+        """
+        if self._hander is not None:
+            self._hander.release()
+        self._hander, self._sender = None, sender
         for old in self._links:
             old.close()
         self._links = tuple(link.connect(path, deadline_s) for path in link_paths)
@@ -46,7 +54,7 @@ class Sending:
         """Serve the group of this trainer's rank 0 and all workers of the connected engines."""
         if self._broadcaster is not None:
             self._broadcaster.close()
-        self._broadcaster = BroadcastSender(address, port, world_size, self.device)
+        self._broadcaster = load(self._sender or SENDERS["broadcast"])(address, port, world_size, self.device)
 
     def update(
         self,
@@ -120,7 +128,7 @@ class Sending:
 
     def _update_by_handles(self, deadline_s: float, order: str, alter: dict | None, relabel: str | None) -> dict:
         if self._hander is None:
-            self._hander = HandleSender(self.device)
+            self._hander = load(self._sender or SENDERS["handles"])(self.device)
         named = list(self.named_tensors(order, alter))
         handles = self._hander.handles(named)
         if relabel is not None:

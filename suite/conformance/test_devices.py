@@ -1,12 +1,14 @@
 """devices.*: handles mean the same GPU on both sides, whatever each of them calls it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pytest
 
 from suite import verdicts
 from suite.driver import Sync, TrainerGroup
+from suite.fixtures import lend
 from suite.pool import Pool
 from suite.processes import Run
 from suite.stages import Device, Stage, machine
@@ -56,39 +58,41 @@ VISIBILITIES = (
 
 
 @pytest.fixture(scope="session")
-def remap_trainers(run: Run) -> Iterator[dict[str, TrainerGroup]]:
-    """A trainer for every visibility, all started at once."""
-    groups = {}
-    for visibility in VISIBILITIES:
+def remap_trainers(run: Run) -> Iterator[Callable[[Visibility], TrainerGroup]]:
+    """Trainers by visibility: all started at once, and again where one has ended."""
+
+    def start(visibility: Visibility) -> TrainerGroup:
         visible, device = visibility.trainer(machine().devices)
-        groups[visibility.name] = TrainerGroup(run, f"trainer-{visibility.name}", 1, device, [visible])
-    yield groups
+        return TrainerGroup(run, f"trainer-{visibility.name}", 1, device, [visible])
+
+    def trainer(visibility: Visibility) -> TrainerGroup:
+        if not groups[visibility.name].alive:
+            groups[visibility.name] = start(visibility)
+        return groups[visibility.name]
+
+    groups = {visibility.name: start(visibility) for visibility in VISIBILITIES}
+    yield trainer
     for group in groups.values():
         group.stop()
 
 
 @pytest.fixture
 def remapped(
-    pool: Pool,
-    stage: Stage,
-    subject: Subject,
-    model: str,
-    visibility: Visibility,
-    engine_keys: Callable,
-    request: pytest.FixtureRequest,
+    pool: Pool, stage: Stage, subject: Subject, model: str, visibility: Visibility, request: pytest.FixtureRequest
 ) -> Iterator[Callable[[], Sync]]:
     """Brings together a trainer and an engine that see the machine's GPUs each in its own way."""
     if len(machine().devices) < 2:
         verdicts.not_applicable(f"needs 2 GPUs to tell one from the other, found {len(machine().devices)}")
-    trainer = request.getfixturevalue("remap_trainers")[visibility.name]
+    trainer = request.getfixturevalue("remap_trainers")(visibility)
+    with ExitStack() as lent:
 
-    def started() -> Sync:
-        trainer.ready()
-        return Sync(pool, trainer, [pool.get(key) for key in engine_keys(request.node)], subject, stage, model)
+        def started() -> Sync:
+            trainer.ready()
+            return lent.enter_context(contextmanager(lend)(pool, trainer, request))
 
-    yield started
+        yield started
     trainer.stop()
-    pool.done(request.node.nodeid)
+    pool.done(request.node.nodeid)  # also where there was nothing to lend
 
 
 @pytest.mark.requirement("devices.remap", models={"gpu-colocate-tp1": [TIED]})

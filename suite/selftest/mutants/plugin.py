@@ -1,0 +1,69 @@
+"""pytest's side of a run of mutants: which cases are left of the suite, and on whose engines mutants are examined.
+
+Loaded by `-p`, beside the suite's own plugins, by `python -m suite.selftest.mutants`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from suite import driver
+from suite.plugin import current_selection
+from suite.selection import requirement_of
+from suite.selftest.mutants import MUTANTS, Mutant
+from suite.subjects import SUBJECTS
+
+PATIENCE_S = 40.0  # a mutant that hangs costs this; what does not hang takes a few seconds
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--repeat", type=int, default=0, metavar="N", help="judge every case of the references N times")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionstart(session: pytest.Session) -> Iterator[None]:
+    """Have mutants examined on the engines of the references, and those that hang waited for less long."""
+    yield
+    subjects = current_selection().subjects
+    for name in subjects.keys() & MUTANTS.keys():
+        subjects[name] = replace(subjects[name], host=MUTANTS[name].host)
+    driver.CALL_DEADLINE_S = PATIENCE_S if subjects.keys() & MUTANTS.keys() else driver.CALL_DEADLINE_S
+
+
+@pytest.fixture(autouse=True)
+def repetition(request: pytest.FixtureRequest) -> int:
+    """Which time a case is judged, from 0."""
+    return getattr(request, "param", 0)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.config.getoption("repeat"):
+        metafunc.fixturenames.append("repetition")
+        metafunc.parametrize("repetition", range(metafunc.config.getoption("repeat")), indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the cases of the references and, of a run of mutants, those that judge one."""
+    mutants = [MUTANTS[name] for name in current_selection().subjects if name in MUTANTS]
+    left = [item for item in items if (_wanted(item, mutants) if mutants else requirement_of(item))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = left
+    for module in {item.module for item in items if mutants and hasattr(item.module, "DEADLINE_S")}:
+        module.DEADLINE_S = min(module.DEADLINE_S, PATIENCE_S)
+
+
+def _wanted(item: pytest.Item, mutants: list[Mutant]) -> bool:
+    """Whether a case judges its mutant, or is the control of one: the same case with the reference."""
+    params: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+    requirement, subject, stage = requirement_of(item), params.get("subject"), params.get("stage")
+    if requirement is None or subject is None:
+        return False
+    kinds = (stage.kind,) if stage else ("cpu", "gpu")
+    for mutant in mutants:
+        concerned = mutant.name == subject.name or (subject.name in SUBJECTS and mutant.host == subject.name)
+        name = stage.name if stage else None
+        if concerned and any(mutant.judged_by(kind, requirement.id, name, item.callspec.id) for kind in kinds):
+            return True
+    return False

@@ -1,0 +1,111 @@
+"""What a mutant is, and the base classes of those that meddle with what is loaded."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from extensions.loading import new_load
+from extensions.manifest import parse
+from suite.requirements import REQUIREMENTS
+from suite.subjects import SUBJECTS, subject_from
+
+PACKAGE = __package__
+Loader = Callable[[str, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An extension broken on purpose.
+
+    requirement: the one that it has to fail. says: a pattern that the failure's message has to have in it, so that
+    nothing else is taken for it. thread: the real bug it stands for; where none is known, those of the requirement.
+    cpu, gpu: the stage where it shows, on machines of this kind. case: part of the id of the cases to judge it by,
+    where the requirement has several. patient: it makes somebody wait until a deadline is over. does: in a sentence.
+    """
+
+    name: str
+    requirement: str
+    says: str
+    thread: str = ""
+    cpu: str | None = None
+    gpu: str | None = None
+    case: str = ""
+    patient: bool = False
+    does: str = ""
+
+    @property
+    def extension(self) -> str:
+        """As `--extension` takes it."""
+        return f"{PACKAGE}:{self.name}"
+
+    @property
+    def host(self) -> str:
+        """The reference subject that it is a broken version of, and that lends its engines."""
+        transport = subject_from(self.extension).transport
+        return next(name for name, subject in SUBJECTS.items() if subject.transport == transport)
+
+    @property
+    def threads(self) -> tuple[str, ...]:
+        """The real bugs that it stands for."""
+        return (self.thread,) if self.thread else REQUIREMENTS[self.requirement].threads
+
+    def stage(self, kind: str) -> str | None:
+        """Where it is judged on machines of this kind."""
+        return self.cpu if kind == "cpu" else self.gpu
+
+    def judged_by(self, kind: str, requirement: str, stage: str | None, case: str) -> bool:
+        """Whether it is judged by a case; one without a stage is the same on all."""
+        there = self.stage(kind) is not None and stage in (None, self.stage(kind))
+        return there and requirement == self.requirement and self.case in case
+
+
+MUTANTS: dict[str, Mutant] = {}
+CLASSES: dict[str, type] = {}
+
+
+def mutant(requirement: str, says: str, thread: str = "", **where: str | bool | None) -> Callable[[type], type]:
+    """Register a class; `where` are fields of Mutant: cpu, gpu, case, patient. Its docstring says what it does."""
+
+    def register(cls: type) -> type:
+        does = " ".join(cls.__doc__.split())
+        MUTANTS[cls.__name__] = Mutant(cls.__name__, requirement, says, thread, does=does, **where)
+        CLASSES[cls.__name__] = cls
+        return cls
+
+    return register
+
+
+class Meddles:
+    """Mixed into a reference extension: each tensor passes `_mutant_load` on its way from the checks into the model.
+
+    State is kept in attributes `_mutant_...`, which the probe removes when the worker gets another extension.
+    """
+
+    _mutant_updates = 0  # begun so far, this one included
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        count = super().begin_update(manifest)
+        self._mutant_updates += 1
+        self._weight_sync_load.load = functools.partial(self._mutant_load, self._weight_sync_load.load)
+        return count
+
+    def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
+        load(name, tensor)
+
+    def _mutant_before(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What the update before this one brought under this name; None in the first."""
+        received = self.__dict__.setdefault("_mutant_received", {})
+        before, received[name] = received.get(name), tensor.clone()
+        return before
+
+
+class Unchecked:
+    """Mixed into a reference extension: an update begins whatever it announces."""
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        self._weight_sync_load = new_load(self.model_runner.get_model(), self.vllm_config)
+        self._weight_sync_pending = parse(manifest)
+        self._weight_sync_load.begin()
+        return len(manifest)
