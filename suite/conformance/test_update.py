@@ -23,6 +23,9 @@ BFLOAT16_BITS = {
     "largest": 0x7F7F,
 }
 
+# Bits of float32 numbers half way between two of bfloat16, which no checkpoint of the suite has, and of the even one.
+TIES = {0x3F808000: 0x3F80, 0x3F818000: 0x3F82, 0xBF808000: 0xBF80, 0xBF818000: 0xBF82}
+
 
 @pytest.mark.requirement("update.zeroed", models=[TIED])
 def test_zeroed(sync: Sync, target: int) -> None:
@@ -106,6 +109,12 @@ def test_dtype(sync: Sync, target: int) -> None:
     expected = 4 * sync.spec.elements
     assert moved.bytes_sent == expected, f"expected {expected} float32 bytes, found {moved.bytes_sent} {sync.where}"
     sync.expect_exact(target)
+    halves = [half for float32 in TIES for half in (float32 & 0xFFFF, float32 >> 16)]  # little-endian
+    sync.update(alter={"bits": {WHOLE_EVERYWHERE[0]: halves}})
+    for found in sync.call_engines("probe_bits", WHOLE_EVERYWHERE[0], len(TIES))[0]:
+        assert found == [*TIES.values()], (
+            f"expected ties rounded to even, {[*map(hex, TIES.values())]}, found {[*map(hex, found)]} {sync.where}"
+        )
 
 
 @pytest.mark.requirement("update.nonfinite", models=[TIED])

@@ -104,7 +104,7 @@ def expect_nothing_left(belongings: Belongings, before: set[str]) -> None:
 
 
 def test_an_extension_that_loads_nothing_fails_where_the_reference_passes(tmp_path: Path):
-    broken = "--extension=suite.selftest.broken:LoadsNothing"
+    broken = "--extension=suite.selftest.mutants:LoadsNothing"
     stages = [f"--stage={stage}" for stage in STAGES]
     with Session(tmp_path, "--subject=broadcast", broken, *stages, "-k", "zeroed or exact or behaviour") as session:
         assert session.process.wait(JUDGING_S) == pytest.ExitCode.TESTS_FAILED

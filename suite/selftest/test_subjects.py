@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from suite import processes, requirements
+from suite import processes
 from suite.subjects import SUBJECTS, TRANSPORT_METHODS, load, subject_from
 
 MODULE = """
@@ -25,6 +25,9 @@ class Handing:
 
 class Inheriting(Broadcasting):
     pass
+
+class Sending(Broadcasting):
+    weight_sync_sender = "ws_theirs:Sender"
 
 class Both(Broadcasting, Handing):
     pass
@@ -166,9 +169,6 @@ def test_a_module_beside_the_user_is_found(modules: Path):
     assert ended.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("name", ["LoadsNothing", "ReceivesNothing"])
-def test_the_extensions_that_are_broken_on_purpose_are_subjects(name: str):
-    subject = subject_from(f"suite.selftest.broken:{name}")
-    assert subject.transport == "broadcast"
-    named = [word.rstrip(".,:") for word in subject.load().__doc__.split()]
-    assert name != "LoadsNothing" or any(word in requirements.REQUIREMENTS for word in named)
+def test_a_sender_of_its_own_is_taken_from_the_class(modules: Path):
+    assert subject_from("ws_theirs:Sending").sender == "ws_theirs:Sender"
+    assert subject_from("ws_theirs:Broadcasting").sender == ""

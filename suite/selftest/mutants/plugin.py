@@ -16,6 +16,7 @@ from suite.selftest.mutants import MUTANTS, Mutant
 from suite.subjects import SUBJECTS
 
 PATIENCE_S = 40.0  # a mutant that hangs costs this; what does not hang takes a few seconds
+SHORTER = {"DEADLINE_S": PATIENCE_S, "SHRINKING_S": 5.0}  # what tests of mutants wait for at the most, by its name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,8 +51,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left = [item for item in items if (_wanted(item, mutants) if mutants else requirement_of(item))]
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = left
-    for module in {item.module for item in items if mutants and hasattr(item.module, "DEADLINE_S")}:
-        module.DEADLINE_S = min(module.DEADLINE_S, PATIENCE_S)
+    for module in {item.module for item in items if mutants}:
+        for name, most in SHORTER.items():
+            if hasattr(module, name):
+                setattr(module, name, min(getattr(module, name), most))
 
 
 def _wanted(item: pytest.Item, mutants: list[Mutant]) -> bool:

@@ -41,6 +41,14 @@ class LoadsNothing(WorkerExtension):
         return True
 
 
+@mutant("update.exact", rf"GroupError|{DIFFER}", "trl#6913", **BROADCAST, patient=True)
+class ReceivesNothing(LoadsNothing):
+    """Does not even receive: the sender waits for it."""
+
+    def update_weight(self, name: str, dtype: str, shape: list[int]) -> None:
+        pass
+
+
 @mutant("update.exact", DIFFER, "vllm#44814", **BROADCAST)
 class DropsTheLastTensor(Meddles, WorkerExtension):
     """Ends one tensor too early."""
