@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from suite import environment, janitor, processes
+from suite.selftest.test_plugin import hear_ctrl_c
 
 JUDGING_S, STARTING_S, ENDING_S = 300, 150, 30
 GONE_WITHIN_S = 10
@@ -32,7 +33,7 @@ class Session:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--report={report}", *arguments]
         self.process = subprocess.Popen(
             command, cwd=processes.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=hear_ctrl_c,
         )  # fmt: skip
         self.output: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

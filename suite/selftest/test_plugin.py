@@ -83,8 +83,13 @@ def begin(directory: Path, tests: str, *arguments: str, conftest: str = CONFTEST
     search = os.pathsep.join([str(processes.ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [*command, *arguments], cwd=directory, env={**os.environ, "PYTHONPATH": search},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear_ctrl_c,
     )  # fmt: skip
+
+
+def hear_ctrl_c() -> None:
+    """What a shell starts in the background has it ignored, and so has all that follows."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(started: subprocess.Popen[str], directory: Path) -> Finished:
