@@ -130,8 +130,8 @@ def _open_cuda(handle: dict, device: torch.device) -> torch.Tensor:
     _require_keys(handle, expected)
     dtype = _dtype(handle)
     for name in CUDA_BYTES:
-        if not isinstance(handle[name], bytes):
-            raise HandleError(f"{name}: expected bytes, found {type(handle[name]).__name__}")
+        if not isinstance(handle[name], bytes) or not handle[name]:
+            raise HandleError(f"{name}: expected bytes, found {handle[name]!r:.80}")
     for name in CUDA_COUNTS:
         _count(handle, name)
     _check_synchronisation(handle)
@@ -152,8 +152,10 @@ def _open_cuda(handle: dict, device: torch.device) -> torch.Tensor:
 
 def _check_synchronisation(handle: dict) -> None:
     """Refuse what torch would take as it comes: an event to read, a counter to write to in shared memory."""
-    if type(handle["event_sync_required"]) is not bool or len(handle["event_handle"]) != EVENT_BYTES:
-        raise HandleError(f"event_handle: expected {EVENT_BYTES} bytes and whether to wait for it")
+    if type(handle["event_sync_required"]) is not bool:
+        raise HandleError(f"event_sync_required: expected True or False, found {handle['event_sync_required']!r:.80}")
+    if len(handle["event_handle"]) != EVENT_BYTES:
+        raise HandleError(f"event_handle: expected {EVENT_BYTES} bytes, found {len(handle['event_handle'])}")
     name = handle["ref_counter_handle"]
     if not name.startswith(COUNTERS_PREFIX) or not re.fullmatch(rb"/[A-Za-z0-9_]{1,100}", name):
         raise HandleError(f"ref_counter_handle: expected a name such as {COUNTERS_PREFIX!r}..., found {name!r:.80}")
@@ -213,7 +215,7 @@ def _layout(handle: dict, dtype: torch.dtype) -> tuple[list[int], list[int], int
     """Shape, stride and offset (in elements) of a tensor that lies inside its storage."""
     shape, stride, offset = _sizes(handle, "shape"), _sizes(handle, "stride"), _count(handle, "storage_offset")
     if len(shape) != len(stride):
-        raise HandleError(f"expected as many strides as sizes, found {len(stride)} and {len(shape)}")
+        raise HandleError(f"shape and stride: expected as many strides as sizes, found {len(stride)} and {len(shape)}")
     if not is_shape(shape):
         raise HandleError(f"shape: expected that of a tensor, found {shape!r:.80}")
     if not all(shape):

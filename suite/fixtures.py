@@ -113,7 +113,7 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     if not all(_answers(rank, "resources") for rank in trainer.processes):
         trainer.stop()
     for key, engine in zip(keys, engines, strict=True):
-        if not _answers(engine.process, "generate", [[1, 2, 3]], 1) or (subject.host and not _given_back(sync, engine)):
+        if not (_given_back(sync, engine) if subject.host else _answers(engine.process, "generate", [[1, 2, 3]], 1)):
             pool.discard(key)
     pool.done(request.node.nodeid)
 

@@ -22,7 +22,7 @@ from suite.stages import UPDATE_TIMEOUT_S, Stage
 from suite.subjects import Subject
 
 START_DEADLINE_S = 300.0
-BECOME_DEADLINE_S = 30.0
+BECOME_DEADLINE_S = 15.0
 CORES_A_START = 2  # an engine that starts keeps one to three cores busy
 MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 ENGINE_BYTES = 2.5e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers

@@ -346,6 +346,42 @@ def test_a_cuda_handle_is_opened_on_the_receivers_own_ordinal(monkeypatch: pytes
     assert not any(call[CUDA_FIELDS.index("requires_grad") + 1] for call in calls)
 
 
+def test_a_counter_outside_the_senders_counters_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """torch would write to that place in shared memory, whatever is there."""
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_cuda_tensor", lambda *found: found)
+    path = SHARED_MEMORY / f"torch_{os.getpid()}_selftest"
+    opening = {"ref_counter_handle": f"/{path.name}".encode(), "ref_counter_offset": 3}
+    path.write_bytes(bytes(4 * 8))
+    try:
+        assert open_handle(_plain_cuda(cuda_arguments(**opening)), torch.device("cuda", 0))
+        beyond = _plain_cuda(cuda_arguments(**opening | {"ref_counter_offset": 4}))
+        refused(beyond, "ref_counter_offset: 4 is outside torch_", torch.device("cuda", 0))
+    finally:
+        path.unlink()
+    assert open_handle(beyond, torch.device("cuda", 0)), "expected a sender that has gone to be no error, as in torch"
+
+
+def test_the_name_of_counters_is_such_as_torch_gives():
+    """CUDA's handles name their counters as handles of CPU storages name their memory: at::NewProcessWideShmHandle."""
+    _, name, _ = torch.ones(3).untyped_storage()._share_filename_cpu_()
+    assert open_counters(name)
+
+
+def open_counters(name: bytes) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.multiprocessing.reductions.rebuild_cuda_tensor", lambda *_: True)
+        return open_handle(_plain_cuda(cuda_arguments(ref_counter_handle=name)), torch.device("cuda", 0))
+
+
+def test_what_cuda_can_not_open_is_a_handle_error(monkeypatch: pytest.MonkeyPatch):
+    def rebuild(*_: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: invalid argument\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_cuda_tensor", rebuild)
+    said = refused(_plain_cuda(cuda_arguments()), device=torch.device("cuda", 1))
+    assert said == "CUDA could not open the memory on cuda:1: CUDA error: invalid argument"
+
+
 # ---- ids and the sender
 
 

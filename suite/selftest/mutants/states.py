@@ -15,6 +15,7 @@ from extensions.process_group import Communicator
 from suite.selftest.mutants.registry import PACKAGE, Loader, Meddles, mutant
 
 DIFFER = r"weights that differ"
+NOT_THERE = rf"{DIFFER}|expected every weight to differ"  # from what it was before: the update has not come
 ANSWERS = r"greedy tokens after|log-probabilities after"
 BROADCAST = {"cpu": "cpu-tp1", "gpu": "gpu-split"}
 HANDLES = {"cpu": "cpu-tp1", "gpu": "gpu-colocate-tp1"}
@@ -34,7 +35,7 @@ class LoadsOneUpdateLate(Meddles, WorkerExtension):
         load(name, tensor if before is None else before)
 
 
-@mutant("update.exact", DIFFER, "slime#929", gpu="gpu-colocate-tp1")
+@mutant("update.exact", NOT_THERE, "slime#929", gpu="gpu-colocate-tp1")
 class AcknowledgesWhatIsQueued(ColocateWorkerExtension):
     """Acknowledges copies that a stream of its own has yet to make."""
 
@@ -67,7 +68,7 @@ class FreesTooEarly(HandleSender):
         return handles
 
 
-@mutant("update.exact", DIFFER, "verl#7873", **HANDLES)
+@mutant("update.exact", NOT_THERE, "verl#7873", **HANDLES)
 class ReadsFreedHandles(ColocateWorkerExtension):
     """Reads its handles after the sender has freed what they lead to."""
 
@@ -99,7 +100,7 @@ class SendsByADisabledCommunicator(BroadcastSender):
         return super().send(named_tensors)
 
 
-@mutant("update.exact", DIFFER, "vllm#57022", **BROADCAST)
+@mutant("update.exact", NOT_THERE, "vllm#57022", **BROADCAST)
 class UsesADisabledCommunicator(WorkerExtension):
     """Loads what was in the memory that a disabled communicator should have received into."""
 

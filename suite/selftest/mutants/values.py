@@ -12,6 +12,7 @@ from extensions.dtypes import dtype_of
 from suite.selftest.mutants.registry import PACKAGE, Loader, Meddles, mutant
 
 DIFFER = r"weights that differ"
+NOT_THERE = rf"{DIFFER}|expected every weight to differ"  # from what it was before: the update has not come
 ANSWERS = r"greedy tokens after|log-probabilities after"
 BROADCAST = {"cpu": "cpu-tp1", "gpu": "gpu-split"}
 TP2 = {"cpu": "cpu-tp2", "gpu": "gpu-colocate-tp2"}
@@ -24,7 +25,7 @@ PAIR = re.compile(r"(.+\.mlp\.)(?:gate_proj|up_proj)\.weight")
 # ---- what arrives is not loaded
 
 
-@mutant("update.exact", DIFFER, "vllm#57022", **BROADCAST)
+@mutant("update.exact", NOT_THERE, "vllm#57022", **BROADCAST)
 class LoadsNothing(WorkerExtension):
     """Receives every tensor and loads none, and says that all went well."""
 
@@ -41,7 +42,7 @@ class LoadsNothing(WorkerExtension):
         return True
 
 
-@mutant("update.exact", rf"GroupError|{DIFFER}", "trl#6913", **BROADCAST, patient=True)
+@mutant("update.exact", rf"GroupError|{NOT_THERE}", "trl#6913", **BROADCAST, patient=True)
 class ReceivesNothing(LoadsNothing):
     """Does not even receive: the sender waits for it."""
 
@@ -49,7 +50,7 @@ class ReceivesNothing(LoadsNothing):
         pass
 
 
-@mutant("update.exact", DIFFER, "vllm#44814", **BROADCAST)
+@mutant("update.exact", NOT_THERE, "vllm#44814", **BROADCAST)
 class DropsTheLastTensor(Meddles, WorkerExtension):
     """Ends one tensor too early."""
 
@@ -58,7 +59,7 @@ class DropsTheLastTensor(Meddles, WorkerExtension):
             load(name, tensor)
 
 
-@mutant("update.exact", DIFFER, "prime-rl#2714", **BROADCAST)
+@mutant("update.exact", NOT_THERE, "prime-rl#2714", **BROADCAST)
 class SkipsNorms(Meddles, WorkerExtension):
     """Loads what is multiplied as a matrix, and no norms."""
 
@@ -67,7 +68,7 @@ class SkipsNorms(Meddles, WorkerExtension):
             load(name, tensor)
 
 
-@mutant("update.exact", DIFFER, "sglang#14178", **BROADCAST)
+@mutant("update.exact", NOT_THERE, "sglang#14178", **BROADCAST)
 class LoadsHalfTheRows(Meddles, WorkerExtension):
     """Loads the first half of each tensor's rows; the others stay those of the update before."""
 
@@ -76,7 +77,7 @@ class LoadsHalfTheRows(Meddles, WorkerExtension):
         load(name, tensor if before is None else torch.cat([tensor[:half], before[half:]]))
 
 
-@mutant("update.exact", rf"{DIFFER} on rank 1", "ms-swift#10204", **TP2)
+@mutant("update.exact", rf"{DIFFER} on rank 1|expected every weight to differ", "ms-swift#10204", **TP2)
 class SkipsRankOne(Meddles, ColocateWorkerExtension):
     """Drops the shard of every tensor-parallel rank but the first."""
 
@@ -85,7 +86,7 @@ class SkipsRankOne(Meddles, ColocateWorkerExtension):
             load(name, tensor)
 
 
-@mutant("update.exact", rf"{DIFFER} on rank 1", "vllm#56949", **TP2)
+@mutant("update.exact", rf"{DIFFER} on rank 1|expected every weight to differ", "vllm#56949", **TP2)
 class TakesRankZerosShard(Meddles, ColocateWorkerExtension):
     """Has every tensor-parallel rank load the first one's shard."""
 
@@ -95,7 +96,7 @@ class TakesRankZerosShard(Meddles, ColocateWorkerExtension):
         load(name, tensor.roll(tensor.shape[dim] // 2, dim) if sharded else tensor)
 
 
-@mutant("update.exact", DIFFER, "vllm#57022", gpu="gpu-split")
+@mutant("update.exact", NOT_THERE, "vllm#57022", gpu="gpu-split")
 class LoadsIntoACopy(Meddles, WorkerExtension):
     """Loads each tensor into copies of the parameters."""
 
@@ -141,7 +142,7 @@ class UpdatesTheFirstEngineOnly(Meddles, WorkerExtension):
 # ---- another tensor, or another place
 
 
-@mutant("update.exact", DIFFER, "vllm#48284", **BROADCAST)
+@mutant("update.exact", NOT_THERE, "vllm#48284", **BROADCAST)
 class Transposes(Meddles, WorkerExtension):
     """Loads square matrices transposed."""
 
@@ -249,7 +250,7 @@ class CountsInsteadOfReading(Meddles, WorkerExtension):
 # ---- other numbers
 
 
-@mutant("update.exact", DIFFER, "vllm#48284", **BROADCAST)
+@mutant("update.exact", NOT_THERE, "vllm#48284", **BROADCAST)
 class ScalesSlightly(Meddles, WorkerExtension):
     """Multiplies by 1 and the smallest step of bfloat16, which no sampled token would tell."""
 
