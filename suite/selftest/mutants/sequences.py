@@ -48,7 +48,7 @@ class LosesEveryOtherEmbedding(Meddles, WorkerExtension):
             load(name, tensor)
 
 
-@mutant("update.sequence", r"an update is under way", "vllm#57854", **BROADCAST)
+@mutant("update.sequence", rf"{WRONG}|an update is under way", "vllm#57854", **BROADCAST)
 class StaysUpdating(WorkerExtension):
     """Puts an aborted update back and does not close it."""
 
@@ -58,7 +58,7 @@ class StaysUpdating(WorkerExtension):
         return "the weights are as they were before the update"
 
 
-@mutant("update.sequence", r"found success|weights that differ", "vllm#57854", **BROADCAST)
+@mutant("update.sequence", rf"{WRONG}|found success|expected an error that names", "vllm#57854", **BROADCAST)
 class AppliesHalf(Unchecked, WorkerExtension):
     """Checks nothing before it loads, so that what is refused has been loaded in part."""
 
