@@ -255,16 +255,17 @@ if entries is not None:
     (report / "run.json").write_text(json.dumps({{"conformance": entries}}))
 print("====== weight sync ======")
 print("a table of mutants as if they were subjects")
-sys.exit(1 if entries else 3)
+sys.exit({ended})
 """
 
 
 @pytest.mark.parametrize(
-    ("entries", "code", "said"),
+    ("entries", "ended", "code", "said"),
     [
-        ([CONTROL, entry(ONE.name, "fail", RIGHT)], 0, "1 of 1 mutants killed"),
-        ([CONTROL, entry(ONE.name, "pass")], 1, "! LoadsNothing: SURVIVED"),
-        (None, 2, "pytest ended with 3"),
+        ([CONTROL, entry(ONE.name, "fail", RIGHT)], 1, 0, "1 of 1 mutants killed"),
+        ([CONTROL, entry(ONE.name, "pass")], 0, 1, "! LoadsNothing: SURVIVED"),
+        ([CONTROL, entry(ONE.name, "fail", RIGHT)], 2, 2, "pytest ended with 2"),
+        (None, 1, 2, "pytest ended with 1"),
     ],
 )
 def test_exit_status(
@@ -272,12 +273,13 @@ def test_exit_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     entries: list[verdicts.Entry] | None,
+    ended: int,
     code: int,
     said: str,
 ):
     """With another program in the place of pytest, and the results of an earlier run lying about."""
     program, report = tmp_path / "python", tmp_path / "report"
-    program.write_text(PYTEST.format(python=sys.executable, entries=json.dumps(entries)))
+    program.write_text(PYTEST.format(python=sys.executable, entries=json.dumps(entries), ended=ended))
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     report.mkdir()
@@ -321,7 +323,7 @@ def test_a_worker_becomes_another_and_keeps_nothing(monkeypatch: pytest.MonkeyPa
     worker.probe_become("extensions.broadcast:WorkerExtension")
     assert isinstance(worker, WorkerExtension)
     assert not isinstance(worker, first)
-    assert worker.execute_model() == "a step"
     assert set(vars(worker)) == {"vllms_own"}, "expected what the mutant has left to be gone, and nothing else"
+    assert worker.execute_model() == "a step"
     assert len(closed) == 1
     assert first not in closed[0], "expected the new extension to clean up, not the mutant"
