@@ -1,8 +1,13 @@
-"""Counts the examples that property tests try."""
+"""Counts the examples that property tests try, and lays out bait for what unpickles."""
 
+import pickle
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from suite.selftest.strangers import Bait
 
 PASSING = re.compile(r"(\d+) passing")  # in what Hypothesis says of each of its phases
 TRIED = pytest.StashKey[dict[str, int]]()
@@ -22,3 +27,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(
             f"{len(tried)} property tests tried {sum(tried.values())} examples (Hypothesis profile {profile})"
         )
+
+
+@pytest.fixture
+def bait(tmp_path: Path) -> Iterator[Bait]:
+    """A bait that works, and that nobody has taken by the end of the test."""
+    bait = Bait(tmp_path / "executed")
+    pickle.loads(bait.pickled)
+    assert bait.taken
+    bait.path.rmdir()
+    yield bait
+    assert not bait.taken, "something unpickled what a stranger sent"
