@@ -23,6 +23,7 @@ import torch
 from extensions.dtypes import flat_bytes
 
 HANDSHAKE_POLL_S = 0.02
+SHOWN_BYTES = 1000
 WATCH_POLL_S = 0.5
 ABORT_S = 5.0  # how long aborting may hold up whoever closes
 LINGER_S = 2.0  # how long rank 0 stays after a refusal, for the others to hear of it
@@ -190,7 +191,7 @@ class _Meeting:
         missing = set(range(self._world_size)) - {self._rank}
         while missing:
             if self.store.check(["refused"]):
-                kind, _, verdict = self.store.get("refused").decode(errors="backslashreplace").partition(": ")
+                kind, _, verdict = _said(self.store.get("refused")).partition(": ")
                 if kind != "TimeoutError":
                     self._leave(GroupError, verdict)
                 absent = [other for other in missing if not self.store.check([f"{step}/{other}"])]
@@ -198,7 +199,7 @@ class _Meeting:
             for other in sorted(missing):
                 if not self.store.check([f"{step}/{other}"]):
                     continue
-                theirs = self.store.get(f"{step}/{other}").decode(errors="backslashreplace")
+                theirs = _said(self.store.get(f"{step}/{other}"))
                 if theirs != value:
                     says = f"rank {self._rank} has {value}, rank {other} has {theirs}; all ranks need the same"
                     self.refuse(GroupError, says)
@@ -237,6 +238,11 @@ class _Meeting:
                 return False
             time.sleep(HANDSHAKE_POLL_S)
         return True
+
+
+def _said(value: bytes) -> str:
+    """What another rank has put into the store, whatever it is, as a message can hold it."""
+    return value[:SHOWN_BYTES].decode(errors="backslashreplace")
 
 
 def _first_line(error: Exception) -> str:
