@@ -1,7 +1,9 @@
 """The mutants are well formed, and what becomes of each in a run is judged without mercy."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from extensions.broadcast import WorkerExtension
-from suite import driver, probe
+from suite import driver, probe, processes
 from suite.requirements import REQUIREMENTS
 from suite.selftest.mutants import MUTANTS, Mutant, plugin, verdicts
 from suite.selftest.mutants.__main__ import _stages, main
@@ -294,6 +296,24 @@ def test_exit_status(
         written = json.loads((report / "mutants.json").read_text())
         assert written["counts"]["killed"] == 1 - code
         assert written["mutants"][0]["does"] == ONE.does
+
+
+def test_a_run_that_is_ended_ends_pytest(tmp_path: Path):
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\nimport os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(600)\n")
+    program.chmod(0o755)
+    run = "runpy.run_module('suite.selftest.mutants', run_name='__main__')"
+    code = f"import runpy, sys; sys.executable = {str(program)!r}; {run}"
+    runner = subprocess.Popen(
+        [sys.executable, "-c", code, ONE.name, "--report", str(tmp_path / "report")], cwd=processes.ROOT,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with runner:
+        pid = int(runner.stdout.readline().split()[1])
+        runner.terminate()
+        assert runner.wait(30) == 2
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 # ---- the exchange of extensions in a live worker

@@ -8,17 +8,19 @@ beside the reference that it is a broken version of. The outcome goes to mutants
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import TextIO
 
 from suite.processes import ROOT
 from suite.record import RUN
 from suite.selftest.mutants import Mutant, verdicts
 from suite.subjects import SUBJECTS
 
-DEADLINE_S = 4 * 3600.0
+DEADLINE_S, ENDING_S = 4 * 3600.0, 60.0
 PYTEST_RAN = (0, 1)
 NOT_SHOWN = re.compile(r"=+ weight sync =+")  # from here on pytest's output shows mutants as if they were subjects
 
@@ -83,17 +85,26 @@ def _judged(report: Path, kind: str, arguments: list[str]) -> list[verdicts.Entr
     try:
         with (report / "pytest.txt").open("w") as log:
             _pass_on(process, log)
-        code = process.wait(60)
+        code = process.wait(ENDING_S)
     finally:
         overdue.cancel()
-        process.terminate()
+        _end(process)
     if code not in PYTEST_RAN or not run.exists():
         print(f"pytest ended with {code}: {' '.join(command)}; its output is in {report / 'pytest.txt'}")
         return None
     return json.loads(run.read_text())["conformance"]
 
 
-def _pass_on(process: "subprocess.Popen[str]", log: object) -> None:
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End pytest, which ends its engines; the janitor does where it can't."""
+    process.terminate()
+    try:
+        process.wait(ENDING_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _pass_on(process: "subprocess.Popen[str]", log: TextIO) -> None:
     shown = True
     for line in process.stdout:
         log.write(line)
@@ -132,4 +143,5 @@ def _write(summary: dict, path: Path) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # by way of what ends pytest
     sys.exit(main())
