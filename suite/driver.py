@@ -60,6 +60,12 @@ class TrainerGroup:
         self.connected: tuple[int, ...] = ()
         self.held: object = None
 
+    @classmethod
+    def of_stage(cls, run: Run, name: str, stage: Stage, world_size: int = 1, warm_up: bool = True) -> "TrainerGroup":
+        """A trainer on the devices that its stage has for it."""
+        device = "cpu" if stage.kind == "cpu" else "cuda"
+        return cls(run, f"{name}-{stage.name}", world_size, device, list(stage.trainer_visible), warm_up)
+
     def ready(self) -> None:
         """Wait until all ranks are up."""
         for process in self.processes:
@@ -137,6 +143,11 @@ class Sync:
         self.seed = engines[0].key.seed
         self.where = f"[subject={subject.name} stage={stage.name} model={model}]"
         self.updates = 0
+
+    @property
+    def manifest(self) -> list[dict]:
+        """What announces a whole update in bfloat16, for a worker's begin_update()."""
+        return [{"name": n, "dtype": "bfloat16", "shape": list(shape)} for n, shape in models.tensors(self.spec)]
 
     def load(self, seed: int, dtype: str = "bfloat16") -> None:
         """Have the trainer hold the checkpoint of a seed."""

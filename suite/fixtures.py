@@ -40,13 +40,11 @@ def trainers(run: Run) -> Iterator[Callable[[Stage, int], TrainerGroup]]:
     groups: dict[tuple, TrainerGroup] = {}
 
     def started(stage: Stage, world_size: int) -> TrainerGroup:
-        visible = list(stage.trainer_visible)
-        key = (stage.kind, *visible, world_size)
+        key = (stage.kind, stage.trainer_visible, world_size)
         if key in groups and not groups[key].alive:
             groups.pop(key).stop()
         if key not in groups:
-            device = "cpu" if stage.kind == "cpu" else "cuda"
-            groups[key] = TrainerGroup(run, f"trainer-{stage.name}-{world_size}", world_size, device, visible)
+            groups[key] = TrainerGroup.of_stage(run, f"trainer-of-{world_size}", stage, world_size)
         return groups[key]
 
     def trainer(stage: Stage, world_size: int) -> TrainerGroup:

@@ -233,22 +233,25 @@ def _params(item: pytest.Item) -> dict[str, Any]:
 
 def _case(item: pytest.Item) -> Case | None:
     """What a test judges; None for one that judges no requirement."""
-    params = _params(item)
-    if NOTHING in params.values() or not _examines(item) or not (requirement := selection.requirement_of(item)):
+    if NOTHING in _params(item).values() or not _examines(item) or not (requirement := selection.requirement_of(item)):
         return None
-    values = (params.get(name) for name in ("subject", "stage", "model"))
-    return Case(requirement.id, *(getattr(value, "name", value) or "" for value in values))
+    return Case(requirement.id, *(name or "" for name in _names(item).values()))
+
+
+def _names(item: pytest.Item) -> dict[str, str | None]:
+    """The subject, stage and model of a test by name; None for what it does not take."""
+    params = _params(item)
+    return {name: getattr(params.get(name), "name", params.get(name)) for name in ("subject", "stage", "model")}
 
 
 def _place(item: pytest.Item) -> tuple[int, ...]:
     """Selftests first, then what needs no stage, while engines start; then phase by phase, stage and model."""
-    params = _params(item)
     if SELFTESTS in item.path.parents:
         return (0, 0, 0, 0)
-    stage, model = getattr(params.get("stage"), "name", None), params.get("model")
+    names = _names(item)
     examined = _state.selection
     stages = [None, *examined.stages, *examined.missing] if examined else []
-    return (1, _phase(item), _index(stages, stage), _index([*MODELS], model))
+    return (1, _phase(item), _index(stages, names["stage"]), _index([*MODELS], names["model"]))
 
 
 def _phase(item: pytest.Item) -> int:
@@ -335,13 +338,13 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, tuple
 
 def _put_down(item: pytest.Item, progress: Progress) -> None:
     """Add the verdict to the record and write that: what comes next may end the run."""
-    requirement, params = selection.requirement_of(item), _params(item)
-    _state.verdicts["stage" in params, progress.judgement.verdict] += 1
+    requirement = selection.requirement_of(item)
+    _state.verdicts["stage" in _params(item), progress.judgement.verdict] += 1
     entry = {
         "requirement": requirement.id if requirement else MEASURING,
         "level": requirement.level if requirement else "MUST",
         "text": requirement.text if requirement else "What is measured is verified before it is timed.",
-        **{name: getattr(params.get(name), "name", params.get(name)) for name in ("subject", "stage", "model")},
+        **_names(item),
         "verdict": progress.judgement.verdict,
         "detail": progress.judgement.detail,
         "duration_s": round(progress.duration_s, 3),

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -125,13 +125,9 @@ def parametrize(metafunc: pytest.Metafunc, selection: Selection) -> None:
 
 
 def _cases(definition: pytest.Item, names: list[str], selection: Selection) -> Iterator[object]:
-    requirement = requirement_of(definition)
+    stages_taken = _stages(definition, names, (*selection.stages.values(), *selection.missing.values()))
     wanted = _models(definition) if "model" in names else ()
-    kinds = KINDS if requirement is None or requirement.kind == "both" else (requirement.kind,)
-    everywhere = [*selection.stages.values(), *selection.missing.values()] if "stage" in names else [None]
-    for stage in everywhere:
-        if stage is not None and stage.kind not in kinds:
-            continue
+    for stage in stages_taken:
         if isinstance(stage, MissingStage) or "model" not in names:
             chosen: Sequence[str | None] = [None]
         else:
@@ -147,13 +143,20 @@ def possible(metafunc: pytest.Metafunc, selection: Selection) -> Iterator[tuple[
     if requirement is None:
         return
     wanted = _models(metafunc.definition) if "model" in names else ()
-    kinds = KINDS if requirement.kind == "both" else (requirement.kind,)
-    stages_taken = [stage for stage in selection.everywhere if stage.kind in kinds] if "stage" in names else [None]
-    for stage in stages_taken:
+    for stage in _stages(metafunc.definition, names, selection.everywhere):
         for model in _of_kind(wanted, stage) if "model" in names else [""]:
             for subject in selection.every_subject if "subject" in names else [""]:
                 case = Case(requirement.id, subject, stage.name if stage else "", model)
                 yield case, not isinstance(stage, MissingStage)
+
+
+def _stages(
+    definition: pytest.Item, names: Sequence[str], among: Iterable[Stage | MissingStage]
+) -> list[Stage | MissingStage | None]:
+    """The stages on which a test can judge or measure; None alone where it takes no stage."""
+    requirement = requirement_of(definition)
+    kinds = KINDS if requirement is None or requirement.kind == "both" else (requirement.kind,)
+    return [stage for stage in among if stage.kind in kinds] if "stage" in names else [None]
 
 
 def _case(names: list[str], values: dict[str, object]) -> object:

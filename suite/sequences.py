@@ -19,12 +19,14 @@ from suite.processes import RemoteError
 
 DEADLINE_S = 60.0
 LONG_PROMPT = 200  # tokens: more than one block of the prefix cache on every backend
+UNKNOWN_DEVICE = "GPU-00000000-0000-0000-0000-000000000000"
 GHOST = "model.layers.0.mlp.ghost_proj.weight"
-MALFORMED: dict[str, Callable[[str], dict]] = {
-    "unknown_name": lambda name: {"add": {name: GHOST}},
-    "missing_name": lambda name: {"drop": [name]},
-    "shape": lambda name: {"truncate": [name]},
-    "dtype": lambda name: {"cast": {name: "int32"}},
+# By requirement of errors.*: how a tensor of this name is altered, and the name that the refusal has to tell.
+MALFORMED: dict[str, Callable[[str], tuple[dict, str]]] = {
+    "unknown_name": lambda name: ({"add": {name: GHOST}}, GHOST),
+    "missing_name": lambda name: ({"drop": [name]}, name),
+    "shape": lambda name: ({"truncate": [name]}, name),
+    "dtype": lambda name: ({"cast": {name: "int32"}}, name),
 }
 
 
@@ -163,7 +165,8 @@ class Player:
     def malformed(self, how: str, name: str, seed: int) -> str:
         """An update that has to be refused for one of its tensors."""
         self.sync.trainer.fill(seed)
-        self._refused(GHOST if how == "unknown_name" else name, alter=MALFORMED[how](name))
+        alter, named = MALFORMED[how](name)
+        self._refused(named, alter=alter)
         return how
 
     def wrong_device(self, label: str, seed: int) -> None:
@@ -178,8 +181,7 @@ class Player:
 
     def nested(self, seed: int, ending: str) -> None:
         """An update within another, of which nothing arrives: ended by abort_update, or by end_update, which raises."""
-        manifest = [{"name": n, "dtype": "bfloat16", "shape": list(s)} for n, s in models.tensors(self.sync.spec)]
-        self.sync.call_engines("begin_update", manifest)
+        self.sync.call_engines("begin_update", self.sync.manifest)
         self.sync.trainer.fill(seed)
         self.sync.refusal(DEADLINE_S)
         try:

@@ -11,12 +11,12 @@ from suite.driver import Sync, TrainerGroup
 from suite.fixtures import lend
 from suite.pool import Pool
 from suite.processes import Run
+from suite.sequences import UNKNOWN_DEVICE
 from suite.stages import Device, Stage, machine
 from suite.subjects import Subject
 
 TIED = "qwen3-tied-tiny"
 DEADLINE_S = 30.0
-UNKNOWN_DEVICE = "GPU-00000000-0000-0000-0000-000000000000"
 
 
 @dataclass(frozen=True)

@@ -5,43 +5,42 @@ import pytest
 from suite import models, verdicts
 from suite.driver import Sync
 from suite.processes import RemoteError
+from suite.sequences import MALFORMED
 
 MODELS = ["qwen3-tied-tiny"]
 DEADLINE_S = 30.0
-UNKNOWN = "model.layers.0.mlp.ghost_proj.weight"
 
 
 @pytest.mark.requirement("errors.unknown_name", models=MODELS)
 def test_unknown_name(sync: Sync, target: int) -> None:
-    _refused(sync, target, {"add": {_some_weight(sync): UNKNOWN}}, named=UNKNOWN)
+    _refused(sync, target, "unknown_name")
 
 
 @pytest.mark.requirement("errors.missing_name", models=MODELS)
 def test_missing_name(sync: Sync, target: int) -> None:
-    _refused(sync, target, {"drop": [_some_weight(sync)]}, named=_some_weight(sync))
+    _refused(sync, target, "missing_name")
 
 
 @pytest.mark.requirement("errors.shape", models=MODELS)
 def test_shape(sync: Sync, target: int) -> None:
-    _refused(sync, target, {"truncate": [_some_weight(sync)]}, named=_some_weight(sync))
+    _refused(sync, target, "shape")
 
 
 @pytest.mark.requirement("errors.dtype", models=MODELS)
 def test_dtype(sync: Sync, target: int) -> None:
-    _refused(sync, target, {"cast": {_some_weight(sync): "int32"}}, named=_some_weight(sync))
+    _refused(sync, target, "dtype")
 
 
 @pytest.mark.requirement("errors.nested", models=MODELS)
 def test_nested(sync: Sync, target: int) -> None:
     if not hasattr(sync.subject.load(), "begin_update"):
         verdicts.unsupported(f"{sync.subject.name} has no begin_update(): its updates have no beginning")
-    manifest = [{"name": n, "dtype": "bfloat16", "shape": list(shape)} for n, shape in models.tensors(sync.spec)]
     sync.load(sync.seed)
     sync.update()
     answers, weights = sync.generate(sync.prompts()), sync.snapshot()
-    sync.call_engines("begin_update", manifest)
+    sync.call_engines("begin_update", sync.manifest)
     with pytest.raises(RemoteError) as refused:
-        sync.call_engines("begin_update", manifest)
+        sync.call_engines("begin_update", sync.manifest)
     assert "update" in refused.value.message, f"expected a refusal that says why, found {refused.value} {sync.where}"
     sync.call_engines("abort_update")
     sync.expect_equal_to(weights, "the weights from before the two updates")
@@ -51,11 +50,10 @@ def test_nested(sync: Sync, target: int) -> None:
     sync.expect_exact(target)
 
 
-def _some_weight(sync: Sync) -> str:
-    return next(name for name, _ in models.tensors(sync.spec) if name.endswith("1.mlp.down_proj.weight"))
-
-
-def _refused(sync: Sync, target: int, alter: dict, named: str) -> None:
+def _refused(sync: Sync, target: int, how: str) -> None:
+    """An update with this wrong about one weight is refused by name, and all is as before."""
+    weight = next(name for name, _ in models.tensors(sync.spec) if name.endswith("1.mlp.down_proj.weight"))
+    alter, named = MALFORMED[how](weight)
     sync.load(sync.seed)
     sync.update()
     answers, weights = sync.generate(sync.prompts()), sync.snapshot()

@@ -23,8 +23,7 @@ def doomed(run: Run, stage: Stage, sync: Sync) -> Callable:
 
     @contextmanager
     def trainer() -> Iterator[Sync]:
-        device = "cpu" if stage.kind == "cpu" else "cuda"
-        group = TrainerGroup(run, f"doomed-{stage.name}", 1, device, list(stage.trainer_visible), warm_up=False)
+        group = TrainerGroup.of_stage(run, "doomed", stage, warm_up=False)
         try:
             with timeline("starting", "a trainer to be lost"):
                 group.ready()

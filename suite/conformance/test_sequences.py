@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from suite.driver import Sync, TrainerGroup
 from suite.plugin import TRIED, announce
 from suite.processes import Run
-from suite.sequences import MALFORMED, Player, Step, parse
+from suite.sequences import MALFORMED, UNKNOWN_DEVICE, Player, Step, parse
 from suite.trial import Trial
 
 TIED = "qwen3-tied-tiny"
@@ -20,7 +20,6 @@ SHRINKING_S = 60.0
 ORDERS = ("checkpoint", "reversed", "shuffled:1", "shuffled:2")
 WHOLE = ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight")
 FUSED = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight")
-UNKNOWN_DEVICE = "GPU-00000000-0000-0000-0000-000000000000"
 
 
 class Machine(RuleBasedStateMachine):
@@ -89,11 +88,9 @@ class Machine(RuleBasedStateMachine):
 @pytest.fixture
 def playing(run: Run, sync: Sync, target: int, request: pytest.FixtureRequest) -> Callable[[], None]:
     """Plays what the command line asks for on the case's engine."""
-    device = "cpu" if sync.stage.kind == "cpu" else "cuda"
 
     def new_trainer() -> TrainerGroup:
-        visible = list(sync.stage.trainer_visible)
-        return TrainerGroup(run, f"spare-{sync.stage.name}", 1, device, visible, warm_up=False)
+        return TrainerGroup.of_stage(run, "spare", sync.stage, warm_up=False)
 
     def play() -> None:
         player = Player(sync, (sync.seed, target), new_trainer)

@@ -1,4 +1,4 @@
-"""Counts the examples that property tests try, and lays out bait for what unpickles."""
+"""Counts the examples that property tests try, lays out bait for what unpickles, and opens an engine's socket."""
 
 import pickle
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from suite.link import Listener
 from suite.selftest.strangers import Bait
 
 PASSING = re.compile(r"(\d+) passing")  # in what Hypothesis says of each of its phases
@@ -38,3 +39,15 @@ def bait(tmp_path: Path) -> Iterator[Bait]:
     bait.path.rmdir()
     yield bait
     assert not bait.taken, "something unpickled what a stranger sent"
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> str:
+    return str(tmp_path / "engine.sock")
+
+
+@pytest.fixture
+def listener(socket_path: str) -> Iterator[Listener]:
+    listener = Listener(socket_path)
+    yield listener
+    listener.close()

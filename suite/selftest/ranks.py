@@ -1,11 +1,15 @@
 """Objects that the selftests of the extensions put into processes: the ranks of a group."""
 
+import contextlib
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from extensions import process_group
 from extensions.process_group import stateless_init_process_group
+from suite.processes import Process, Run, launch
 
 ADDRESS = "127.0.0.1"
 EXTENTS = ((), (0,), (0, 3), (1,), (3, 5), (1, 1))
@@ -26,6 +30,16 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+
+@contextlib.contextmanager
+def started(directory: Path, count: int) -> Iterator[list[Process]]:
+    """Processes that are up, each of which can join a group as a Rank."""
+    with Run(directory / "logs") as run:
+        processes = [launch(run, f"rank{rank}", f"{__name__}:Rank") for rank in range(count)]
+        for process in processes:
+            process.ready(60)
+        yield processes
 
 
 class Rank:

@@ -11,6 +11,7 @@ import pytest
 from extensions.process_group import LINGER_S, GroupError, stateless_init_process_group
 from suite.driver import free_port
 from suite.processes import Call, Process, RemoteError, Run, gather, launch
+from suite.selftest.ranks import started
 
 DEADLINE_S = 30
 SLACK_S = 1.5  # for a machine that is busy with other things
@@ -24,11 +25,8 @@ DTYPES = (
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Process]]:
     """Three processes, which every test lets join a group of its own."""
-    with Run(tmp_path_factory.mktemp("group") / "logs") as run:
-        started = [launch(run, f"rank{rank}", "suite.selftest.ranks:Rank") for rank in range(3)]
-        for process in started:
-            process.ready(60)
-        yield started
+    with started(tmp_path_factory.mktemp("group"), 3) as processes:
+        yield processes
 
 
 def joining(ranks: list[Process], *joins: tuple[int, int], **how: object) -> list[Call]:

@@ -6,7 +6,6 @@ import pickle
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,18 +31,6 @@ DEADLINE_S, SHORT_S = 30.0, 0.3
 # ---- the engine's socket
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "engine.sock")
-
-
-@pytest.fixture
-def listener(path: str) -> Iterator[Listener]:
-    listener = Listener(path)
-    yield listener
-    listener.close()
-
-
 @contextlib.contextmanager
 def stranger(path: str, says: bytes) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -53,14 +40,14 @@ def stranger(path: str, says: bytes) -> Iterator[socket.socket]:
         yield sock
 
 
-def test_only_this_user_can_connect(listener: Listener, path: str):
-    assert os.stat(path).st_mode & 0o177 == 0
+def test_only_this_user_can_connect(listener: Listener, socket_path: str):
+    assert os.stat(socket_path).st_mode & 0o177 == 0
 
 
 @pytest.mark.parametrize("what", hostile_bytes(b""))
-def test_a_stranger_does_not_keep_the_trainer_out(listener: Listener, path: str, bait: Bait, what: str):
-    with stranger(path, hostile_bytes(bait.pickled)[what]) as sock:
-        trainer = link.connect(path, DEADLINE_S)
+def test_a_stranger_does_not_keep_the_trainer_out(listener: Listener, socket_path: str, bait: Bait, what: str):
+    with stranger(socket_path, hostile_bytes(bait.pickled)[what]) as sock:
+        trainer = link.connect(socket_path, DEADLINE_S)
         started = time.monotonic()
         engine = listener.accept(DEADLINE_S)
         assert time.monotonic() - started < 1
@@ -73,23 +60,23 @@ def test_a_stranger_does_not_keep_the_trainer_out(listener: Listener, path: str,
         engine.close()
 
 
-def test_strangers_alone_are_no_trainer(listener: Listener, path: str, bait: Bait):
+def test_strangers_alone_are_no_trainer(listener: Listener, socket_path: str, bait: Bait):
     with contextlib.ExitStack() as stack:
         said = hostile_bytes(bait.pickled)
         for says in said.values():
-            stack.enter_context(stranger(path, says))
-        stack.enter_context(stranger(path, b"gone")).close()
+            stack.enter_context(stranger(socket_path, says))
+        stack.enter_context(stranger(socket_path, b"gone")).close()
         with pytest.raises(LinkError, match=rf"no trainer connected within 0\.3 s; {len(said)} that did not greet"):
             listener.accept(SHORT_S)
 
 
-def test_a_crowd_that_says_nothing_keeps_nobody_waiting(listener: Listener, path: str):
+def test_a_crowd_that_says_nothing_keeps_nobody_waiting(listener: Listener, socket_path: str):
     with contextlib.ExitStack() as stack:
         for _ in range(3 * link.STRANGERS):
-            stack.enter_context(stranger(path, b""))
+            stack.enter_context(stranger(socket_path, b""))
         with pytest.raises(LinkError, match=r"no trainer connected within 0\.3 s$"):
             listener.accept(SHORT_S)
-        trainer = link.connect(path, DEADLINE_S)
+        trainer = link.connect(socket_path, DEADLINE_S)
         engine = listener.accept(DEADLINE_S)
         engine.send({"ready": True}, DEADLINE_S)
         assert trainer.receive(DEADLINE_S) == {"ready": True}
@@ -128,8 +115,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> ProbedWorker:
 
 
 @pytest.fixture
-def engine(worker: ProbedWorker, path: str) -> Iterator[Engined]:
-    engine = Engined(worker, path)
+def engine(worker: ProbedWorker, socket_path: str) -> Iterator[Engined]:
+    engine = Engined(worker, socket_path)
     yield engine
     engine.close()
 
@@ -146,9 +133,9 @@ def announcement(segment: SharedSegment, value: float = 1) -> dict:
     return {"manifest": manifest_of(named), "handles": {device_id(CPU): segment.fill(named)}}
 
 
-def serve(engine: Engined, path: str, segment: SharedSegment, worker: ProbedWorker) -> None:
+def serve(engine: Engined, socket_path: str, segment: SharedSegment, worker: ProbedWorker) -> None:
     """A whole update by the rightful trainer."""
-    trainer = link.connect(path, DEADLINE_S)
+    trainer = link.connect(socket_path, DEADLINE_S)
     engine.accept(1)
     trainer.send(announcement(segment, 2), DEADLINE_S)
     trainer.send({"go": True}, DEADLINE_S)
@@ -160,9 +147,9 @@ def serve(engine: Engined, path: str, segment: SharedSegment, worker: ProbedWork
 
 @pytest.mark.parametrize("what", hostile_bytes(b""))
 def test_what_follows_a_greeting_is_refused_in_time(
-    engine: Engined, worker: ProbedWorker, path: str, segment: SharedSegment, bait: Bait, what: str
+    engine: Engined, worker: ProbedWorker, socket_path: str, segment: SharedSegment, bait: Bait, what: str
 ):
-    with stranger(path, GREETING + hostile_bytes(bait.pickled)[what]):
+    with stranger(socket_path, GREETING + hostile_bytes(bait.pickled)[what]):
         engine.accept(1)
         started = time.monotonic()
         with pytest.raises(LinkError, match=r"^the trainer (sent nothing|is gone|sent \[\])"):
@@ -170,7 +157,7 @@ def test_what_follows_a_greeting_is_refused_in_time(
         assert time.monotonic() - started < SHORT_S + 1
         assert worker.model.calls == []
         assert untouched(worker)
-    serve(engine, path, segment, worker)
+    serve(engine, socket_path, segment, worker)
 
 
 WRONG_MESSAGES = {
@@ -190,10 +177,10 @@ WRONG_MESSAGES = {
 @pytest.mark.parametrize("form", range(len(data_as(b""))))
 @pytest.mark.parametrize("what", WRONG_MESSAGES)
 def test_a_pickle_where_data_is_expected_is_refused_and_left_alone(
-    engine: Engined, worker: ProbedWorker, path: str, segment: SharedSegment, bait: Bait, what: str, form: int
+    engine: Engined, worker: ProbedWorker, socket_path: str, segment: SharedSegment, bait: Bait, what: str, form: int
 ):
     wrong = WRONG_MESSAGES[what](announcement(segment), data_as(bait.pickled)[form])
-    hostile = link.connect(path, DEADLINE_S)
+    hostile = link.connect(socket_path, DEADLINE_S)
     engine.accept(1)
     hostile.send(wrong, DEADLINE_S)
     hostile.send({"go": True}, DEADLINE_S)
@@ -207,16 +194,16 @@ def test_a_pickle_where_data_is_expected_is_refused_and_left_alone(
     assert "load" not in worker.model.calls
     assert untouched(worker)
     hostile.close()
-    serve(engine, path, segment, worker)
+    serve(engine, socket_path, segment, worker)
 
 
 @pytest.mark.parametrize(
     "decision", [{"go": False}, {"go": "yes"}, {"go": 2}, {"go": [0]}, {}, {"go": True, "more": 1}]
 )
 def test_anything_but_go_calls_the_update_off(
-    engine: Engined, worker: ProbedWorker, path: str, segment: SharedSegment, decision: dict
+    engine: Engined, worker: ProbedWorker, socket_path: str, segment: SharedSegment, decision: dict
 ):
-    hostile = link.connect(path, DEADLINE_S)
+    hostile = link.connect(socket_path, DEADLINE_S)
     engine.accept(1)
     hostile.send(announcement(segment), DEADLINE_S)
     hostile.send(decision, DEADLINE_S)
@@ -224,7 +211,7 @@ def test_anything_but_go_calls_the_update_off(
         engine.update(DEADLINE_S)
     assert untouched(worker)
     hostile.close()
-    serve(engine, path, segment, worker)
+    serve(engine, socket_path, segment, worker)
 
 
 # ---- anywhere in an update

@@ -15,7 +15,8 @@ import torch
 
 from extensions.process_group import LINGER_S, GroupError, _plain_group
 from suite.driver import free_port
-from suite.processes import Process, RemoteError, Run, gather, launch
+from suite.processes import Process, RemoteError, gather
+from suite.selftest.ranks import started
 from suite.selftest.strangers import Bait, hostile_bytes
 
 DEADLINE_S, TIMEOUT_S, SLACK_S = 30.0, 1.0, 1.5
@@ -24,11 +25,8 @@ LOOPBACK = "127.0.0.1"
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Process]]:
-    with Run(tmp_path_factory.mktemp("hostile") / "logs") as run:
-        started = [launch(run, f"rank{rank}", "suite.selftest.ranks:Rank") for rank in range(2)]
-        for process in started:
-            process.ready(60)
-        yield started
+    with started(tmp_path_factory.mktemp("hostile"), 2) as processes:
+        yield processes
 
 
 def visit(stack: contextlib.ExitStack, port: int, pickled: bytes) -> None:

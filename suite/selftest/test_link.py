@@ -7,7 +7,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,21 +17,9 @@ DEADLINE_S, SHORT_S = 10.0, 0.3
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "engine.sock")
-
-
-@pytest.fixture
-def listener(path: str) -> Iterator[Listener]:
-    listener = Listener(path)
-    yield listener
-    listener.close()
-
-
-@pytest.fixture
-def pair(listener: Listener, path: str) -> Iterator[tuple[Link, Link]]:
+def pair(listener: Listener, socket_path: str) -> Iterator[tuple[Link, Link]]:
     """(the trainer's end, the engine's end)."""
-    trainer = link.connect(path, DEADLINE_S)
+    trainer = link.connect(socket_path, DEADLINE_S)
     engine = listener.accept(DEADLINE_S)
     yield trainer, engine
     trainer.close()
@@ -76,8 +63,8 @@ def test_a_large_message_arrives_whole(pair: tuple[Link, Link]):
     sending.join(DEADLINE_S)
 
 
-def test_several_trainers_are_told_apart(listener: Listener, path: str):
-    trainers = [link.connect(path, DEADLINE_S) for _ in range(3)]
+def test_several_trainers_are_told_apart(listener: Listener, socket_path: str):
+    trainers = [link.connect(socket_path, DEADLINE_S) for _ in range(3)]
     engines = [listener.accept(DEADLINE_S) for _ in range(3)]
     for number, trainer in enumerate(trainers):
         trainer.send({"rank": number}, DEADLINE_S)
@@ -94,19 +81,19 @@ def test_what_is_no_plain_data_is_refused_where_it_is_sent(pair: tuple[Link, Lin
 # ---- nobody there
 
 
-def test_connecting_where_nobody_listens_says_where(path: str):
-    failing(lambda: link.connect(path, DEADLINE_S), "no engine listens at .*engine.sock: FileNotFoundError")
+def test_connecting_where_nobody_listens_says_where(socket_path: str):
+    failing(lambda: link.connect(socket_path, DEADLINE_S), "no engine listens at .*engine.sock: FileNotFoundError")
 
 
-def test_connecting_to_an_engine_that_has_gone_says_so(listener: Listener, path: str):
+def test_connecting_to_an_engine_that_has_gone_says_so(listener: Listener, socket_path: str):
     listener.close()
-    failing(lambda: link.connect(path, DEADLINE_S), "no engine listens at .*ConnectionRefusedError")
+    failing(lambda: link.connect(socket_path, DEADLINE_S), "no engine listens at .*ConnectionRefusedError")
 
 
-def test_an_engine_takes_the_place_of_one_that_has_gone(listener: Listener, path: str):
+def test_an_engine_takes_the_place_of_one_that_has_gone(listener: Listener, socket_path: str):
     listener.close()
-    other = Listener(path)
-    trainer = link.connect(path, DEADLINE_S)
+    other = Listener(socket_path)
+    trainer = link.connect(socket_path, DEADLINE_S)
     other.accept(DEADLINE_S)
     trainer.close()
     other.close()

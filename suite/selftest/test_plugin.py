@@ -51,6 +51,18 @@ from suite import plugin, verdicts
 from suite.processes import launch
 
 ECHO = "suite.selftest.targets:Echo"
+
+def judged(requirement="update.exact", models=["qwen3-tied-tiny"]):
+    return pytest.mark.requirement(requirement, models=models)
+
+@pytest.fixture
+def failing_setup():
+    assert False, "the engine did not start"
+
+@pytest.fixture
+def broken_teardown():
+    yield
+    raise ValueError("did not end")
 """
 ONE_CASE = ("--subject=broadcast", "--stage=cpu-tp1")
 
@@ -110,71 +122,59 @@ def broken_setup():
     raise ValueError("no such device")
 
 @pytest.fixture
-def failing_setup():
-    assert False, "the engine did not start"
-
-@pytest.fixture
 def skipping_setup():
     pytest.skip("not today")
 
-@pytest.fixture
-def broken_teardown():
-    yield
-    raise ValueError("did not end")
-
-def judged(function):
-    return pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])(function)
-
-@judged
+@judged()
 def test_passes(subject, stage, model):
     assert (subject.name, stage.name, model) == ("broadcast", "cpu-tp1", "qwen3-tied-tiny")
 
-@judged
+@judged()
 def test_fails(subject, stage, model):
     assert 1 + 1 == 3, "12 of 32768 elements differ"
 
-@judged
+@judged()
 def test_fails_remotely(subject, stage, model, run):
     launch(run, "worker", ECHO).call("fail", "no such weight", deadline_s=20)
 
-@judged
+@judged()
 def test_is_late(subject, stage, model, run):
     launch(run, "sleeper", ECHO).call("sleep", 60, deadline_s=2)
 
-@judged
+@judged()
 def test_expects_an_error(subject, stage, model):
     with pytest.raises(ValueError):
         pass
 
-@judged
+@judged()
 def test_is_unsupported(subject, stage, model):
     verdicts.unsupported("the subject lacks it")
 
-@judged
+@judged()
 def test_is_not_applicable(subject, stage, model):
     verdicts.not_applicable("the machine lacks it")
 
-@judged
+@judged()
 def test_breaks(subject, stage, model):
     raise ValueError("bug in the test")
 
-@judged
+@judged()
 def test_breaks_in_setup(subject, stage, model, broken_setup):
     pass
 
-@judged
+@judged()
 def test_fails_in_setup(subject, stage, model, failing_setup):
     pass
 
-@judged
+@judged()
 def test_skips_in_setup(subject, stage, model, skipping_setup):
     pass
 
-@judged
+@judged()
 def test_breaks_in_teardown(subject, stage, model, broken_teardown):
     pass
 
-@judged
+@judged()
 def test_fails_and_breaks_in_teardown(subject, stage, model, broken_teardown):
     assert False, "wrong weights"
 

@@ -35,9 +35,6 @@ def examine_with(directory: Path, waivers: str, tests: str, *arguments: str, con
 
 BROADCAST = ("--subject=broadcast",)
 JUDGED = """
-def judged(requirement):
-    return pytest.mark.requirement(requirement, models=["qwen3-tied-tiny"])
-
 @judged("update.exact")
 def test_exact(subject, stage, model):
     assert stage.name == "cpu-tp1", "12 of 32768 elements differ"
@@ -124,28 +121,16 @@ def test_only_what_a_waiver_covers_is_waived(tmp_path: Path, changed: dict[str, 
 
 
 BREAKING = """
-@pytest.fixture
-def broken_teardown():
-    yield
-    raise ValueError("did not end")
-
-@pytest.fixture
-def failing_setup():
-    assert False, "the engine did not start"
-
-def judged(function):
-    return pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])(function)
-
-@judged
+@judged()
 def test_breaks(subject, stage, model):
     if stage.name == "cpu-tp1":
         raise ValueError("bug in the test")
 
-@judged
+@judged()
 def test_fails_in_setup(subject, stage, model, failing_setup):
     pass
 
-@judged
+@judged()
 def test_fails_and_breaks_in_teardown(subject, stage, model, broken_teardown):
     assert False, "wrong weights"
 """
@@ -174,9 +159,6 @@ def test_update(benchmark, subject, stage, model):
 # ---- a waiver that is not needed
 
 FINDING_STALE = """
-def judged(requirement, models=["qwen3-tied-tiny"]):
-    return pytest.mark.requirement(requirement, models=models)
-
 @judged("update.exact")
 def test_exact(subject, stage, model):
     assert subject.name == "colocate", "12 of 32768 elements differ"

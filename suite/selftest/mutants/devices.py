@@ -1,17 +1,13 @@
 """Mutants that mistake one device for another: devices.*."""
 
 import contextlib
-from collections.abc import Iterable
 
 import torch
 
 from extensions.colocate import ColocateWorkerExtension, HandleSender
 from extensions.devices import open_handle
-from suite.selftest.mutants.registry import PACKAGE, mutant
+from suite.selftest.mutants.registry import ACCEPTED, HANDLES, PACKAGE, Named, mutant
 
-HANDLES = {"cpu": "cpu-tp1", "gpu": "gpu-colocate-tp1"}
-ACCEPTED = r"expected an error for an update with .* found success"
-Named = Iterable[tuple[str, torch.Tensor]]
 Handles = dict[str, dict[str, dict]]
 
 

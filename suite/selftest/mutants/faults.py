@@ -1,18 +1,12 @@
 """Mutants that take the loss of the other side wrongly: faults.*."""
 
 import threading
-from collections.abc import Iterable
-
-import torch
 
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.process_group import GroupError, stateless_init_process_group
 from extensions.updating import UpdateBracket
-from suite.selftest.mutants.registry import PACKAGE, mutant
+from suite.selftest.mutants.registry import BROADCAST, DIFFER, PACKAGE, Named, mutant
 
-DIFFER = r"weights that differ"
-BROADCAST = {"cpu": "cpu-tp1", "gpu": "gpu-split"}
-Named = Iterable[tuple[str, torch.Tensor]]
 AN_HOUR_S = 3600.0
 
 

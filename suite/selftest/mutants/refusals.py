@@ -9,11 +9,7 @@ from extensions.colocate import ColocateWorkerExtension
 from extensions.expected import Shapes, expected_weights
 from extensions.manifest import ManifestError
 from extensions.updating import UpdateError
-from suite.selftest.mutants.registry import Loader, Meddles, Unchecked, mutant
-
-ACCEPTED = r"expected an error for an update with .* found success"
-BROADCAST = {"cpu": "cpu-tp1", "gpu": "gpu-split"}
-HANDLES = {"cpu": "cpu-tp1", "gpu": "gpu-colocate-tp1"}
+from suite.selftest.mutants.registry import ACCEPTED, BROADCAST, HANDLES, Loader, Meddles, Unchecked, mutant
 
 
 @mutant("errors.unknown_name", ACCEPTED, "vllm#51063", **BROADCAST)

@@ -1,7 +1,7 @@
 """What a mutant is, and the base classes of those that meddle with what is loaded."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,17 @@ from suite.subjects import SUBJECTS, subject_from
 
 PACKAGE = __package__
 Loader = Callable[[str, torch.Tensor], None]
+Named = Iterable[tuple[str, torch.Tensor]]
+
+# Where it shows, by the kind of machine.
+BROADCAST = {"cpu": "cpu-tp1", "gpu": "gpu-split"}
+HANDLES = {"cpu": "cpu-tp1", "gpu": "gpu-colocate-tp1"}
+
+# What a failure says, as patterns.
+DIFFER = r"weights that differ"
+NOT_THERE = rf"{DIFFER}|expected every weight to differ"  # from what it was before: the update has not come
+ANSWERS = r"greedy tokens after|log-probabilities after"
+ACCEPTED = r"expected an error for an update with .* found success"
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,10 @@ import torch
 from extensions.broadcast import WorkerExtension
 from extensions.dtypes import dtype_of
 from extensions.manifest import ManifestError
-from suite.selftest.mutants.registry import Loader, Meddles, Unchecked, mutant
-
-WRONG = r"weights that differ"
-BROADCAST = {"cpu": "cpu-tp1", "gpu": "gpu-split"}
+from suite.selftest.mutants.registry import BROADCAST, DIFFER, Loader, Meddles, Unchecked, mutant
 
 
-@mutant("update.sequence", WRONG, "vllm#57854", **BROADCAST)
+@mutant("update.sequence", DIFFER, "vllm#57854", **BROADCAST)
 class DeafAfterRefusal(WorkerExtension):
     """Receives the update after a refused one, and loads nothing of it."""
 
@@ -39,7 +36,7 @@ class DeafAfterRefusal(WorkerExtension):
         return super().end_update()
 
 
-@mutant("update.sequence", WRONG, **BROADCAST)
+@mutant("update.sequence", DIFFER, **BROADCAST)
 class LosesEveryOtherEmbedding(Meddles, WorkerExtension):
     """Leaves the embedding as it was in every second update."""
 
@@ -48,7 +45,7 @@ class LosesEveryOtherEmbedding(Meddles, WorkerExtension):
             load(name, tensor)
 
 
-@mutant("update.sequence", rf"{WRONG}|an update is under way", "vllm#57854", **BROADCAST)
+@mutant("update.sequence", rf"{DIFFER}|an update is under way", "vllm#57854", **BROADCAST)
 class StaysUpdating(WorkerExtension):
     """Puts an aborted update back and does not close it."""
 
@@ -58,12 +55,12 @@ class StaysUpdating(WorkerExtension):
         return "the weights are as they were before the update"
 
 
-@mutant("update.sequence", rf"{WRONG}|found success|expected an error that names", "vllm#57854", **BROADCAST)
+@mutant("update.sequence", rf"{DIFFER}|found success|expected an error that names", "vllm#57854", **BROADCAST)
 class AppliesHalf(Unchecked, WorkerExtension):
     """Checks nothing before it loads, so that what is refused has been loaded in part."""
 
 
-@mutant("update.sequence", WRONG, "vllm#42821", cpu="cpu-tp1")
+@mutant("update.sequence", DIFFER, "vllm#42821", cpu="cpu-tp1")
 class LosesWhatComesAlone(WorkerExtension):
     """Loads a tensor outside of an update into a parameter that is not computed with."""
 

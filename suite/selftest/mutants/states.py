@@ -4,7 +4,6 @@ update.exact and .repeated in time, update.graphs, .fp8, sleep.*, cache.*, memor
 """
 
 import threading
-from collections.abc import Iterable
 
 import torch
 
@@ -12,14 +11,19 @@ from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension, HandleSender
 from extensions.devices import open_handle
 from extensions.process_group import Communicator
-from suite.selftest.mutants.registry import PACKAGE, Loader, Meddles, mutant
+from suite.selftest.mutants.registry import (
+    ANSWERS,
+    BROADCAST,
+    DIFFER,
+    HANDLES,
+    NOT_THERE,
+    PACKAGE,
+    Loader,
+    Meddles,
+    Named,
+    mutant,
+)
 
-DIFFER = r"weights that differ"
-NOT_THERE = rf"{DIFFER}|expected every weight to differ"  # from what it was before: the update has not come
-ANSWERS = r"greedy tokens after|log-probabilities after"
-BROADCAST = {"cpu": "cpu-tp1", "gpu": "gpu-split"}
-HANDLES = {"cpu": "cpu-tp1", "gpu": "gpu-colocate-tp1"}
-Named = Iterable[tuple[str, torch.Tensor]]
 DELAY_CYCLES = 4_000_000_000  # of a GPU's clock: about 2 s
 
 

@@ -1,7 +1,6 @@
 """Mutants that compute with other weights than they were sent: update.* and fanout.*."""
 
 import re
-from collections.abc import Iterable
 
 import torch
 
@@ -9,16 +8,21 @@ from extensions import loading
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
 from extensions.dtypes import dtype_of
-from suite.selftest.mutants.registry import PACKAGE, Loader, Meddles, mutant
+from suite.selftest.mutants.registry import (
+    ANSWERS,
+    BROADCAST,
+    DIFFER,
+    NOT_THERE,
+    PACKAGE,
+    Loader,
+    Meddles,
+    Named,
+    mutant,
+)
 
-DIFFER = r"weights that differ"
-NOT_THERE = rf"{DIFFER}|expected every weight to differ"  # from what it was before: the update has not come
-ANSWERS = r"greedy tokens after|log-probabilities after"
-BROADCAST = {"cpu": "cpu-tp1", "gpu": "gpu-split"}
 TP2 = {"cpu": "cpu-tp2", "gpu": "gpu-colocate-tp2"}
 EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
-Named = Iterable[tuple[str, torch.Tensor]]
 PAIR = re.compile(r"(.+\.mlp\.)(?:gate_proj|up_proj)\.weight")
 
 
