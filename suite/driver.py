@@ -37,9 +37,16 @@ class TrainerGroup:
     """The ranks of one trainer. Every call goes to all of them."""
 
     def __init__(
-        self, run: Run, name: str, world_size: int, device: str, visible: list[str], warm_up: bool = True
+        self,
+        run: Run,
+        name: str,
+        world_size: int,
+        device: str,
+        visible: list[str],
+        warm_up: bool = True,
+        stage: Stage | None = None,
     ) -> None:
-        """`warm_up=False` leaves out what only `load` needs."""
+        """`warm_up=False` leaves out what only `load` needs. `stage` has more to say of the environment."""
         port = free_port()
         self.world_size = world_size
         self.processes: list[Process] = []
@@ -51,6 +58,7 @@ class TrainerGroup:
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
                 "WEIGHT_UPDATE_TIMEOUT_S": str(UPDATE_TIMEOUT_S["cpu" if device == "cpu" else "gpu"]),
+                **(stage.nccl_environment(f"trainer-{rank}") if stage else {}),
             }
             self.processes.append(
                 launch(run, f"{name}-rank{rank}", "suite.trainer:Trainer", arguments, env, CALL_DEADLINE_S)
@@ -64,7 +72,7 @@ class TrainerGroup:
     def of_stage(cls, run: Run, name: str, stage: Stage, world_size: int = 1, warm_up: bool = True) -> "TrainerGroup":
         """A trainer on the devices that its stage has for it."""
         device = "cpu" if stage.kind == "cpu" else "cuda"
-        return cls(run, f"{name}-{stage.name}", world_size, device, list(stage.trainer_visible), warm_up)
+        return cls(run, f"{name}-{stage.name}", world_size, device, list(stage.trainer_visible), warm_up, stage)
 
     def ready(self) -> None:
         """Wait until all ranks are up."""

@@ -40,7 +40,7 @@ def trainers(run: Run) -> Iterator[Callable[[Stage, int], TrainerGroup]]:
     groups: dict[tuple, TrainerGroup] = {}
 
     def started(stage: Stage, world_size: int) -> TrainerGroup:
-        key = (stage.kind, stage.trainer_visible, world_size)
+        key = (stage.kind, stage.trainer_visible, stage.hosts_apart, world_size)
         if key in groups and not groups[key].alive:
             groups.pop(key).stop()
         if key not in groups:
@@ -102,6 +102,8 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     """
     subject, stage, model = (request.getfixturevalue(name) for name in ("subject", "stage", "model"))
     keys = _engines_of(request.node)
+    if reason := next(filter(None, map(pool.too_large, keys)), ""):
+        verdicts.not_applicable(reason)
     with timeline("starting", str(keys[0])):
         engines = [pool.get(key) for key in keys]
     for engine in engines:

@@ -27,6 +27,7 @@ CORES_A_START = 2  # an engine that starts keeps one to three cores busy
 MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 ENGINE_BYTES = 2.5e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
 GPU_FRACTION = 0.9  # of a GPU's memory may be planned for
+GB = 1e9
 HOST_BYTES = 4e9  # of host memory, for an engine and what it loads
 POLL_S = 0.1
 
@@ -106,6 +107,7 @@ class Pool:
         `references` are those that a test's engines are compared with, which start right after them. One that no test
         updates ends once it has written down what it computes with.
         """
+        needs = {test: [key for key in keys if not self.too_large(key)] for test, keys in needs.items()}
         self._by_test = needs
         updated = Counter(key for keys in needs.values() for key in keys)
         in_order = dict.fromkeys(key for test, keys in needs.items() for key in (*keys, *references.get(test, ())))
@@ -114,6 +116,14 @@ class Pool:
         starts = max(MIN_STARTS, min(MAX_STARTS, len(os.sched_getaffinity(0)) // CORES_A_START))
         for index in range(starts):
             threading.Thread(target=self._work, name=f"engine-starter-{index}", daemon=True).start()
+
+    def too_large(self, key: EngineKey) -> str:
+        """Why an engine and the trainer of its stage have no room even alone; empty where they have."""
+        for device in {*self._devices_of(key), *self._stages[key.stage].trainer_devices}:
+            wanted, found = self._wanted_bytes(device, [key]), self._gpu_memory.get(device, math.inf)
+            if wanted > GPU_FRACTION * found:
+                return f"{key.model} on {key.stage} takes {wanted / GB:.0f} GB of a GPU that has {found / GB:.0f} GB"
+        return ""
 
     def get(self, key: EngineKey) -> EngineHandle:
         """The engine, waiting for it to start. Raises what its start raised."""
@@ -283,17 +293,20 @@ class Pool:
     def _fits(self, key: EngineKey) -> bool:
         """Whether the GPUs of an engine and of its trainer have room beside the engines that are there.
 
-        Engines add up. The trainer of a stage is one process for all its engines and holds one model at a time.
+        Engines add up. A trainer is one process for all engines and holds one model at a time.
         """
         there = [*self._started, *self._starting, *self._stopping]
         for device in {*self._devices_of(key), *self._stages[key.stage].trainer_devices}:
-            engines = [k for k in (key, *there) if device in self._devices_of(k)]
-            trained = [k for k in (key, *there) if device in self._stages[k.stage].trainer_devices]
-            wanted = sum(ENGINE_BYTES + self._bytes(k, self._stages[k.stage].engine_ranks) for k in engines)
-            wanted += max((self._bytes(k, self._stages[k.stage].trainer_world_size) for k in trained), default=0)
+            wanted = self._wanted_bytes(device, [key, *there])
             if there and wanted > GPU_FRACTION * self._gpu_memory.get(device, math.inf):
                 return False
         return True
+
+    def _wanted_bytes(self, device: str, keys: list[EngineKey]) -> float:
+        engines = [key for key in keys if device in self._devices_of(key)]
+        trained = [key for key in keys if device in self._stages[key.stage].trainer_devices]
+        wanted = sum(ENGINE_BYTES + self._bytes(k, self._stages[k.stage].engine_ranks) for k in engines)
+        return wanted + max((self._bytes(k, self._stages[k.stage].trainer_world_size) for k in trained), default=0)
 
     def _bytes(self, key: EngineKey, ranks: int) -> float:
         """The weights of an engine's model in bfloat16, on one of so many ranks."""
@@ -367,7 +380,8 @@ def engine_environment(stage: Stage, copy: int, eager: bool) -> dict[str, str | 
         "TORCHDYNAMO_DISABLE": "1" if eager else None,
     }
     if stage.kind == "gpu":
-        return common | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": stage.visible_to_engine(copy)}
+        named = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": stage.visible_to_engine(copy)}
+        return common | named | stage.nccl_environment(f"engine-{copy}")
     cores = sorted(os.sched_getaffinity(0))
     bound = "|".join(str(cores[rank % len(cores)]) for rank in range(stage.tensor_parallel_size))
     return common | {

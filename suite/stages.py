@@ -48,7 +48,8 @@ class Stage:
     """Which devices the trainer's and the engines' ranks get.
 
     colocated: trainer and engine ranks share devices, rank by rank. On a CPU everything shares the host's memory and
-    every transport is possible. Devices are UUIDs, none on a CPU; `engine_devices` has those of all engines in turn.
+    every transport is possible. hosts_apart: NCCL is told that each process is on a host of its own; it would refuse
+    two ranks on one GPU. Devices are UUIDs, none on a CPU; `engine_devices` has those of all engines in turn.
     `engine_visible`, `trainer_visible`: what they are called in CUDA_VISIBLE_DEVICES, where CUDA_DEVICE_ORDER is
     PCI_BUS_ID.
     """
@@ -64,6 +65,7 @@ class Stage:
     trainer_visible: tuple[str, ...] = ()
     pipeline_parallel_size: int = 1
     engines: int = 1
+    hosts_apart: bool = False
 
     @property
     def engine_ranks(self) -> int:
@@ -75,8 +77,9 @@ class Stage:
         """How many GPUs the stage takes."""
         if self.kind == "cpu":
             return 0
-        of_engines = self.engines * self.engine_ranks
-        return max(of_engines, self.trainer_world_size) if self.colocated else of_engines + self.trainer_world_size
+        if self.colocated:
+            return max(self.engine_ranks, self.trainer_world_size)
+        return self.engines * self.engine_ranks + self.trainer_world_size
 
     def refuses(self, transport: str) -> str:
         """Why weights can't travel by this transport ("broadcast" or "handles") here; empty where they can."""
@@ -84,9 +87,19 @@ class Stage:
             return ""
         if transport == "handles" and not self.colocated:
             return f"{self.name}: trainer and engine share no GPU, and a handle is of use on its own GPU only"
-        if transport == "broadcast" and self.colocated:
+        if transport == "handles" and self.hosts_apart:
+            return f"{self.name}: gpu-colocate-tp1 is where handles are examined on one GPU"
+        if transport == "broadcast" and self.colocated and not self.hosts_apart:
             return f"{self.name}: trainer and engine share their GPUs, and NCCL takes one rank a GPU"
         return ""
+
+    def nccl_environment(self, process: str) -> dict[str, str]:
+        """What NCCL reads in the environment of a trainer's or an engine's process, by whatever name tells them apart.
+
+        With a NCCL_HOSTID each, two ranks on one GPU pass for two hosts (NCCL 2.28 checks for duplicates within a host
+        only) and talk over sockets.
+        """
+        return {"NCCL_HOSTID": process, "NCCL_NET": "Socket"} if self.hosts_apart else {}
 
     def devices_of_engine(self, engine: int = 0) -> tuple[str, ...]:
         """The UUIDs for one engine, by rank."""
@@ -102,12 +115,16 @@ STAGES = (
     Stage("cpu-tp1", "cpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True),
     Stage("cpu-tp2", "cpu", tensor_parallel_size=2, trainer_world_size=1, colocated=True),
     Stage("gpu-colocate-tp1", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True),
+    Stage("gpu-shared", "gpu", 1, trainer_world_size=1, colocated=True, engines=2, hosts_apart=True),
     Stage("gpu-split", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=False),
     Stage("gpu-colocate-tp2", "gpu", tensor_parallel_size=2, trainer_world_size=2, colocated=True),
     Stage("gpu-split-tp2", "gpu", tensor_parallel_size=2, trainer_world_size=2, colocated=False),
     Stage("gpu-fanout", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=False, engines=2),
     Stage("gpu-split-pp2", "gpu", 1, trainer_world_size=1, colocated=False, pipeline_parallel_size=2),
 )
+
+# Those of one trainer and one engine of one rank: what has nothing to do with ranks is examined there.
+GPU_OF_ONE_RANK = ("gpu-colocate-tp1", "gpu-shared", "gpu-split")
 
 
 def available_stages(machine: Machine) -> list[Stage]:
@@ -127,16 +144,22 @@ def _lacking(stage: Stage, machine: Machine) -> str:
         needed, found = stage.tensor_parallel_size, machine.cpu_cores
         return "" if found >= needed else f"needs {needed} CPU cores, one for each rank; this process may use {found}"
     usable = _usable(stage, machine)
+    if stage.hosts_apart and len(usable) > 1:
+        return "stands in for gpu-split on a machine of one GPU; CUDA_VISIBLE_DEVICES=0 makes this one such"
     if len(usable) >= stage.gpus:
         return ""
-    whole = "whole GPU" if stage.gpus > 1 else "GPU"
+    whole = "whole GPU" if _takes_whole(stage) else "GPU"
     note = f" ({machine.note})" if machine.note else ""
     return f"needs {stage.gpus} {whole}{'s' if stage.gpus > 1 else ''}, found {len(usable)}{note}"
 
 
 def _usable(stage: Stage, machine: Machine) -> list[str]:
-    """MIG slices can't reach each other: they serve only stages of one device."""
-    return [device.uuid for device in machine.devices if stage.gpus == 1 or not device.is_slice]
+    return [device.uuid for device in machine.devices if not (device.is_slice and _takes_whole(stage))]
+
+
+def _takes_whole(stage: Stage) -> bool:
+    """MIG slices can't reach each other: they serve only stages of one device. NCCL is not for them."""
+    return stage.gpus > 1 or stage.hosts_apart
 
 
 def _placed(stage: Stage, machine: Machine) -> Stage:
@@ -144,7 +167,7 @@ def _placed(stage: Stage, machine: Machine) -> Stage:
         return stage
     chosen = tuple(_usable(stage, machine)[: stage.gpus])
     trainer = chosen[: stage.trainer_world_size]
-    engines = chosen if stage.colocated else chosen[stage.trainer_world_size :]
+    engines = chosen * stage.engines if stage.colocated else chosen[stage.trainer_world_size :]
     called = {device.uuid: _called(device) for device in machine.devices}
     return replace(
         stage,

@@ -3,13 +3,15 @@
 import pytest
 
 from suite.driver import Sync
+from suite.stages import GPU_OF_ONE_RANK
 
 TIED = "qwen3-tied-tiny"
+MODELS = dict.fromkeys(GPU_OF_ONE_RANK, (TIED,))
 LONG_PROMPT = 200  # tokens: more than one block of the prefix cache on every backend
 
 
 @pytest.mark.engine(enforce_eager=False)
-@pytest.mark.requirement("update.graphs", models={"gpu-split": [TIED], "gpu-colocate-tp1": [TIED]})
+@pytest.mark.requirement("update.graphs", models=MODELS)
 def test_graphs(sync: Sync, target: int) -> None:
     addresses = sync.call_engines("probe_addresses")
     for seed in (target, sync.seed):
@@ -23,7 +25,7 @@ def test_graphs(sync: Sync, target: int) -> None:
 
 
 @pytest.mark.engine(quantization="fp8")
-@pytest.mark.requirement("update.fp8", models={"gpu-split": [TIED], "gpu-colocate-tp1": [TIED]})
+@pytest.mark.requirement("update.fp8", models=MODELS)
 def test_fp8(sync: Sync, target: int) -> None:
     for seed in (target, sync.seed, target):
         sync.load(seed)
@@ -32,13 +34,13 @@ def test_fp8(sync: Sync, target: int) -> None:
 
 
 @pytest.mark.engine(enable_sleep_mode=True)
-@pytest.mark.requirement("sleep.level1", models={"gpu-split": [TIED], "gpu-colocate-tp1": [TIED]})
+@pytest.mark.requirement("sleep.level1", models=MODELS)
 def test_level1(sync: Sync, target: int) -> None:
     _exact_after_sleep(sync, target, level=1)
 
 
 @pytest.mark.engine(enable_sleep_mode=True)
-@pytest.mark.requirement("sleep.level2", models={"gpu-split": [TIED], "gpu-colocate-tp1": [TIED]})
+@pytest.mark.requirement("sleep.level2", models=MODELS)
 def test_level2(sync: Sync, target: int) -> None:
     _exact_after_sleep(sync, target, level=2)
 

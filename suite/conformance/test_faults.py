@@ -8,11 +8,11 @@ import pytest
 from suite.driver import Outcome, Sync, TrainerGroup
 from suite.plugin import timeline
 from suite.processes import Run
-from suite.stages import Stage
+from suite.stages import GPU_OF_ONE_RANK, Stage
 
 TIED = "qwen3-tied-tiny"
-ONE_RANK = {"cpu-tp1": [TIED], "gpu-split": [TIED], "gpu-colocate-tp1": [TIED]}
-WORKERS = {"cpu-tp2": [TIED], "gpu-split": [TIED], "gpu-colocate-tp1": [TIED]}  # cpu-tp1's worker is its engine
+ONE_RANK = dict.fromkeys(("cpu-tp1", *GPU_OF_ONE_RANK), (TIED,))
+WORKERS = dict.fromkeys(("cpu-tp2", *GPU_OF_ONE_RANK), (TIED,))  # cpu-tp1's worker is its engine
 MOMENTS = ("before", "during", "after")
 DEADLINE_S = 60.0
 

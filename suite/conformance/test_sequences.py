@@ -12,6 +12,7 @@ from suite.driver import Sync, TrainerGroup
 from suite.plugin import TRIED, announce
 from suite.processes import Run
 from suite.sequences import MALFORMED, UNKNOWN_DEVICE, Player, Step, parse
+from suite.stages import GPU_OF_ONE_RANK
 from suite.trial import Trial
 
 TIED = "qwen3-tied-tiny"
@@ -113,7 +114,7 @@ def test_sequence(playing: Callable[[], None]) -> None:
 
 
 @pytest.mark.engine(enable_sleep_mode=True)
-@pytest.mark.requirement("update.sequence", models={"gpu-split": [TIED], "gpu-colocate-tp1": [TIED]})
+@pytest.mark.requirement("update.sequence", models=dict.fromkeys(GPU_OF_ONE_RANK, (TIED,)))
 def test_sequence_with_sleep(playing: Callable[[], None]) -> None:
     playing()
 

@@ -15,7 +15,7 @@ import torch
 from extensions.broadcast import WorkerExtension
 from suite import driver, probe, processes
 from suite.requirements import REQUIREMENTS
-from suite.selftest.mutants import MUTANTS, Mutant, plugin, verdicts
+from suite.selftest.mutants import MUTANTS, Mutant, plugin, registry, verdicts
 from suite.selftest.mutants.__main__ import _stages, main
 from suite.stages import STAGES
 from suite.subjects import SENDERS, SUBJECTS, load, subject_from
@@ -106,10 +106,30 @@ def test_a_sample_of_more_than_there_are_requirements_has_no_mutant_twice():
     assert len(chosen) == len(set(chosen)) > 40
 
 
+def test_mutants_of_stages_that_this_machine_can_not_hold_are_left_out():
+    tp2, fanout = MUTANTS["SkipsRankOne"], MUTANTS["UpdatesTheFirstEngineOnly"]
+    missing = {"gpu-colocate-tp2": "needs 2 whole GPUs, found 1", "gpu-fanout": "needs 3 whole GPUs, found 1"}
+    away = {tp2.name: "gpu-colocate-tp2: needs 2 whole GPUs, found 1"}
+    assert verdicts.held([ONE, tp2], "gpu", missing) == ([ONE], away)
+    assert verdicts.held([ONE, fanout], "gpu", missing)[0] == [ONE]
+    assert verdicts.held([ONE, tp2, fanout], "cpu", missing) == ([ONE, tp2, fanout], {})
+
+
+@pytest.mark.parametrize(("one", "stage"), [(True, "gpu-shared"), (False, "gpu-split")])
+def test_on_one_gpu_broadcasts_are_judged_where_it_is_shared(monkeypatch, one: bool, stage: str):
+    monkeypatch.setattr(registry, "_one_gpu", lambda: one)
+    assert ONE.stage("gpu") == stage
+    assert ONE.judged_by("gpu", ONE.requirement, stage, "")
+    assert ONE.stage("cpu") == "cpu-tp1"
+    assert MUTANTS["UpdatesTheFirstEngineOnly"].stage("gpu") == ("gpu-shared" if one else "gpu-fanout")
+    assert MUTANTS["SkipsRankOne"].stage("gpu") == "gpu-colocate-tp2"
+
+
 def test_the_stages_that_are_held():
     assert _stages([ONE, MUTANTS["SkipsRankOne"]], "cpu") == ["cpu-tp1", "cpu-tp2"]
     assert _stages([ONE], "gpu") == ["gpu-split"]
     assert _stages([MUTANTS["UpdatesTheFirstEngineOnly"]], "cpu") == ["cpu-tp1", "cpu-tp2"]
+    assert _stages([MUTANTS["UpdatesTheFirstEngineOnly"]], "gpu") == ["gpu-fanout"]
 
 
 # ---- which cases are left

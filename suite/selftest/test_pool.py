@@ -435,5 +435,16 @@ def test_another_subjects_engine_serves_where_it_computes_the_same(pool: Pool, o
     assert (pool._oracle_path(found) == pool._oracle_path(other)) == serves
 
 
+@pytest.mark.parametrize(("gpu_bytes", "fits"), [(151e9, True), (86e9, False)])
+def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started, gpu_bytes: float, fits: bool):
+    """Two copies of 32B in bfloat16 are 131 GB."""
+    pool._gpu_memory = {"GPU-1": gpu_bytes}
+    large, small = (EngineKey(model, "gpu", "colocate", None) for model in ("qwen3-32b", "qwen3-14b"))
+    plan(pool, [large])
+    assert started.stays_at(int(fits))
+    assert pool.too_large(small) == ""
+    assert pool.too_large(large) == ("" if fits else "qwen3-32b on gpu takes 134 GB of a GPU that has 86 GB")
+
+
 def test_snapshots_have_paths_of_their_own(pool: Pool):
     assert pool.scratch() != pool.scratch()

@@ -36,17 +36,32 @@ def uuid_of(name: str) -> str:
     ("gpus", "held"),
     [
         (0, ["cpu-tp1", "cpu-tp2"]),
-        (1, ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1"]),
+        (1, ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1", "gpu-shared"]),
         (2, ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"]),
-        (3, [stage.name for stage in STAGES if stage.name != "gpu-split-tp2"]),
-        (4, [stage.name for stage in STAGES]),
-        (8, [stage.name for stage in STAGES]),
+        (3, [stage.name for stage in STAGES if stage.name not in ("gpu-shared", "gpu-split-tp2")]),
+        (4, [stage.name for stage in STAGES if stage.name != "gpu-shared"]),
+        (8, [stage.name for stage in STAGES if stage.name != "gpu-shared"]),
     ],
 )
 def test_stages_by_the_number_of_gpus(gpus, held):
     machine = machine_of(gpus)
     assert sorted(stage.name for stage in available_stages(machine)) == sorted(held)
     assert set(unavailable(machine)) == {stage.name for stage in STAGES} - set(held)
+
+
+def test_on_one_gpu_nccl_takes_every_process_for_a_host():
+    held = {stage.name: stage for stage in available_stages(machine_of(1))}
+    shared, colocated = held["gpu-shared"], held["gpu-colocate-tp1"]
+    assert shared.trainer_devices == ("GPU-0",)
+    assert [shared.devices_of_engine(engine) for engine in (0, 1)] == [("GPU-0",), ("GPU-0",)]
+    assert [shared.visible_to_engine(engine) for engine in (0, 1)] == ["0", "0"]
+    hosts = {shared.nccl_environment(process)["NCCL_HOSTID"] for process in ("trainer-0", "engine-0", "engine-1")}
+    assert len(hosts) == 3
+    assert colocated.nccl_environment("trainer-0") == {}
+    assert (bool(shared.refuses("handles")), shared.refuses("broadcast")) == (True, "")
+    assert (colocated.refuses("handles"), bool(colocated.refuses("broadcast"))) == ("", True)
+    assert "CUDA_VISIBLE_DEVICES=0" in unavailable(machine_of(2))["gpu-shared"]
+    assert unavailable(machine_of(0))["gpu-shared"] == "needs 1 whole GPU, found 0"
 
 
 def test_every_rank_has_a_device_and_only_colocated_ones_share():
@@ -77,6 +92,7 @@ def test_slices_hold_a_stage_of_one_device():
     held = {stage.name: stage for stage in available_stages(machine)}
     assert held["gpu-colocate-tp1"].engine_devices == ("MIG-bbbb1111-0000-0000-0000-000000000000",)
     assert held["gpu-colocate-tp1"].visible_to_engine() == "MIG-bbbb1111-0000-0000-0000-000000000000"
+    assert held["gpu-shared"].engine_devices == ("GPU-aaaa2222-0000-0000-0000-000000000000",) * 2, "NCCL takes no slice"
     assert "gpu-split" not in held
 
 

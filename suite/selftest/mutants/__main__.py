@@ -18,6 +18,7 @@ from typing import TextIO
 from suite.processes import ROOT
 from suite.record import RUN
 from suite.selftest.mutants import Mutant, verdicts
+from suite.stages import machine, unavailable
 from suite.subjects import SUBJECTS
 
 DEADLINE_S, ENDING_S = 4 * 3600.0, 60.0
@@ -37,15 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
         for mutant in chosen:
             print(f"{mutant.requirement:24} {mutant.name}: {mutant.does}")
         return 0
-    names = [] if options.repeat else [f"--extension={mutant.extension}" for mutant in chosen]
-    stages = [] if options.repeat else [f"--stage={stage}" for stage in _stages(chosen, options.kind)]
-    repeat = [f"--repeat={options.repeat}", *(f"-k={options.k}" for _ in options.k[:1])] if options.repeat else []
-    entries = _judged(report, options.kind, [*names, *stages, *repeat])
-    if entries is None:
-        return 2
     if options.repeat:
-        return _tell_repeated(entries, options.repeat, report)
-    return _tell(chosen, entries, options, report)
+        only = [f"-k={options.k}"] if options.k else []
+        entries = _judged(report, options.kind, [f"--repeat={options.repeat}", *only])
+        return 2 if entries is None else _tell_repeated(entries, options.repeat, report)
+    chosen, away = verdicts.held(chosen, options.kind, unavailable(machine()))
+    for mutant, reason in away.items():
+        print(f"{mutant} is left out: {reason}")
+    if not chosen:
+        print("this machine can hold none of their stages", file=sys.stderr)
+        return 2
+    names = [f"--extension={mutant.extension}" for mutant in chosen]
+    entries = _judged(report, options.kind, [*names, *(f"--stage={stage}" for stage in _stages(chosen, options.kind))])
+    return 2 if entries is None else _tell(chosen, away, entries, options, report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _stages(chosen: list[Mutant], kind: str) -> list[str]:
     """The stages to be held: those where mutants are judged, and on CPUs the other one, which lends a second engine."""
-    fanout = ("cpu-tp2",) if any(mutant.requirement.startswith("fanout.") for mutant in chosen) else ()
+    fans_out = kind == "cpu" and any(mutant.requirement.startswith("fanout.") for mutant in chosen)
+    fanout = ("cpu-tp2",) if fans_out else ()
     return [*dict.fromkeys([*(mutant.stage(kind) for mutant in chosen), *fanout])]
 
 
@@ -113,7 +119,13 @@ def _pass_on(process: "subprocess.Popen[str]", log: TextIO) -> None:
             print(line, end="", flush=True)
 
 
-def _tell(chosen: list[Mutant], entries: list[verdicts.Entry], options: argparse.Namespace, report: Path) -> int:
+def _tell(
+    chosen: list[Mutant],
+    away: dict[str, str],
+    entries: list[verdicts.Entry],
+    options: argparse.Namespace,
+    report: Path,
+) -> int:
     outcomes = [verdicts.outcome_of(mutant, options.kind, entries) for mutant in chosen]
     whole = not options.names and not options.sample
     summary = verdicts.summary(outcomes, entries, options.kind, whole)
@@ -124,7 +136,7 @@ def _tell(chosen: list[Mutant], entries: list[verdicts.Entry], options: argparse
         f" {counts['survived']} survived, {counts['error']} errors;"
         f" {counts['controls passed']} of {counts['controls']} controls passed"
     )
-    return _write(summary, report / "mutants.json")
+    return _write(summary | {"left_out": away}, report / "mutants.json")
 
 
 def _tell_repeated(entries: list[verdicts.Entry], times: int, report: Path) -> int:

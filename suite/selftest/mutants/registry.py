@@ -8,6 +8,7 @@ import torch
 
 from extensions.loading import new_load
 from extensions.manifest import parse
+from suite import stages
 from suite.requirements import REQUIREMENTS
 from suite.subjects import SUBJECTS, subject_from
 
@@ -63,13 +64,20 @@ class Mutant:
         return (self.thread,) if self.thread else REQUIREMENTS[self.requirement].threads
 
     def stage(self, kind: str) -> str | None:
-        """Where it is judged on machines of this kind."""
-        return self.cpu if kind == "cpu" else self.gpu
+        """Where it is judged on machines of this kind; this one may have a single GPU."""
+        if kind == "cpu":
+            return self.cpu
+        return "gpu-shared" if self.gpu in ("gpu-split", "gpu-fanout") and _one_gpu() else self.gpu
 
     def judged_by(self, kind: str, requirement: str, stage: str | None, case: str) -> bool:
         """Whether it is judged by a case; one without a stage is the same on all."""
         there = self.stage(kind) is not None and stage in (None, self.stage(kind))
         return there and requirement == self.requirement and self.case in case
+
+
+@functools.cache
+def _one_gpu() -> bool:
+    return "gpu-shared" not in stages.unavailable(stages.machine())
 
 
 MUTANTS: dict[str, Mutant] = {}

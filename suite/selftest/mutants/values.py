@@ -130,7 +130,7 @@ class KeepsThePackedCopies(WorkerExtension):
         return count
 
 
-@mutant("fanout.two_engines", DIFFER, "vllm#56949", cpu="cpu-tp1")
+@mutant("fanout.two_engines", DIFFER, "vllm#56949", cpu="cpu-tp1", gpu="gpu-fanout")
 class UpdatesTheFirstEngineOnly(Meddles, WorkerExtension):
     """Loads nothing in engines whose ranks come after another engine's."""
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,12 @@ def select(names: Sequence[str], kind: str, sample: int = 0, seed: int = 0) -> l
         raise ValueError(f"{min(lacking)} can't be judged with --kind {kind}")
     found.sort(key=lambda mutant: [*REQUIREMENTS].index(mutant.requirement))
     return _sampled([mutant for mutant in found if not mutant.patient], sample, seed) if sample else found
+
+
+def held(mutants: Sequence[Mutant], kind: str, missing: Mapping[str, str]) -> tuple[list[Mutant], dict[str, str]]:
+    """The mutants whose stage this machine can hold, and {name of another: why not}; `missing` is {stage: why}."""
+    away = {m.name: f"{m.stage(kind)}: {missing[m.stage(kind)]}" for m in mutants if m.stage(kind) in missing}
+    return [mutant for mutant in mutants if mutant.name not in away], away
 
 
 def _sampled(mutants: list[Mutant], sample: int, seed: int) -> list[Mutant]:
