@@ -161,7 +161,8 @@ def _engines_of(item: pytest.Item) -> list[EngineKey]:
     seed = None if MODELS[model].purpose == "published" else seed_of(_index(subject))
     key = EngineKey(model, stage.name, subject.host or subject.name, seed, options)
     if "visibility" in params:
-        return [replace(key, visible=params["visibility"].engine(_devices()))]
+        visibility, devices = params["visibility"], _devices()
+        return [replace(key, visible=visibility.engine(devices))] if visibility.fits(devices) else []
     if "fanout" in names:
         return _two_engines(key, stage)
     return [key] if names & {"sync", "sharded"} else []

@@ -28,6 +28,10 @@ class Visibility:
     engine_sees: tuple[int, ...] | None
     as_uuids: bool = False
 
+    def fits(self, devices: tuple[Device, ...]) -> bool:
+        """Whether the machine has the GPUs that are told apart."""
+        return max(*(self.trainer_sees or ()), *(self.engine_sees or ())) < len(devices)
+
     def engine(self, devices: tuple[Device, ...]) -> str | None:
         """The engine's CUDA_VISIBLE_DEVICES; it takes the first GPU it sees."""
         return self._variable(self.engine_sees, devices)
@@ -81,7 +85,7 @@ def remapped(
     pool: Pool, stage: Stage, subject: Subject, model: str, visibility: Visibility, request: pytest.FixtureRequest
 ) -> Iterator[Callable[[], Sync]]:
     """Brings together a trainer and an engine that see the machine's GPUs each in its own way."""
-    if len(machine().devices) < 2:
+    if not visibility.fits(machine().devices):
         verdicts.not_applicable(f"needs 2 GPUs to tell one from the other, found {len(machine().devices)}")
     trainer = request.getfixturevalue("remap_trainers")(visibility)
     with ExitStack() as lent:

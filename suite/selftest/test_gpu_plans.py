@@ -1,0 +1,74 @@
+"""Which engines a run on GPUs plans to start, on machines of one to four GPUs, as a fake nvidia-smi lists them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from suite.processes import ROOT
+
+DEADLINE_S = 60
+PLANNING = """
+from suite import environment, fixtures
+
+environment.lacks_engine = lambda kind: None
+
+
+def pytest_collection_finish(session):
+    for item in session.items:
+        print("PLANNED", item.name, *(f"{key.stage}={key.copy}" for key in fixtures._engines_of(item)))
+"""
+
+
+Planned = tuple[int, dict[str, list[str]]]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+def planned(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, dict[str, list[str]]]:
+    """(the number of GPUs, {test: its engines, as stage=copy})."""
+    gpus, directory = request.param, tmp_path_factory.mktemp("planned")
+    (directory / "planning.py").write_text(PLANNING)
+    listing = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}{i}{i}{i})\n" for i in range(gpus))
+    program = directory / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '%s' '{listing}'\n")
+    program.chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    env["PATH"] = f"{directory}{os.pathsep}{env['PATH']}"
+    env["PYTHONPATH"] = os.pathsep.join([str(directory), str(ROOT), env.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "planning",
+         "-p", "no:cacheprovider", f"--report={directory / 'report'}"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("PLANNED")]
+    return gpus, {name: engines for name, *engines in lines}
+
+
+def stages_of(plan: dict[str, list[str]], test: str) -> set[str]:
+    return {engine for name, engines in plan.items() if name.startswith(f"{test}[") for engine in engines}
+
+
+def test_every_stage_that_is_there_has_its_engines(planned: Planned):
+    gpus, plan = planned
+    here = {
+        1: {"gpu-colocate-tp1", "gpu-shared"},
+        2: {"gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"},
+        3: {"gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2", "gpu-fanout", "gpu-split-pp2"},
+        4: {"gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2", "gpu-fanout", "gpu-split-pp2", "gpu-split-tp2"},
+    }[gpus]
+    assert stages_of(plan, "test_exact") == {f"{stage}=0" for stage in here}
+
+
+def test_devices_are_told_apart_where_there_are_two(planned: Planned):
+    gpus, plan = planned
+    assert stages_of(plan, "test_remap") == ({"gpu-colocate-tp1=0"} if gpus > 1 else set())
+
+
+def test_one_trainer_feeds_two_engines_on_one_gpu_and_on_three(planned: Planned):
+    gpus, plan = planned
+    second = {engine for engine in stages_of(plan, "test_two_engines") if engine.endswith("=1")}
+    assert second == {1: {"gpu-shared=1"}, 2: set(), 3: {"gpu-fanout=1"}, 4: {"gpu-fanout=1"}}[gpus]
