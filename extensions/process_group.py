@@ -297,7 +297,8 @@ class _NcclCommunicator:
     """Broadcasts of CUDA tensors, through vLLM's own binding of NCCL.
 
     NCCL waits for a peer for ever, and so does whoever waits for the device. A thread watches the broadcasts: where
-    rank 0 is gone, or one takes longer than the timeout, it aborts them all.
+    rank 0 is gone, or one takes longer than the timeout, it aborts them all. So does a broadcast that NCCL refuses, as
+    over sockets, where it notices itself that a peer is gone: those before it would stay on the device for ever.
     """
 
     def __init__(self, meeting: "_Meeting", rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
@@ -317,9 +318,9 @@ class _NcclCommunicator:
             stream, ended = stream or torch.cuda.current_stream(self.device), torch.cuda.Event()
             try:
                 self._comm.broadcast(_as_bytes(tensor, self.device), src=src, stream=stream)
-            except RuntimeError:  # NCCL's own, for what the watcher has aborted
+            except RuntimeError as error:  # NCCL's own
+                self._give_up(_first_line(error))
                 self._expect_whole()
-                raise
             ended.record(stream)
         self._under_way.append((time.monotonic(), ended))
 
@@ -336,6 +337,7 @@ class _NcclCommunicator:
 
     def _begin_watching(self) -> None:
         self._lost = ""  # why the group was given up
+        self._aborting = threading.Lock()
         self._under_way: deque[tuple[float, torch.cuda.Event]] = deque()
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="nccl-watch", daemon=True)
@@ -345,17 +347,26 @@ class _NcclCommunicator:
         if self._comm is None:
             raise GroupError("this communicator is closed")
         if self._lost:
+            if self._aborting.acquire(timeout=ABORT_S):  # until then the device may still be waiting
+                self._aborting.release()
             raise GroupError(f"rank {self.rank}: {self._lost}; the group was aborted, make a new one")
 
     def _watch(self) -> None:
         with torch.cuda.device(self.device):
             while not self._closed.wait(WATCH_POLL_S):
-                self._lost = self._trouble()
+                if trouble := self._trouble():
+                    self._give_up(trouble)
                 if self._lost:
-                    nccl_abort = self._comm.nccl.lib.ncclCommAbort  # not among vLLM's own before 0.22
-                    nccl_abort.argtypes = [ctypes.c_void_p]
-                    nccl_abort(self._comm.comm)
                     return
+
+    def _give_up(self, reason: str) -> None:
+        """End all broadcasts on the device; once, by whoever finds out first."""
+        with self._aborting:
+            if not self._lost:
+                self._lost = reason
+                nccl_abort = self._comm.nccl.lib.ncclCommAbort  # not among vLLM's own before 0.22
+                nccl_abort.argtypes = [ctypes.c_void_p]
+                nccl_abort(self._comm.comm)
 
     def _trouble(self) -> str:
         """Why to give up; empty as long as broadcasts end."""

@@ -30,7 +30,7 @@ LOG_LINES = 40
 TRIED = pytest.StashKey[dict[str, int]]()  # what a test has tried and how often, for run.json
 MEASURING = "benchmark"  # what stands for the requirement where a measurement failed
 SUMMARY_COLUMNS = 100
-PHASES = ("alone", "benchmark", "ends_engine")  # the markers of what comes after the rest, in this order
+PHASES = ("alone", "ends_engine", "benchmark")  # the markers of what comes after the rest, in this order
 MARKERS = (
     "cpu: judges or measures an engine on this machine's CPU",
     "gpu: judges or measures an engine on GPUs",
@@ -39,7 +39,7 @@ MARKERS = (
     "requirement(id, models=None): the requirement that a test judges, and the models it is judged with",
     "engine(**options): arguments of vllm.LLM for the engines of a test",
     "alone: judges what engines that start or end beside it would change; comes after what judges otherwise",
-    "ends_engine: leaves an engine that no other test can use; comes last",
+    "ends_engine: leaves an engine that no other test can use; comes after all that judge",
     "models(cpu=[...], gpu=[...]): the models that a test takes, by the kind or the name of the stage",
 )
 
@@ -255,7 +255,7 @@ def _place(item: pytest.Item) -> tuple[int, ...]:
 
 
 def _phase(item: pytest.Item) -> int:
-    """Measuring comes when the engines have started that would disturb it, and what ends them after that."""
+    """What ends engines comes when they have served, and measuring when there are none left that would disturb it."""
     return next((number for number, name in enumerate(PHASES, 1) if item.get_closest_marker(name)), 0)
 
 

@@ -101,6 +101,36 @@ def test_where_rank_0_is_gone_the_others_do_not_wait_for_the_timeout(device: Dev
     group.close()
 
 
+def test_what_nccl_refuses_is_aborted_at_once(device: Device, server: socket.socket):
+    group = communicator(device, server, rank=1, timeout_s=100)
+    group.broadcast(torch.zeros(1), src=0)
+    group._comm.broadcast = refused
+    with pytest.raises(GroupError, match="remote process exited; the group was aborted, make a new one"):
+        group.broadcast(torch.zeros(1), src=0)
+    assert device.aborted == ["a comm"], "or the first would stay on the device"
+    with pytest.raises(GroupError, match="remote process exited"):
+        group.wait()
+    group.close()
+    assert device.aborted == ["a comm"]
+    assert not group._watcher.is_alive()
+
+
+def test_who_is_told_of_a_loss_finds_the_device_free(device: Device, server: socket.socket):
+    group = communicator(device, server, rank=1, timeout_s=0.2)
+    group._comm.nccl.lib.ncclCommAbort = lambda comm: (time.sleep(0.5), device.abort(comm))
+    group.broadcast(torch.zeros(1), src=0)
+    while not group._lost:
+        time.sleep(0.01)
+    with pytest.raises(GroupError, match="has not ended"):
+        group.broadcast(torch.zeros(1), src=0)
+    assert device.aborted == ["a comm"]
+    group.close()
+
+
+def refused(tensor: torch.Tensor, src: int, stream: object) -> None:
+    raise RuntimeError("NCCL error: remote process exited")
+
+
 def test_what_ends_in_time_is_left_alone_however_long_the_group_lives(device: Device, server: socket.socket):
     group = communicator(device, server, rank=1, timeout_s=0.2)
     device.idle.set()

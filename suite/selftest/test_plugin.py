@@ -422,10 +422,10 @@ def test_judges(subject, stage, model):
 """
 
 
-def test_what_judges_comes_first_and_what_ends_engines_last_on_all_stages(tmp_path: Path):
+def test_what_judges_comes_first_and_what_measures_last_on_all_stages(tmp_path: Path):
     finished = examine(tmp_path, OF_EVERY_PHASE, "--subject=broadcast", "--collect-only", "-q")
     cases = [line.partition("::")[2] for line in finished.output.splitlines() if "::" in line]
-    in_order = ["test_judges", "test_alone", "test_measures", "test_ends"]
+    in_order = ["test_judges", "test_alone", "test_ends", "test_measures"]
     assert [case.partition("[")[0] for case in cases] == [name for name in in_order for _ in range(2)]
     assert ["cpu-tp1" in case for case in cases] == [True, False] * 4
 
