@@ -14,9 +14,10 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 import torch
 
@@ -29,6 +30,7 @@ ABORT_S = 5.0  # how long aborting may hold up whoever closes
 LINGER_S = 2.0  # how long rank 0 stays after a refusal, for the others to hear of it
 DEFAULT_TIMEOUT_S = 120.0
 TIMEOUT_VARIABLE = "WEIGHT_UPDATE_TIMEOUT_S"
+T = TypeVar("T")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -141,8 +143,7 @@ class _Meeting:
         self.store: torch.distributed.TCPStore | None = None  # None once this rank has left
         if rank != 0:
             self._await_server()
-        opening: Future[torch.distributed.TCPStore] = Future()
-        threading.Thread(target=self._open_store, args=(opening,), daemon=True).start()
+        opening = _in_a_thread(self._open_store)  # TCPStore waits for ever where something else listens, and is silent
         try:
             self.store = opening.result(max(1.0, self._deadline - time.monotonic()))
         except TimeoutError:
@@ -151,17 +152,11 @@ class _Meeting:
             hint = "is the port taken?" if rank == 0 else "are address and port the trainer's (rank 0's) own?"
             raise GroupError(f"{self._where}: no rendezvous; {hint} ({_first_line(error)})") from error
 
-    def _open_store(self, opening: "Future[torch.distributed.TCPStore]") -> None:
-        """In a thread of its own: TCPStore waits for ever where something else listens and says nothing."""
-        try:
-            timeout = timedelta(seconds=self._timeout_s)
-            opening.set_result(
-                torch.distributed.TCPStore(
-                    self._address, self._port, is_master=self._rank == 0, wait_for_workers=False, timeout=timeout
-                )
-            )
-        except Exception as error:
-            opening.set_exception(error)
+    def _open_store(self) -> torch.distributed.TCPStore:
+        timeout = timedelta(seconds=self._timeout_s)
+        return torch.distributed.TCPStore(
+            self._address, self._port, is_master=self._rank == 0, wait_for_workers=False, timeout=timeout
+        )
 
     def _await_server(self) -> None:
         """Wait until something listens: TCPStore itself may take several times its timeout to give up."""
@@ -238,6 +233,20 @@ class _Meeting:
                 return False
             time.sleep(HANDSHAKE_POLL_S)
         return True
+
+
+def _in_a_thread(function: Callable[[], T]) -> "Future[T]":
+    """What a call returns or raises, in a thread that nobody has to wait for."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _said(value: bytes) -> str:
@@ -339,6 +348,7 @@ class _NcclCommunicator:
         self._lost = ""  # why the group was given up
         self._aborting = threading.Lock()
         self._under_way: deque[tuple[float, torch.cuda.Event]] = deque()
+        self._asked: Future[None] | None = None
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="nccl-watch", daemon=True)
         self._watcher.start()
@@ -352,12 +362,11 @@ class _NcclCommunicator:
             raise GroupError(f"rank {self.rank}: {self._lost}; the group was aborted, make a new one")
 
     def _watch(self) -> None:
-        with torch.cuda.device(self.device):
-            while not self._closed.wait(WATCH_POLL_S):
-                if trouble := self._trouble():
-                    self._give_up(trouble)
-                if self._lost:
-                    return
+        while not self._closed.wait(WATCH_POLL_S):
+            if trouble := self._trouble():
+                self._give_up(trouble)
+            if self._lost:
+                return
 
     def _give_up(self, reason: str) -> None:
         """End all broadcasts on the device; once, by whoever finds out first."""
@@ -369,17 +378,30 @@ class _NcclCommunicator:
                 nccl_abort(self._comm.comm)
 
     def _trouble(self) -> str:
-        """Why to give up; empty as long as broadcasts end."""
-        while self._under_way and self._under_way[0][1].query():
-            self._under_way.popleft()
-        if not self._under_way:
+        """Why to give up; empty as long as broadcasts end.
+
+        CUDA does not answer while another thread loads code onto the device, which waits for what runs there (seen on
+        an H200): then what has not been said to have ended has not.
+        """
+        self._asked = self._asked or _in_a_thread(self._drop_ended)
+        try:
+            self._asked.result(WATCH_POLL_S)
+            self._asked = None
+        except TimeoutError:
+            pass
+        oldest = next(iter([*self._under_way]), None)
+        if oldest is None:
             return ""
-        waited_s = time.monotonic() - self._under_way[0][0]
+        waited_s = time.monotonic() - oldest[0]
         if waited_s > self._timeout_s:
             return f"a broadcast has not ended within {self._timeout_s:g} s"
         if self.rank != 0 and waited_s > WATCH_POLL_S and not _listens(self._server):
             return "rank 0 is gone in the middle of a broadcast"
         return ""
+
+    def _drop_ended(self) -> None:
+        while self._under_way and self._under_way[0][1].query():
+            self._under_way.popleft()
 
 
 def _listens(server: tuple[str, int]) -> bool:

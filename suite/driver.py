@@ -1,5 +1,6 @@
 """One trainer, one or more engines and the steps that move weights between them, as tests use them."""
 
+import contextlib
 import itertools
 import random
 import socket
@@ -15,6 +16,7 @@ from suite.subjects import Subject
 CALL_DEADLINE_S = 120.0
 CALL_MARGIN_S = 10.0  # for an answer to arrive that was given just in time
 ADDRESS = "127.0.0.1"
+PORTS = (15000, 32000)  # below those that Linux hands out: from 32768 on, see ip_local_port_range
 
 # Two right computations in bfloat16 differ in a log-probability by less than this, and choose the same token where the
 # best logit leads by more than twice that. Measured on the tiny models: see suite/selftest/test_trainer.py.
@@ -27,10 +29,12 @@ _generations = itertools.count(1)
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as sock:
-        sock.bind((ADDRESS, 0))
-        return sock.getsockname()[1]
+    """A port that nothing listens on now, and that the system gives to nobody who asks for any: NCCL asks for many."""
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind((ADDRESS, port))
+            return port
 
 
 class TrainerGroup:

@@ -76,7 +76,7 @@ class Record:
             }
         document = self.config.hook.pytest_benchmark_generate_json(
             config=self.config,
-            benchmarks=session.benchmarks,
+            benchmarks=[measured for measured in session.benchmarks if measured.stats.data],  # not cut off in the first
             include_data=True,
             machine_info=self._fixed["machine_info"],
             commit_info=self._fixed["commit_info"],

@@ -10,6 +10,7 @@ from suite.pool import Pool
 UPDATES, WARM_UP = 50, 10
 BUFFERS = UPDATES / 4  # one in four updates that keeps its tensors is found
 NOISE = {"host_bytes": 16e6, "device_bytes": 16e6, "torch_bytes": 1e6, "descriptors": 2, "mappings": 12}
+HINTS = {"device_bytes": " (which counts every process on the GPU: is one of them not of this run?)"}
 SCALED = ("host_bytes", "device_bytes", "torch_bytes")
 
 
@@ -31,5 +32,5 @@ def test_steady(sync: Sync, target: int, pool: Pool) -> None:
             grown = after[process][what] - amount
             assert grown <= allowed, (
                 f"expected {what} of {process} level over {UPDATES} updates (at most {allowed:.0f} more),"
-                f" found {grown} more {sync.where}"
+                f" found {grown} more{HINTS.get(what, '')} {sync.where}"
             )

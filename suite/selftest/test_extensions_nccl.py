@@ -26,6 +26,8 @@ class Event:
         pass
 
     def query(self) -> bool:
+        if self._device.silent:
+            self._device.idle.wait()
         return self._device.idle.is_set()
 
 
@@ -34,6 +36,7 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.idle = threading.Event()
+        self.silent = False  # as while code is loaded onto it: it answers when it has nothing to do
         self.aborted: list[object] = []
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "a stream")
@@ -113,6 +116,21 @@ def test_what_nccl_refuses_is_aborted_at_once(device: Device, server: socket.soc
     group.close()
     assert device.aborted == ["a comm"]
     assert not group._watcher.is_alive()
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_device_that_does_not_answer_does_not_keep_the_watcher_waiting(
+    device: Device, server: socket.socket, gone: bool
+):
+    device.silent = True
+    group = communicator(device, server, rank=1, timeout_s=100 if gone else 0.3)
+    group.broadcast(torch.zeros(1), src=0)
+    if gone:
+        server.close()
+    with pytest.raises(GroupError, match="rank 0 is gone" if gone else "has not ended within"):
+        group.wait()
+    assert device.aborted == ["a comm"]
+    group.close()
 
 
 def test_who_is_told_of_a_loss_finds_the_device_free(device: Device, server: socket.socket):

@@ -490,6 +490,30 @@ def test_ctrl_c_at_any_moment_leaves_a_report_or_none_and_no_process(
         assert set(finished.verdicts.values()) <= {"pass", "error"}
 
 
+CUT_OFF = """
+def cut_off():
+    raise KeyboardInterrupt
+
+@judged()
+def test_exact(subject, stage, model):
+    pass
+
+@pytest.mark.benchmark(group="update")
+@pytest.mark.models(cpu=["qwen3-1m"])
+def test_update(benchmark, subject, stage, model):
+    benchmark.pedantic(cut_off, rounds=3)
+"""
+
+
+def test_ctrl_c_before_the_first_sample_leaves_a_report(tmp_path: Path):
+    finished = examine(tmp_path, CUT_OFF, *ONE_CASE)
+    assert finished.code == pytest.ExitCode.INTERRUPTED
+    assert "Traceback" not in finished.output
+    assert finished.document["benchmarks"] == []
+    assert finished.verdicts == {"test_exact[broadcast-cpu-tp1-qwen3-tied-tiny]": "pass"}
+    assert (finished.report / "report.html").exists()
+
+
 def _marked(process: psutil.Process, directory: Path) -> bool:
     try:
         return process.environ().get("MARKED_BY") == str(directory)
