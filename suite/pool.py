@@ -134,12 +134,16 @@ class Pool:
             self._changed.notify_all()
             while key not in self._started and key not in self._failed:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"no engine {key} after {START_DEADLINE_S + 60:g} s")
+                    raise TimeoutError(f"no engine {key} after {START_DEADLINE_S + 60:g} s: {self._why_not(key)}")
                 self._changed.wait(POLL_S)
             self._wanted = None
             if key in self._failed:
                 raise self._failed[key]
             return self._started[key]
+
+    def _why_not(self, key: EngineKey) -> str:
+        others = ", ".join(map(str, [*self._started, *self._starting, *self._stopping])) or "no other"
+        return "it is still starting" if key in self._starting else f"it found no room beside what is there: {others}"
 
     def done(self, test: str) -> None:
         """A test has ended: the engines that no later one needs end too."""
