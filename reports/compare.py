@@ -20,6 +20,8 @@ CAUSES = {
     "slower": "a benchmark slower beyond the threshold",
 }
 DEFAULT_CAUSES = ("failing", "error", "slower")
+LAST = ("only in A", "only in B", "judged in neither")  # kinds of which a run with other stages has many
+NOT_JUDGED = {"absent", "not-applicable", "unsupported"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Change:
             return "still failing (waived)" if self.was in ("fail", "waived") else "newly waived"
         if self.now == self.was:
             return "unchanged" if self.now != "fail" else "still failing"
+        if {self.now, self.was} <= NOT_JUDGED:
+            return "judged in neither"
         if self.now == "fail":
             return "newly failing"
         if self.now == "error":
@@ -111,6 +115,16 @@ class Comparison:
     differences: list[tuple[str, str, str]]
     requirements: list[Change]
     timings: list[TimingChange]
+
+    @property
+    def told(self) -> list[Change]:
+        """What is worth a word, one that hardly is last: what is there, or not, on one side alone."""
+        changed = [change for change in self.requirements if change.kind != "unchanged" or change.detail]
+        return sorted(changed, key=lambda change: LAST.index(change.kind) if change.kind in LAST else -1)
+
+    @property
+    def unchanged(self) -> int:
+        return sum(change.kind == "unchanged" for change in self.requirements)
 
     @property
     def drift(self) -> list[tuple[str, Ratio]]:

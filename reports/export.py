@@ -7,7 +7,7 @@ import io
 from xml.etree import ElementTree
 
 from reports import statistics, text, units
-from reports.compare import DEFAULT_CAUSES, Change, Comparison, TimingChange
+from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
 from reports.load import Run
 from reports.matrix import SYMBOL, headline, in_order
 from reports.table import markdown, markdown_table
@@ -59,13 +59,17 @@ def compare_markdown(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES
     parts = [f"### {markdown(text.compare_headline(found, causes))}", sides]
     if found.differences:
         parts.append(_folded("Environment differences", markdown_table(("", "A", "B"), found.differences)))
-    changed = [change for change in found.requirements if change.kind != "unchanged" or change.detail]
+    changed = [change for change in found.told if change.kind not in LAST]
     if changed:
         rows = [(change.kind, *change.key, f"{change.was} → {change.now}", change.detail) for change in changed]
         head = ("what", "requirement", "subject", "stage", "model", "A → B", "detail")
         parts.append(markdown_table(head, rows))
     if found.requirements:
-        parts.append(f"{sum(change.kind == 'unchanged' for change in found.requirements)} requirement cases unchanged.")
+        parts.append(f"{found.unchanged} requirement cases unchanged.")
+    for kind in LAST:
+        lines = text.grouped(change for change in found.told if change.kind == kind)
+        listed = "\n".join(_bullet(": ".join(filter(None, line))) for line in lines)
+        parts += [_folded(f"{kind[0].upper()}{kind[1:]}", listed)] if lines else []
     moved = [change for change in found.timings if change.verdict != "same"]
     parts += [_timings(moved)] if moved else []
     same = [change for change in found.timings if change.verdict == "same"]
@@ -115,6 +119,10 @@ def _timings(changes: list[TimingChange]) -> str:
     head = ("verdict", "benchmark", "A", "B", "B/A [95%]", "p", "of roof A", "of roof B", "B/A against roof", "note")
     rows = [(*text.timing_row(change)[:9], change.why) for change in changes]
     return markdown_table(head, rows, (2, 3, 6, 7))
+
+
+def _bullet(line: str) -> str:
+    return "* " + ("\\" if line.startswith("-") else "") + markdown(line)  # where "- " is a symbol, not a list
 
 
 def _folded(title: str, content: str) -> str:

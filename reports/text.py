@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise, zip_longest
 
 from reports import units
-from reports.compare import DEFAULT_CAUSES, Comparison, TimingChange
+from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, MEANING, SYMBOL, Cell, cells, headline, in_order, legend
 from reports.table import text_table, wrapped
 
 LINES_OF_A_MESSAGE = 6
+NAMES_OF_A_GROUP = 6
 HEADLINE = ("newly failing", "newly in error", "newly waived", "slower", "no longer judged", "only in A",
             "inconclusive", "not compared", "changed", "only in B", "still failing", "still failing (waived)",
             "newly passing", "faster")  # fmt: skip
@@ -142,7 +144,9 @@ def compare_text(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES, wi
     if found.differences:
         rows = [(name, *_where_apart(a, b)) for name, a, b in found.differences]
         parts.append(text_table(("environment", "A", "B"), rows, width))
-    parts += [*_changes(found, width), _timings(found, width)]
+    parts += _changes([change for change in found.told if change.kind not in LAST], width)
+    parts.append(f"{units.counted(found.unchanged, 'requirement case')} unchanged." if found.requirements else "")
+    parts += [_timings(found, width), *_changes([change for change in found.told if change.kind in LAST], width)]
     notes = [f"{run.source}: {note}" for run in (found.a, found.b) for note in run.notes]
     return "\n\n".join(part for part in [*parts, *notes] if part)
 
@@ -153,19 +157,36 @@ def _where_apart(a: str, b: str) -> tuple[str, str]:
     return next((" ".join(one.split()), " ".join(other.split())) for one, other in pairs if one != other)
 
 
-def _changes(found: Comparison, width: int) -> list[str]:
+def _changes(told: list[Change], width: int) -> list[str]:
     parts = []
-    told = [change for change in found.requirements if change.kind != "unchanged" or change.detail]
     for kind in in_order(change.kind for change in told):
         lines = [f"{kind[0].upper()}{kind[1:]}:"]
-        for change in (change for change in told if change.kind == kind):
-            name = f"{SYMBOL.get(change.now, '·')} {' '.join(filter(None, change.key))} ({change.was} -> {change.now})"
-            lines += [wrapped(name, width, "  "), wrapped(change.detail, width, lines=LINES_OF_A_MESSAGE)]
+        for name, detail in grouped([change for change in told if change.kind == kind]):
+            lines += [wrapped(name, width, "  "), wrapped(detail, width, lines=LINES_OF_A_MESSAGE)]
         parts.append("\n".join(filter(None, lines)))
-    same = sum(change.kind == "unchanged" for change in found.requirements)
-    if found.requirements:
-        parts.append(f"{units.counted(same, 'requirement case')} unchanged.")
     return parts
+
+
+def grouped(changes: Iterable[Change]) -> list[tuple[str, str]]:
+    """(what, message): what is the same on a stage is told once, with the requirements that it concerns."""
+    groups: dict[tuple[str, ...], list[Change]] = {}
+    for change in changes:
+        groups.setdefault((change.key[2], change.was, change.now, change.detail), []).append(change)
+    return [
+        (f"{SYMBOL.get(now, '·')} {_named(group, stage)} ({was} -> {now})", detail)
+        for (stage, was, now, detail), group in groups.items()
+    ]
+
+
+def _named(group: list[Change], stage: str) -> str:
+    """The cases of a group: one in full, several by requirement, many by family."""
+    if len(group) == 1:
+        return " ".join(filter(None, group[0].key))
+    names, subjects = (in_order(change.key[place] for change in group) for place in (0, 1))
+    if len(names) > NAMES_OF_A_GROUP:
+        families = Counter(name.partition(".")[0] for name in names)
+        names = [f"{family}.* ({count})" for family, count in families.items()]
+    return " ".join(filter(None, [", ".join(names) + ":", ", ".join(filter(None, subjects)), stage]))
 
 
 def drift_lines(found: Comparison) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import csv
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -202,6 +203,41 @@ def test_what_only_one_side_has_is_listed(files, capsys):
     out = capsys.readouterr().out
     assert "Only in B:\n  ✓ update.zeroed broadcast cpu-tp1 qwen3-tied-tiny (absent -> pass)" in out
     assert re.search(r"· only in A +qwen3-1m ", out)
+
+
+def with_stage(verdict: str, detail: str = "") -> dict:
+    """A run of another stage too, where every requirement ended like that."""
+    document = copy.deepcopy(RUN)
+    for subject, requirement in itertools.product(data.SUBJECTS, data.REQUIREMENTS):
+        document["conformance"].append(data.outcome(requirement, subject, "gpu-fanout", None, verdict, detail))
+    return document
+
+
+def test_a_stage_that_only_one_side_has_is_told_in_a_few_lines(tmp_path, files, capsys):
+    page, comment = tmp_path / "c.html", tmp_path / "c.md"
+    assert main(["compare", *files(RUN, with_stage("pass")), "--html", str(page), "--markdown", str(comment)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Nothing worse: 50 only in B.")
+    told = " ".join(out.partition("Only in B:")[2].split())
+    expected = "update.* (12), fanout.* (1), names.* (1), errors.* (4), devices.* (3), cache.* (1), sleep.* (2),"
+    assert told.startswith(f"✓ {expected} memory.* (1): broadcast, colocate gpu-fanout (absent -> pass)")
+    assert out.index("Timings") < out.index("Only in B:")
+    assert comment.read_text().count("gpu-fanout") == 1
+    assert page.read_text().count("<td>gpu-fanout</td>") == 50
+
+
+def test_what_neither_side_could_judge_is_no_change(tmp_path, files, capsys):
+    page, comment = tmp_path / "c.html", tmp_path / "c.md"
+    both = files(RUN, with_stage("not-applicable", "gpu-fanout: needs 3 whole GPUs, found 1"))
+    assert main(["compare", *both, "--html", str(page), "--markdown", str(comment)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Nothing worse: no change found.")
+    assert out.count("needs 3 whole GPUs") == 1
+    assert "(absent -> not-applicable)" in " ".join(out.partition("Judged in neither:")[2].split())
+    assert "\n* \\- update" in comment.read_text(), "or it would be a list in a list"
+    for written in (page.read_text(), comment.read_text()):
+        assert written.count("needs 3 whole GPUs") == 1
+        assert "Judged in neither" in written
 
 
 @pytest.mark.parametrize("verdict", ["fail", "error", "waived"])
