@@ -79,7 +79,8 @@ def _requirements(run: Run, width: int) -> str:
     rows = [
         (name, levels[name,].level, *(_folded(found.get((name, subject))) for subject in subjects)) for name in names
     ]
-    stages = in_order(outcome.stage for outcome in run.outcomes if outcome.stage)
+    held = [outcome for outcome in run.outcomes if outcome.verdict != "not-applicable"]
+    stages = in_order(outcome.stage for outcome in held if outcome.stage)
     explained = legend(outcome.verdict for outcome in run.outcomes)
     meanings = "; ".join(f"{SYMBOL[verdict]} {verdict}: {MEANING[verdict]}" for verdict in explained)
     table = text_table(("requirement", "level", *(subject or "-" for subject in subjects)), rows, width)
@@ -87,11 +88,16 @@ def _requirements(run: Run, width: int) -> str:
 
 
 def _folded(cell: Cell | None) -> str:
-    """All stages and models of one place: the verdicts with how many cases each, and the stages of a failure."""
+    """All stages and models of one place: the verdicts with how many cases each, and the stages of a failure.
+
+    That some could not be held is told once, below, with the reasons.
+    """
     if cell is None:
         return ""
     parts = []
     for verdict, count in cell.counts:
+        if verdict == "not-applicable" and len(cell.counts) > 1:
+            continue
         stages = in_order(o.stage for o in cell.outcomes if o.verdict == verdict and o.stage)
         named = verdict in FOUND_WANTING and stages and count < len(cell.outcomes)
         parts.append(f"{SYMBOL[verdict]} {verdict} {count}" + (f" ({', '.join(stages)})" if named else ""))
