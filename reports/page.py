@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -85,17 +86,24 @@ def trend_page(runs: Sequence[Run], threshold: float) -> str:
 
 
 def matrix(run: Run) -> dict[str, Any]:
-    """Requirements by subject and stage: `columns` of (subject, [stages]), `rows` of (name, level, text, cells)."""
+    """Requirements by subject and stage: `columns` of (subject, [stages]), `rows` of (name, level, text, cells).
+
+    A stage that could not be held with a subject has no column; `left_out` says why, as {reason: number of cases}.
+    """
+    held = {(o.subject, o.stage) for o in run.outcomes if o.verdict != "not-applicable"}
+    held = held or {(o.subject, o.stage) for o in run.outcomes}
+    left_out = Counter(o.detail or "no reason given" for o in run.outcomes if (o.subject, o.stage) not in held)
     columns = [
-        (subject, in_order(o.stage for o in run.outcomes if o.subject == subject))
+        (subject, in_order(o.stage for o in run.outcomes if o.subject == subject and (subject, o.stage) in held))
         for subject in in_order(outcome.subject for outcome in run.outcomes)
     ]
+    columns = [(subject, stages) for subject, stages in columns if stages]
     found = cells(run.outcomes, "requirement", "subject", "stage")
     rows = []
     for (name,), cell in cells(run.outcomes, "requirement").items():
         row: list[Cell | None] = [found.get((name, subject, stage)) for subject, stages in columns for stage in stages]
         rows.append((name, cell.level, cell.outcomes[0].text, row))
-    return {"columns": columns, "rows": rows}
+    return {"columns": columns, "rows": rows, "left_out": left_out}
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:

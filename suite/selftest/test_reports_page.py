@@ -196,6 +196,21 @@ def test_the_page_says_the_verdict_first_and_holds_every_message():
     assert content.count('<svg role="img"') == 4
 
 
+def test_a_stage_that_could_not_be_held_has_no_column_and_its_reason():
+    document = data.run(stages=data.CPU_STAGES)
+    for subject in data.SUBJECTS:
+        said = ("not-applicable", "gpu-split: needs 2 whole GPUs, found 0")
+        document["conformance"].append(data.outcome("update.exact", subject, "gpu-split", None, *said))
+    shown = page.run_page(load.parse(document, "run.json"))
+    assert ">gpu-split</th>" not in shown
+    assert ">cpu-tp2</th>" in shown
+    assert "2 cases that could not be held" in shown
+    assert "<li>2 x gpu-split: needs 2 whole GPUs, found 0</li>" in shown
+    for entry in document["conformance"]:
+        entry["verdict"] = "not-applicable"
+    assert ">gpu-split</th>" in page.run_page(load.parse(document, "run.json")), "or there would be no table"
+
+
 def test_plots_follow_the_colours_of_the_page():
     content = page.run_page(load.parse(data.run(), "run.json"))
     drawn = "".join(re.findall(r"<svg.*?</svg>", content, re.DOTALL))
