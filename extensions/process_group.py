@@ -7,6 +7,7 @@ tensors of CUDA devices, gloo those of CPUs, behind one `broadcast`. Ranks find 
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import secrets
@@ -15,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent import futures
 from datetime import timedelta
 from typing import NoReturn, Protocol, TypeVar
 
@@ -235,9 +236,9 @@ class _Meeting:
         return True
 
 
-def _in_a_thread(function: Callable[[], T]) -> "Future[T]":
+def _in_a_thread(function: Callable[[], T]) -> "futures.Future[T]":
     """What a call returns or raises, in a thread that nobody has to wait for."""
-    future: Future[T] = Future()
+    future: futures.Future[T] = futures.Future()
 
     def run() -> None:
         try:
@@ -323,10 +324,11 @@ class _NcclCommunicator:
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
         self._expect_whole()
+        data = _as_bytes(tensor, self.device)
         with torch.cuda.device(self.device):
-            stream, ended = stream or torch.cuda.current_stream(self.device), torch.cuda.Event()
+            stream, ended = stream or torch.cuda.current_stream(self.device), torch.cuda.Event(blocking=True)
             try:
-                self._comm.broadcast(_as_bytes(tensor, self.device), src=src, stream=stream)
+                self._comm.broadcast(data, src=src, stream=stream)
             except RuntimeError as error:  # NCCL's own
                 self._give_up(_first_line(error))
                 self._expect_whole()
@@ -340,15 +342,20 @@ class _NcclCommunicator:
     def close(self) -> None:
         self._closed.set()
         self._watcher.join(ABORT_S)
-        comm, self._comm, self._store = self._comm, None, None
-        if comm is not None and not self._lost and hasattr(comm, "destroy"):  # since vLLM 0.19
+        with self._aborting:
+            comm, self._comm, self._store = self._comm, None, None
+        if self._lost:
+            futures.wait([self._abort], ABORT_S)
+        elif hasattr(comm, "destroy"):  # since vLLM 0.19
             comm.destroy()
 
     def _begin_watching(self) -> None:
         self._lost = ""  # why the group was given up
+        self._abort: futures.Future[None] | None = None
         self._aborting = threading.Lock()
+        self._progress_s = 0.0  # when a broadcast was last seen to have ended
         self._under_way: deque[tuple[float, torch.cuda.Event]] = deque()
-        self._asked: Future[None] | None = None
+        self._asked: futures.Future[None] | None = None
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="nccl-watch", daemon=True)
         self._watcher.start()
@@ -357,13 +364,17 @@ class _NcclCommunicator:
         if self._comm is None:
             raise GroupError("this communicator is closed")
         if self._lost:
-            if self._aborting.acquire(timeout=ABORT_S):  # until then the device may still be waiting
-                self._aborting.release()
+            with self._aborting:
+                futures.wait([self._abort], ABORT_S)  # until then the device may still be waiting
             raise GroupError(f"rank {self.rank}: {self._lost}; the group was aborted, make a new one")
 
     def _watch(self) -> None:
         while not self._closed.wait(WATCH_POLL_S):
-            if trouble := self._trouble():
+            try:
+                trouble = self._trouble()
+            except Exception as error:  # nobody would watch any more
+                trouble = f"its broadcasts could not be watched: {type(error).__name__}: {_first_line(error)}"
+            if trouble:
                 self._give_up(trouble)
             if self._lost:
                 return
@@ -371,37 +382,50 @@ class _NcclCommunicator:
     def _give_up(self, reason: str) -> None:
         """End all broadcasts on the device; once, by whoever finds out first."""
         with self._aborting:
-            if not self._lost:
-                self._lost = reason
-                nccl_abort = self._comm.nccl.lib.ncclCommAbort  # not among vLLM's own before 0.22
-                nccl_abort.argtypes = [ctypes.c_void_p]
-                nccl_abort(self._comm.comm)
+            if not self._lost and self._comm is not None:
+                self._lost = reason  # first: whoever waits for the device goes on when it is aborted
+                self._abort = _in_a_thread(functools.partial(_abort, self._comm, self.device))
 
     def _trouble(self) -> str:
-        """Why to give up; empty as long as broadcasts end.
-
-        CUDA does not answer while another thread loads code onto the device, which waits for what runs there (seen on
-        an H200): then what has not been said to have ended has not.
-        """
-        self._asked = self._asked or _in_a_thread(self._drop_ended)
-        try:
-            self._asked.result(WATCH_POLL_S)
-            self._asked = None
-        except TimeoutError:
-            pass
+        """Why to give up; empty as long as broadcasts end."""
+        if not self._under_way:
+            return ""
+        self._ask()
         oldest = next(iter([*self._under_way]), None)
         if oldest is None:
             return ""
-        waited_s = time.monotonic() - oldest[0]
+        waited_s = time.monotonic() - max(oldest[0], self._progress_s)
         if waited_s > self._timeout_s:
             return f"a broadcast has not ended within {self._timeout_s:g} s"
         if self.rank != 0 and waited_s > WATCH_POLL_S and not _listens(self._server):
-            return "rank 0 is gone in the middle of a broadcast"
+            self._ask()  # rank 0 may leave as soon as its own have ended
+            return "rank 0 is gone in the middle of a broadcast" if self._under_way else ""
         return ""
 
+    def _ask(self) -> None:
+        """Drop what has ended, as far as the device says so now; an error is no end.
+
+        In a thread: CUDA does not answer while another loads code onto the device, which waits for what runs there
+        (seen on an H200). And not by `query()`, which would keep the interpreter meanwhile.
+        """
+        if self._asked is None or self._asked.done():
+            self._asked = _in_a_thread(self._drop_ended)
+        futures.wait([self._asked], WATCH_POLL_S)
+
     def _drop_ended(self) -> None:
-        while self._under_way and self._under_way[0][1].query():
-            self._under_way.popleft()
+        with torch.cuda.device(self.device):
+            while self._under_way:
+                self._under_way[0][1].synchronize()
+                self._under_way.popleft()
+                self._progress_s = time.monotonic()
+
+
+def _abort(comm: object, device: torch.device) -> None:
+    """ncclCommAbort, which vLLM does not bind before 0.22."""
+    with torch.cuda.device(device):
+        nccl_abort = comm.nccl.lib.ncclCommAbort
+        nccl_abort.argtypes = [ctypes.c_void_p]
+        nccl_abort(comm.comm)
 
 
 def _listens(server: tuple[str, int]) -> bool:

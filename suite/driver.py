@@ -29,12 +29,13 @@ _generations = itertools.count(1)
 
 
 def free_port() -> int:
-    """A port that nothing listens on now, and that the system gives to nobody who asks for any: NCCL asks for many."""
-    while True:
+    """A port that nothing listens on now, and that Linux by default gives to nobody who asks for any, as NCCL does."""
+    for _ in range(1000):
         port = random.SystemRandom().randrange(*PORTS)
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind((ADDRESS, port))
             return port
+    raise OSError(f"no port of {PORTS[0]}..{PORTS[1]} could be bound at {ADDRESS}, in 1000 tries")
 
 
 class TrainerGroup:

@@ -108,6 +108,7 @@ class Pool:
         updates ends once it has written down what it computes with.
         """
         needs = {test: [key for key in keys if not self.too_large(key)] for test, keys in needs.items()}
+        references = {test: [key for key in keys if not self.too_large(key)] for test, keys in references.items()}
         self._by_test = needs
         updated = Counter(key for keys in needs.values() for key in keys)
         in_order = dict.fromkeys(key for test, keys in needs.items() for key in (*keys, *references.get(test, ())))

@@ -30,7 +30,7 @@ class Visibility:
 
     def fits(self, devices: tuple[Device, ...]) -> bool:
         """Whether the machine has the GPUs that are told apart."""
-        return max(*(self.trainer_sees or ()), *(self.engine_sees or ())) < len(devices)
+        return max([*(self.trainer_sees or ()), *(self.engine_sees or ())], default=0) < len(devices)
 
     def engine(self, devices: tuple[Device, ...]) -> str | None:
         """The engine's CUDA_VISIBLE_DEVICES; it takes the first GPU it sees."""

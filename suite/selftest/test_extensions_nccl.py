@@ -1,5 +1,6 @@
 """The watcher that ends NCCL's waits, with a device, a clock and a communicator that do as they are told."""
 
+import itertools
 import socket
 import threading
 import time
@@ -23,12 +24,13 @@ class Event:
         self._device = device
 
     def record(self, stream: object) -> None:
-        pass
+        self._number = next(self._device.numbers)
 
-    def query(self) -> bool:
-        if self._device.silent:
-            self._device.idle.wait()
-        return self._device.idle.is_set()
+    def synchronize(self) -> None:
+        if self._device.broken:
+            raise RuntimeError("CUDA error: operation not permitted")
+        while not self._device.idle.is_set() and self._number >= self._device.ended:
+            time.sleep(0.01)
 
 
 class Device:
@@ -36,16 +38,22 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.idle = threading.Event()
-        self.silent = False  # as while code is loaded onto it: it answers when it has nothing to do
+        self.numbers = itertools.count()
+        self.ended = 0  # so many broadcasts, without all being at an end
+        self.broken = False
+        self.destroyed = 0
         self.aborted: list[object] = []
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "a stream")
-        monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
+        monkeypatch.setattr(torch.cuda, "Event", lambda blocking: Event(self))
         monkeypatch.setattr(torch.cuda, "synchronize", self._synchronize)
 
     def abort(self, comm: object) -> None:
         self.aborted.append(comm)
         self.idle.set()
+
+    def destroy(self) -> None:
+        self.destroyed += 1
 
     def _synchronize(self, device: object) -> None:
         assert self.idle.wait(SOON_S), "the device waited for ever"
@@ -73,7 +81,7 @@ def communicator(device: Device, server: socket.socket, rank: int, timeout_s: fl
         comm="a comm",
         nccl=SimpleNamespace(lib=library),
         broadcast=lambda tensor, src, stream: None,
-        destroy=lambda: None,
+        destroy=device.destroy,
     )
     made._begin_watching()
     return made
@@ -114,22 +122,97 @@ def test_what_nccl_refuses_is_aborted_at_once(device: Device, server: socket.soc
     with pytest.raises(GroupError, match="remote process exited"):
         group.wait()
     group.close()
-    assert device.aborted == ["a comm"]
+    assert (device.aborted, device.destroyed) == (["a comm"], 0), "once, and not destroyed too"
     assert not group._watcher.is_alive()
 
 
-@pytest.mark.parametrize("gone", [True, False])
-def test_a_device_that_does_not_answer_does_not_keep_the_watcher_waiting(
-    device: Device, server: socket.socket, gone: bool
-):
-    device.silent = True
-    group = communicator(device, server, rank=1, timeout_s=100 if gone else 0.3)
+def test_a_device_that_answers_with_an_error_is_no_end_of_the_watch(device: Device, server: socket.socket):
+    device.broken = True
+    group = communicator(device, server, rank=1, timeout_s=0.3)
     group.broadcast(torch.zeros(1), src=0)
-    if gone:
-        server.close()
-    with pytest.raises(GroupError, match="rank 0 is gone" if gone else "has not ended within"):
+    with pytest.raises(GroupError, match="has not ended within"):
         group.wait()
     assert device.aborted == ["a comm"]
+    group.close()
+
+
+def test_a_watch_that_fails_gives_the_group_up(device: Device, server: socket.socket, monkeypatch):
+    group = communicator(device, server, rank=1, timeout_s=100)
+    monkeypatch.setattr(group, "_ask", lambda: 1 / 0)
+    group.broadcast(torch.zeros(1), src=0)
+    with pytest.raises(GroupError, match="could not be watched: ZeroDivisionError"):
+        group.wait()
+    group.close()
+
+
+def test_the_timeout_is_for_each_broadcast_not_for_all_that_wait_their_turn(device: Device, server: socket.socket):
+    group = communicator(device, server, rank=1, timeout_s=0.5)
+    for _ in range(10):
+        group.broadcast(torch.zeros(1), src=0)
+    for _ in range(10):
+        time.sleep(0.1)
+        device.ended += 1
+    device.idle.set()
+    group.wait()
+    assert not device.aborted
+    group.close()
+
+
+def test_a_rank_0_that_leaves_when_all_has_arrived_is_no_loss(device: Device, server: socket.socket, monkeypatch):
+    group = communicator(device, server, rank=1, timeout_s=100)
+
+    def gone(address: tuple[str, int]) -> bool:
+        device.idle.set()  # between the question and the answer
+        return False
+
+    monkeypatch.setattr(process_group, "_listens", gone)
+    group.broadcast(torch.zeros(1), src=0)
+    group.wait()
+    time.sleep(0.2)
+    assert not device.aborted
+    group.close()
+
+
+def test_rank_0_does_not_look_for_itself(device: Device, server: socket.socket):
+    group = communicator(device, server, rank=0, timeout_s=100)
+    group.broadcast(torch.zeros(1), src=0)
+    server.close()
+    time.sleep(0.4)
+    assert not device.aborted
+    device.idle.set()
+    group.close()
+    assert device.destroyed == 1
+
+
+def test_an_abort_that_does_not_return_keeps_nobody(device: Device, server: socket.socket, monkeypatch):
+    monkeypatch.setattr(process_group, "ABORT_S", 0.3)
+    release = threading.Event()
+    group = communicator(device, server, rank=1, timeout_s=100)
+    group._comm.nccl.lib.ncclCommAbort = lambda comm: release.wait(SOON_S)
+    group._comm.broadcast = refused
+    started = time.monotonic()
+    with pytest.raises(GroupError, match="remote process exited"):
+        group.broadcast(torch.zeros(1), src=0)
+    group.close()
+    assert time.monotonic() - started < SOON_S / 2
+    assert device.destroyed == 0, "it is being aborted"
+    release.set()
+
+
+def test_a_tensor_that_can_not_be_sent_leaves_the_group_alone(device: Device, server: socket.socket):
+    group = communicator(device, server, rank=1, timeout_s=100)
+    with pytest.raises(ValueError, match="contiguous"):
+        group.broadcast(torch.zeros(4, 4).t(), src=0)
+    assert not device.aborted
+    group.close()
+
+
+def test_a_group_at_rest_starts_no_threads(device: Device, server: socket.socket, monkeypatch):
+    group = communicator(device, server, rank=1, timeout_s=100)
+    started = []
+    monkeypatch.setattr(process_group, "_in_a_thread", started.append)
+    time.sleep(0.3)
+    assert started == []
     group.close()
 
 
@@ -158,6 +241,7 @@ def test_what_ends_in_time_is_left_alone_however_long_the_group_lives(device: De
         time.sleep(0.15)
     assert not device.aborted
     group.close()
+    assert device.destroyed == 1
     assert not group._watcher.is_alive()
     with pytest.raises(GroupError, match="closed"):
         group.broadcast(torch.zeros(1), src=0)

@@ -106,13 +106,19 @@ def test_a_sample_of_more_than_there_are_requirements_has_no_mutant_twice():
     assert len(chosen) == len(set(chosen)) > 40
 
 
-def test_mutants_of_stages_that_this_machine_can_not_hold_are_left_out():
+def test_mutants_of_stages_that_this_machine_can_not_hold_are_left_out(monkeypatch):
+    monkeypatch.setattr(registry, "_one_gpu", lambda: False)
     tp2, fanout = MUTANTS["SkipsRankOne"], MUTANTS["UpdatesTheFirstEngineOnly"]
     missing = {"gpu-colocate-tp2": "needs 2 whole GPUs, found 1", "gpu-fanout": "needs 3 whole GPUs, found 1"}
     away = {tp2.name: "gpu-colocate-tp2: needs 2 whole GPUs, found 1"}
-    assert verdicts.held([ONE, tp2], "gpu", missing) == ([ONE], away)
-    assert verdicts.held([ONE, fanout], "gpu", missing)[0] == [ONE]
-    assert verdicts.held([ONE, tp2, fanout], "cpu", missing) == ([ONE, tp2, fanout], {})
+    assert verdicts.held([ONE, tp2], "gpu", missing, 1) == ([ONE], away)
+    assert verdicts.held([ONE, fanout], "gpu", missing, 1)[0] == [ONE]
+    assert verdicts.held([ONE, tp2, fanout], "cpu", missing, 0) == ([ONE, tp2, fanout], {})
+    remap = MUTANTS["SkipsTheRemap"]
+    assert verdicts.held([ONE, remap], "gpu", {}, 1) == (
+        [ONE], {remap.name: "devices.remap: needs 2 GPUs, found 1"}
+    )  # fmt: skip
+    assert verdicts.held([ONE, remap], "gpu", {}, 2) == ([ONE, remap], {})
 
 
 @pytest.mark.parametrize(("one", "stage"), [(True, "gpu-shared"), (False, "gpu-split")])
@@ -125,7 +131,8 @@ def test_on_one_gpu_broadcasts_are_judged_where_it_is_shared(monkeypatch, one: b
     assert MUTANTS["SkipsRankOne"].stage("gpu") == "gpu-colocate-tp2"
 
 
-def test_the_stages_that_are_held():
+def test_the_stages_that_are_held(monkeypatch):
+    monkeypatch.setattr(registry, "_one_gpu", lambda: False)
     assert _stages([ONE, MUTANTS["SkipsRankOne"]], "cpu") == ["cpu-tp1", "cpu-tp2"]
     assert _stages([ONE], "gpu") == ["gpu-split"]
     assert _stages([MUTANTS["UpdatesTheFirstEngineOnly"]], "cpu") == ["cpu-tp1", "cpu-tp2"]

@@ -57,6 +57,7 @@ def test_on_one_gpu_nccl_takes_every_process_for_a_host():
     assert [shared.visible_to_engine(engine) for engine in (0, 1)] == ["0", "0"]
     hosts = {shared.nccl_environment(process)["NCCL_HOSTID"] for process in ("trainer-0", "engine-0", "engine-1")}
     assert len(hosts) == 3
+    assert shared.nccl_environment("trainer-0")["NCCL_NET"] == "Socket"
     assert colocated.nccl_environment("trainer-0") == {}
     assert (bool(shared.refuses("handles")), shared.refuses("broadcast")) == (True, "")
     assert (colocated.refuses("handles"), bool(colocated.refuses("broadcast"))) == ("", True)

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         only = [f"-k={options.k}"] if options.k else []
         entries = _judged(report, options.kind, [f"--repeat={options.repeat}", *only])
         return 2 if entries is None else _tell_repeated(entries, options.repeat, report)
-    chosen, away = verdicts.held(chosen, options.kind, unavailable(machine()))
+    chosen, away = verdicts.held(chosen, options.kind, unavailable(machine()), len(machine().devices))
     for mutant, reason in away.items():
         print(f"{mutant} is left out: {reason}")
     if not chosen:

@@ -29,7 +29,7 @@ class KeysByItsOrdinal(HandleSender):
         return {f"cuda:{self._device.index or 0}": named}
 
 
-@mutant("devices.remap", r"ordinal|device", "sglang#5077", gpu="gpu-colocate-tp1", case="subset")
+@mutant("devices.remap", r"ordinal|device", "sglang#5077", gpu="gpu-colocate-tp1", gpus=2, case="subset")
 class SkipsTheRemap(ColocateWorkerExtension):
     """Opens handles on the ordinal that the sender has for the GPU."""
 
@@ -44,7 +44,14 @@ class SkipsTheRemap(ColocateWorkerExtension):
         return len(opened)
 
 
-@mutant("devices.remap", r"expected handles for device cuda:", "Mooncake#3678", gpu="gpu-colocate-tp1", case="reversed")
+@mutant(
+    "devices.remap",
+    r"expected handles for device cuda:",
+    "Mooncake#3678",
+    gpu="gpu-colocate-tp1",
+    gpus=2,
+    case="reversed",
+)
 class KnowsDevicesByOrdinal(ColocateWorkerExtension):
     """Looks for its handles under its own ordinal, where the sender has put its."""
 

@@ -34,7 +34,8 @@ class Mutant:
     requirement: the one that it has to fail. says: a pattern that the failure's message has to have in it, so that
     nothing else is taken for it. thread: the real bug it stands for; where none is known, those of the requirement.
     cpu, gpu: the stage where it shows, on machines of this kind. case: part of the id of the cases to judge it by,
-    where the requirement has several. patient: it makes somebody wait until a deadline is over. does: in a sentence.
+    where the requirement has several. gpus: how many those cases need, where that is more than their stage. patient: it
+    makes somebody wait until a deadline is over. does: in a sentence.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Mutant:
     gpu: str | None = None
     case: str = ""
     patient: bool = False
+    gpus: int = 1
     does: str = ""
 
     @property

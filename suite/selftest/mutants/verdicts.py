@@ -29,9 +29,13 @@ def select(names: Sequence[str], kind: str, sample: int = 0, seed: int = 0) -> l
     return _sampled([mutant for mutant in found if not mutant.patient], sample, seed) if sample else found
 
 
-def held(mutants: Sequence[Mutant], kind: str, missing: Mapping[str, str]) -> tuple[list[Mutant], dict[str, str]]:
-    """The mutants whose stage this machine can hold, and {name of another: why not}; `missing` is {stage: why}."""
+def held(
+    mutants: Sequence[Mutant], kind: str, missing: Mapping[str, str], gpus: int
+) -> tuple[list[Mutant], dict[str, str]]:
+    """The mutants whose cases this machine can hold, and {name of another: why not}; `missing` is {stage: why}."""
     away = {m.name: f"{m.stage(kind)}: {missing[m.stage(kind)]}" for m in mutants if m.stage(kind) in missing}
+    fewer = [m for m in mutants if kind == "gpu" and m.gpus > gpus and m.name not in away]
+    away |= {m.name: f"{m.requirement}: needs {m.gpus} GPUs, found {gpus}" for m in fewer}
     return [mutant for mutant in mutants if mutant.name not in away], away
 
 
