@@ -199,6 +199,24 @@ def test_an_abort_that_does_not_return_keeps_nobody(device: Device, server: sock
     release.set()
 
 
+def test_who_finds_out_second_aborts_nothing_and_asks_in_no_further_thread(
+    device: Device, server: socket.socket, monkeypatch
+):
+    threads: list[object] = []
+    in_a_thread = process_group._in_a_thread
+    monkeypatch.setattr(process_group, "_in_a_thread", lambda f: threads.append(f) or in_a_thread(f))
+    group = communicator(device, server, rank=1, timeout_s=0.4)
+    group.broadcast(torch.zeros(1), src=0)
+    with pytest.raises(GroupError, match="has not ended"):
+        group.wait()
+    group._give_up("the other found out too")
+    with pytest.raises(GroupError, match="has not ended"):
+        group.wait()
+    group.close()
+    assert device.aborted == ["a comm"]
+    assert len(threads) == 2, "one to ask, one to abort"
+
+
 def test_a_tensor_that_can_not_be_sent_leaves_the_group_alone(device: Device, server: socket.socket):
     group = communicator(device, server, rank=1, timeout_s=100)
     with pytest.raises(ValueError, match="contiguous"):

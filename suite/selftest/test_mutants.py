@@ -25,6 +25,12 @@ THREADS = {thread for requirement in REQUIREMENTS.values() for thread in require
 ONE = MUTANTS["LoadsNothing"]
 
 
+@pytest.fixture(autouse=True)
+def several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever machine the tests run on."""
+    monkeypatch.setattr(registry, "_one_gpu", lambda: False)
+
+
 # ---- the mutants
 
 
@@ -106,8 +112,7 @@ def test_a_sample_of_more_than_there_are_requirements_has_no_mutant_twice():
     assert len(chosen) == len(set(chosen)) > 40
 
 
-def test_mutants_of_stages_that_this_machine_can_not_hold_are_left_out(monkeypatch):
-    monkeypatch.setattr(registry, "_one_gpu", lambda: False)
+def test_mutants_of_stages_that_this_machine_can_not_hold_are_left_out():
     tp2, fanout = MUTANTS["SkipsRankOne"], MUTANTS["UpdatesTheFirstEngineOnly"]
     missing = {"gpu-colocate-tp2": "needs 2 whole GPUs, found 1", "gpu-fanout": "needs 3 whole GPUs, found 1"}
     away = {tp2.name: "gpu-colocate-tp2: needs 2 whole GPUs, found 1"}
@@ -131,8 +136,7 @@ def test_on_one_gpu_broadcasts_are_judged_where_it_is_shared(monkeypatch, one: b
     assert MUTANTS["SkipsRankOne"].stage("gpu") == "gpu-colocate-tp2"
 
 
-def test_the_stages_that_are_held(monkeypatch):
-    monkeypatch.setattr(registry, "_one_gpu", lambda: False)
+def test_the_stages_that_are_held():
     assert _stages([ONE, MUTANTS["SkipsRankOne"]], "cpu") == ["cpu-tp1", "cpu-tp2"]
     assert _stages([ONE], "gpu") == ["gpu-split"]
     assert _stages([MUTANTS["UpdatesTheFirstEngineOnly"]], "cpu") == ["cpu-tp1", "cpu-tp2"]
