@@ -74,7 +74,8 @@ def ledger(config: pytest.Config, selected: Selection) -> Ledger | None:
         here = [waiver for waiver in found if version and waiver.applies(version, environment.device_names())]
     except ValueError as error:
         raise pytest.UsageError(f"--waivers {error}") from error
-    return Ledger(here, given, len(found), selected.every_subject, _takes_every_test(config))
+    in_part = ("update.sequence",) if config.getoption("play") else ()
+    return Ledger(here, given, len(found), selected.every_subject, _takes_every_test(config), in_part)
 
 
 def _takes_every_test(config: pytest.Config) -> bool:

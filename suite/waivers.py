@@ -160,7 +160,8 @@ class Ledger:
     """The waivers that apply here, and what a run has found of the cases that they cover.
 
     file, read: its name, and how many waivers it has. subjects: the names of all that there are.
-    whole: whether every test of the suite is looked at: no paths are given, no --lf.
+    whole: whether every test of the suite is looked at: no paths are given, no --lf. in_part: the requirements of which
+    only a part is judged, so that a pass is none of the whole.
     held, elsewhere: every case that those tests have on the stages that this machine can hold, and on the others,
     whatever --subject, --stage and --model left of them. due: how many tests of a case have not ended, or never will.
     """
@@ -170,6 +171,7 @@ class Ledger:
     read: int = 0
     subjects: Collection[str] = ()
     whole: bool = True
+    in_part: Collection[str] = ()
     held: set[Case] = field(default_factory=set)
     elsewhere: set[Case] = field(default_factory=set)
     due: Counter[Case] = field(default_factory=Counter)
@@ -202,6 +204,7 @@ class Ledger:
         """
         seen = {case for case, _ in self.judged}
         missed = self.held - seen | {case for case, count in self.due.items() if count > 0}
+        missed |= {case for case in self.held if case.requirement in self.in_part}
         found = {waiver: self._wrong(waiver, missed) for waiver in self.waivers}
         return {waiver: wrong for waiver, wrong in found.items() if wrong}
 

@@ -298,6 +298,18 @@ def test_one_of_several_tests_of_a_case_is_not_all_of_it(tmp_path: Path):
     assert examine_with(tmp_path, UNNEEDED, tests, "--stage=cpu-tp1").code == 0
 
 
+PLAYED = """
+@judged("update.sequence")
+def test_sequence(subject, stage, model):
+    pass
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [((), 1), (("--play=generate()",), 0)], ids=["drawn", "played"])
+def test_one_sequence_that_passes_is_not_all_of_them(tmp_path: Path, arguments: tuple[str, ...], code: int):
+    assert examine_with(tmp_path, toml({"requirement": "update.sequence"}), PLAYED, *arguments).code == code
+
+
 # ---- the exit status
 
 INTERRUPTED = (
