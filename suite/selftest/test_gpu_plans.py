@@ -1,5 +1,6 @@
 """Which engines a run on GPUs plans to start, on machines of one to four GPUs, as a fake nvidia-smi lists them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,14 +11,17 @@ from suite.processes import ROOT
 
 DEADLINE_S = 60
 PLANNING = """
+import json
+import os
+from pathlib import Path
 from suite import environment, fixtures
 
 environment.lacks_engine = lambda kind: None
 
 
 def pytest_collection_finish(session):
-    for item in session.items:
-        print("PLANNED", item.name, *(f"{key.stage}={key.copy}" for key in fixtures._engines_of(item)))
+    plan = {item.name: [f"{k.stage}={k.copy}" for k in fixtures._engines_of(item)] for item in session.items}
+    Path(os.environ["PLAN"]).write_text(json.dumps(plan))
 """
 
 
@@ -37,6 +41,7 @@ def planned(
     program.chmod(0o755)
     env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     env["PATH"] = f"{directory}{os.pathsep}{env['PATH']}"
+    env["PLAN"] = str(directory / "plan.json")
     env["PYTHONPATH"] = os.pathsep.join([str(directory), str(ROOT), env.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "planning",
@@ -44,8 +49,7 @@ def planned(
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=DEADLINE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("PLANNED")]
-    return gpus, {name: engines for name, *engines in lines}
+    return gpus, json.loads((directory / "plan.json").read_text())
 
 
 def stages_of(plan: dict[str, list[str]], test: str) -> set[str]:
