@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -23,33 +26,35 @@ def pytest_collection_finish(session):
     plan = {item.name: [f"{k.stage}={k.copy}" for k in fixtures._engines_of(item)] for item in session.items}
     Path(os.environ["PLAN"]).write_text(json.dumps(plan))
 """
-
-
 Planned = tuple[int, dict[str, list[str]]]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4])
-def planned(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, dict[str, list[str]]]:
+@pytest.fixture(params=[1, 2, 3, 4])
+def planned(request: pytest.FixtureRequest) -> Planned:
     """(the number of GPUs, {test: its engines, as stage=copy})."""
-    gpus, directory = request.param, tmp_path_factory.mktemp("planned")
-    (directory / "planning.py").write_text(PLANNING)
+    return request.param, plan_of(request.param)
+
+
+@cache
+def plan_of(gpus: int) -> dict[str, list[str]]:
     listing = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}{i}{i}{i})\n" for i in range(gpus))
-    program = directory / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\nprintf '%s' '{listing}'\n")
-    program.chmod(0o755)
-    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    env["PATH"] = f"{directory}{os.pathsep}{env['PATH']}"
-    env["PLAN"] = str(directory / "plan.json")
-    env["PYTHONPATH"] = os.pathsep.join([str(directory), str(ROOT), env.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "planning",
-         "-p", "no:cacheprovider", f"--report={directory / 'report'}"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=DEADLINE_S,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return gpus, json.loads((directory / "plan.json").read_text())
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "planning.py").write_text(PLANNING)
+        program = directory / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\nprintf '%s' '{listing}'\n")
+        program.chmod(0o755)
+        env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        env["PATH"] = f"{directory}{os.pathsep}{env['PATH']}"
+        env["PLAN"] = str(directory / "plan.json")
+        env["PYTHONPATH"] = os.pathsep.join([str(directory), str(ROOT), env.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "planning",
+             "-p", "no:cacheprovider", f"--report={directory / 'report'}"],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=DEADLINE_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads((directory / "plan.json").read_text())
 
 
 def stages_of(plan: dict[str, list[str]], test: str) -> set[str]:
