@@ -85,7 +85,8 @@ class Run:
         """End everything that is left: processes side by side, then whatever the janitor finds. Safe to repeat."""
         if self.janitor.stdin is None or self.janitor.stdin.closed:
             return
-        stopping = [threading.Thread(target=process.stop, args=(grace_s,)) for process in self.processes]
+        # Daemons, or the interpreter would wait for one that a signal's exception has left without its lock.
+        stopping = [threading.Thread(target=process.stop, args=(grace_s,), daemon=True) for process in self.processes]
         for thread in stopping:
             thread.start()
         for thread in stopping:

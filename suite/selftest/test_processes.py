@@ -338,3 +338,30 @@ def test_processes_end_without_a_janitor_too(tmp_path: Path):
     host.wait(5)
     shutil.rmtree(directory)
     wait_until_gone([int(pid)], [], Path(directory))
+
+
+STUCK = """
+import sys
+import threading
+from pathlib import Path
+from suite import janitor
+from suite.processes import Run
+
+class Stuck:
+    pid = 0
+
+    def stop(self, grace_s):
+        threading.Event().wait()
+
+janitor.END_DEADLINE_S = 0.1
+run = Run(Path(sys.argv[1]))
+run.processes.append(Stuck())
+run.close(0.1)
+print("closed")
+"""
+
+
+def test_what_can_not_be_stopped_keeps_nobody_from_ending(tmp_path: Path):
+    command = [sys.executable, "-c", STUCK, str(tmp_path / "logs")]
+    done = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "closed\n", done.stderr
