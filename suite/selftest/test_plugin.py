@@ -465,6 +465,7 @@ def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path, n
     pids = [int(word) for line in lines if "  started " in line for word in line.partition("  started ")[2].split()]
     assert len(pids) == 3
     assert not any("captured" in line for line in lines)
+    time.sleep(0.5)  # a signal while the line is being written may get lost: known, and not mended yet
     started.send_signal(number)
     finished = finish(started, tmp_path)
     assert finished.code == code
