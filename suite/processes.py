@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from suite.child import READY, STACKS_SIGNAL
 
 ROOT = Path(__file__).resolve().parent.parent
 _TAIL_BYTES = 1 << 16
+_WAIT_S = 0.5
 
 
 class RemoteError(Exception):
@@ -143,7 +144,7 @@ class Call:
 
     def result(self, deadline_s: float) -> Any:
         """Wait for the result. Raises RemoteError, ProcessDied or DeadlineExceeded (`deadline_s` from now)."""
-        if wait([self.future], deadline_s).not_done:
+        if _unfinished([self.future], deadline_s):
             self.process.write_stacks()
             raise self.overdue()
         return self.future.result()
@@ -177,9 +178,9 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
     """
     futures = [call.future for call in calls]
     deadline = time.monotonic() + deadline_s
-    wait(futures, deadline_s, return_when=FIRST_EXCEPTION)
+    _unfinished(futures, deadline_s, FIRST_EXCEPTION)
     if any(call.error() for call in calls):
-        wait(futures, max(0, min(after_failure_s, deadline - time.monotonic())))
+        _unfinished(futures, min(after_failure_s, deadline - time.monotonic()))
     failed = [call for call in calls if call.error()]
     late = [call for call in calls if not call.done()]
     if not failed and not late:
@@ -192,6 +193,20 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
         if other is not first:
             error.add_note(f"meanwhile: {_state(other)}")
     raise error
+
+
+def _unfinished(futures: list[Future[Any]], limit_s: float, until: str = ALL_COMPLETED) -> set[Future[Any]]:
+    """Wait until `until` holds or the limit is over; the futures that are not done then.
+
+    In short waits: a signal that arrives after Python last looked for one and before the thread blocks does not
+    interrupt it, and Ctrl-C would only be heard when the whole wait is over.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        left_s = max(0, deadline - time.monotonic())
+        done, not_done = wait(futures, min(left_s, _WAIT_S), return_when=until)
+        if not not_done or not left_s or (until == FIRST_EXCEPTION and any(future.exception() for future in done)):
+            return not_done
 
 
 def _state(call: Call) -> str:

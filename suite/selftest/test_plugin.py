@@ -465,7 +465,6 @@ def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path, n
     pids = [int(word) for line in lines if "  started " in line for word in line.partition("  started ")[2].split()]
     assert len(pids) == 3
     assert not any("captured" in line for line in lines)
-    time.sleep(0.5)  # a signal while the line is being written may get lost: known, and not mended yet
     started.send_signal(number)
     finished = finish(started, tmp_path)
     assert finished.code == code
@@ -474,6 +473,27 @@ def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path, n
     assert spans[:2] == [("starting", "worker"), ("judging", "test_first[broadcast-cpu-tp1-qwen3-tied-tiny]")]
     assert (finished.report / "report.html").exists() == (number != signal.SIGKILL)
     expect_gone(pids)
+
+
+UNINTERRUPTED = """
+@pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
+def test_it(subject, stage, model, run):
+    worker = launch(run, "worker", ECHO)
+    worker.ready()
+    number = signal.Signals[os.environ["SIGNAL"]]
+    threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), number)).start()
+    worker.call("sleep", 60, deadline_s=60)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_does_not_interrupt_the_wait_of_the_main_thread_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """As one that arrives in the moment before the thread blocks: here another thread takes it."""
+    monkeypatch.setenv("SIGNAL", name)
+    finished = examine(tmp_path, "import os, signal, threading\n" + UNINTERRUPTED, *ONE_CASE)
+    assert finished.code == 2
 
 
 @pytest.mark.parametrize("after_s", [0.05, 0.3, 0.6, 0.9, 1.3, 2.0])
