@@ -1,6 +1,6 @@
 """What conformance and throughput tests are given: a trainer connected to the engine of their case."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -16,13 +16,23 @@ from suite.stages import Device, Stage, machine
 from suite.subjects import Subject
 
 FSDP_RANKS = 2
+POOL = pytest.StashKey[Pool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test is done with its engines however it ends, also before any fixture has given it one."""
+    result = yield
+    if pool := item.session.stash.get(POOL, None):
+        pool.done(item.nodeid)
+    return result
 
 
 @pytest.fixture(scope="session")
 def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
     """The engines of this run; those that the collected tests need are started ahead."""
     selection = current_selection()
-    pool = Pool(run, selection.stages, selection.subjects, announce)
+    pool = request.session.stash[POOL] = Pool(run, selection.stages, selection.subjects, announce)
     own = {item.nodeid: _engines_of(item) for item in request.session.items}
     everything = [key for keys in own.values() for key in keys]
     compared = {item.nodeid: own[item.nodeid] for item in request.session.items if "target" in item.fixturenames}
@@ -115,7 +125,6 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     for key, engine in zip(keys, engines, strict=True):
         if not (_given_back(sync, engine) if subject.host else _answers(engine.process, "generate", [[1, 2, 3]], 1)):
             pool.discard(key)
-    pool.done(request.node.nodeid)
 
 
 def _answers(process: Process, method: str, *args: object) -> bool:

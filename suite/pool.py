@@ -256,9 +256,10 @@ class Pool:
             else:
                 with self._changed:
                     self._started[key] = handle
-                    recorded = key in self._records
-                if recorded:
-                    self._needs[key] = 0
+                    if key in self._records:
+                        self._needs[key] = 0
+                    over = self._needs[key] <= 0  # also where the tests that needed it have ended meanwhile
+                if over:
                     self.discard(key)
             with self._changed:
                 self._starting.discard(key)

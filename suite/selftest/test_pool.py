@@ -263,6 +263,14 @@ def test_tests_share_an_engine_until_the_last_has_ended(pool: Pool, started: Sta
     assert started.stays_at(1)
 
 
+def test_an_engine_whose_tests_have_all_ended_before_it_has_started_ends_too(pool: Pool, started: Started):
+    plan(pool, [A], [B])
+    engine = started.of(A)
+    pool.done("0")
+    engine.let()
+    assert engine.stopped.wait(SOON_S)
+
+
 def test_a_test_of_two_engines_needs_both(pool: Pool, started: Started):
     plan(pool, [A, B], [B])
     for key in (A, B):
