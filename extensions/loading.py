@@ -1,7 +1,7 @@
 """Getting tensors into a model that may have repacked or quantised its weights.
 
-`DirectLoad` hands each tensor to the model's own `load_weights`, which copies it into the parameter. That is right only
-while the parameters are those the checkpoint was loaded into. Where processing after loading has replaced them,
+`DirectLoad` hands the tensors to the model's own `load_weights`, which copies them into the parameters. That is right
+only while the parameters are those the checkpoint was loaded into. Where processing after loading has replaced them,
 `LayerwiseReload` has vLLM's layerwise reload restore each layer's original parameters, load, process again and copy
 the result to where the old one was, so that addresses captured in CUDA graphs stay valid.
 """
@@ -19,8 +19,12 @@ class Load(Protocol):
     def begin(self) -> None:
         """Prepare the model for new weights."""
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one full tensor under its checkpoint name; it may be kept until `end`."""
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take full tensors under their checkpoint names; they may be kept until `end`.
+
+        One call for what there is at once: a call of `load_weights` walks the model, which in some versions of vLLM
+        takes longer than the copy of a tensor.
+        """
 
     def end(self) -> None:
         """Finish all layers. The model computes with the new weights afterwards."""
@@ -59,10 +63,10 @@ class DirectLoad:
     def begin(self) -> None:
         self._touched = False
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
         self._touched = True
         with _current(self._vllm_config):
-            self._model.load_weights([(name, tensor)])
+            self._model.load_weights(iter(tensors.items()))
 
     def end(self) -> None:
         pass
@@ -86,10 +90,10 @@ class LayerwiseReload:
         with _current(self._vllm_config):
             initialize_layerwise_reload(self._model)
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
         self._touched = True
         with _current(self._vllm_config):
-            self._model.load_weights([(name, tensor)])
+            self._model.load_weights(iter(tensors.items()))
 
     def end(self) -> None:
         with _current(self._vllm_config):

@@ -391,10 +391,11 @@ class _NcclCommunicator:
         if not self._under_way:
             return ""
         self._ask()
-        oldest = next(iter([*self._under_way]), None)
-        if oldest is None:
+        try:
+            began_s, _ = self._under_way[0]
+        except IndexError:  # they have all ended meanwhile
             return ""
-        waited_s = time.monotonic() - max(oldest[0], self._progress_s)
+        waited_s = time.monotonic() - max(began_s, self._progress_s)
         if waited_s > self._timeout_s:
             return f"a broadcast has not ended within {self._timeout_s:g} s"
         if self.rank != 0 and waited_s > WATCH_POLL_S and not _listens(self._server):

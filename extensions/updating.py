@@ -110,9 +110,8 @@ class UpdateBracket:
             load, pending = self._weight_sync_load_alone(tensors), {}
         else:
             self._weight_sync_expect(tensors)
-        for name, tensor in tensors.items():
-            load.load(name, tensor)
-            pending[name] = None
+        load.load(tensors)
+        pending.update(dict.fromkeys(tensors))
         if self._weight_sync_load is None:
             _synchronize(self.device)
 

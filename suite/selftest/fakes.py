@@ -34,9 +34,9 @@ class Load:
     def begin(self) -> None:
         self._do("begin")
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
         self._do("load")
-        self._taken[name] = tensor.clone()
+        self._taken |= {name: tensor.clone() for name, tensor in tensors.items()}
 
     def end(self) -> None:
         self._do("end")

@@ -49,6 +49,23 @@ def test_an_update_goes_through_its_states(worker: Worker):
     whole_update(worker, 2)
 
 
+def test_what_arrives_together_is_loaded_in_one_call(worker: Worker):
+    whole_update(worker)
+    assert worker.model.calls == ["begin", "load", "end"]
+
+
+def test_of_a_load_that_fails_nothing_counts_as_arrived(worker: Worker):
+    begin(worker)
+    send(worker, "a.weight")
+    worker.model.fails = {"load": MemoryError("full")}
+    with pytest.raises(MemoryError):
+        worker._weight_sync_accept({name: tensor for name, tensor in tensors().items() if name != "a.weight"})
+    with pytest.raises(UpdateError, match="2 announced tensors have not arrived, first b.weight"):
+        worker.end_update()
+    assert worker.update_state() == "inconsistent"
+    whole_update(worker)
+
+
 def test_two_workers_share_no_state(worker: Worker):
     begin(worker)
     assert Worker().update_state() == "ready"
