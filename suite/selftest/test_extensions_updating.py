@@ -60,7 +60,7 @@ def test_of_a_load_that_fails_nothing_counts_as_arrived(worker: Worker):
     worker.model.fails = {"load": MemoryError("full")}
     with pytest.raises(MemoryError):
         worker._weight_sync_accept({name: tensor for name, tensor in tensors().items() if name != "a.weight"})
-    with pytest.raises(UpdateError, match="2 announced tensors have not arrived, first b.weight"):
+    with pytest.raises(UpdateError, match=r"2 announced tensors have not arrived, first b\.weight"):
         worker.end_update()
     assert worker.update_state() == "inconsistent"
     whole_update(worker)
