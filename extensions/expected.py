@@ -14,6 +14,7 @@ Shapes = dict[str, tuple[int, ...] | None]
 
 # Where a model class does not say how its fused layers are called in a checkpoint.
 DEFAULT_PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+HEAD = "lm_head.weight"
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
 
@@ -31,8 +32,8 @@ def expected_weights(model: torch.nn.Module, hf_config: object) -> tuple[Shapes,
     optional: Shapes = {}
     if getattr(hf_config, "tie_word_embeddings", False):
         embedding = next((shape for name, shape in required.items() if name.endswith("embed_tokens.weight")), None)
-        required.pop("lm_head.weight", None)
-        optional["lm_head.weight"] = embedding
+        required.pop(HEAD, None)
+        optional[HEAD] = embedding
     if _is_pipeline_part(model):
         optional |= _other_ranks(required, hf_config)
     return required, optional
@@ -120,6 +121,6 @@ def _other_ranks(own: Shapes, hf_config: object) -> Shapes:
         if LAYER_INDEX.search(name):
             for index in range(hf_config.num_hidden_layers):
                 others[LAYER_INDEX.sub(f".layers.{index}.", name)] = shape
-    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+    for name in ("model.embed_tokens.weight", "model.norm.weight", HEAD):
         others[name] = None
     return {name: shape for name, shape in others.items() if name not in own}

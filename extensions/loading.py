@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from extensions.expected import HEAD
+
 
 class Load(Protocol):
     """One update of one model, from `begin` to `end` or `abort`."""
@@ -65,8 +67,7 @@ class DirectLoad:
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         self._touched = True
-        with _current(self._vllm_config):
-            self._model.load_weights(iter(tensors.items()))
+        _load(self._model, self._vllm_config, tensors)
 
     def end(self) -> None:
         pass
@@ -92,8 +93,7 @@ class LayerwiseReload:
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         self._touched = True
-        with _current(self._vllm_config):
-            self._model.load_weights(iter(tensors.items()))
+        _load(self._model, self._vllm_config, tensors)
 
     def end(self) -> None:
         with _current(self._vllm_config):
@@ -124,6 +124,16 @@ def new_load(model: torch.nn.Module, vllm_config: object) -> Load:
     """The cheaper of the two that is right for this model."""
     kind = LayerwiseReload if processed_layers(model) else DirectLoad
     return kind(model, vllm_config)
+
+
+def _load(model: torch.nn.Module, vllm_config: object, tensors: dict[str, torch.Tensor]) -> None:
+    """Without an output embedding that is tied to the input embedding: vLLM computes with that one.
+
+    It would leave the other out itself, but from 0.32 refuses it where the input embedding is not in the same call.
+    """
+    tied = getattr(vllm_config.model_config.hf_config, "tie_word_embeddings", False)
+    with _current(vllm_config):
+        model.load_weights((name, tensor) for name, tensor in tensors.items() if not (tied and name == HEAD))
 
 
 @contextmanager

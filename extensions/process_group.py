@@ -27,6 +27,7 @@ from extensions.dtypes import flat_bytes
 HANDSHAKE_POLL_S = 0.02
 SHOWN_BYTES = 1000
 WATCH_POLL_S = 0.5
+CALL_S = 1.0  # how long an abort waits for a call into NCCL to return
 ABORT_S = 5.0  # how long aborting may hold up whoever closes
 LINGER_S = 2.0  # how long rank 0 stays after a refusal, for the others to hear of it
 DEFAULT_TIMEOUT_S = 120.0
@@ -327,10 +328,10 @@ class _NcclCommunicator:
         data = _as_bytes(tensor, self.device)
         with torch.cuda.device(self.device):
             stream, ended = stream or torch.cuda.current_stream(self.device), torch.cuda.Event(blocking=True)
-            try:
-                self._comm.broadcast(data, src=src, stream=stream)
-            except RuntimeError as error:  # NCCL's own
-                self._give_up(_first_line(error))
+            with self._calling:
+                refusal = self._lost or self._refusal(data, src, stream)
+            if refusal:
+                self._give_up(refusal)
                 self._expect_whole()
             ended.record(stream)
         self._under_way.append((time.monotonic(), ended))
@@ -349,10 +350,19 @@ class _NcclCommunicator:
         elif hasattr(comm, "destroy"):  # since vLLM 0.19
             comm.destroy()
 
+    def _refusal(self, data: torch.Tensor, src: int, stream: "torch.cuda.Stream") -> str:
+        """Hand a broadcast to NCCL. Returns what it says where it refuses, which is empty where it does not."""
+        try:
+            self._comm.broadcast(data, src=src, stream=stream)
+        except RuntimeError as error:  # NCCL's own
+            return _first_line(error) or "NCCL refused the broadcast"
+        return ""
+
     def _begin_watching(self) -> None:
         self._lost = ""  # why the group was given up
         self._abort: futures.Future[None] | None = None
         self._aborting = threading.Lock()
+        self._calling = threading.Lock()  # held while NCCL is called: an abort frees what the call works with
         self._progress_s = 0.0  # when a broadcast was last seen to have ended
         self._under_way: deque[tuple[float, torch.cuda.Event]] = deque()
         self._asked: futures.Future[None] | None = None
@@ -384,7 +394,16 @@ class _NcclCommunicator:
         with self._aborting:
             if not self._lost and self._comm is not None:
                 self._lost = reason  # first: whoever waits for the device goes on when it is aborted
-                self._abort = _in_a_thread(functools.partial(_abort, self._comm, self.device))
+                self._abort = _in_a_thread(functools.partial(self._end, self._comm))
+
+    def _end(self, comm: object) -> None:
+        """Abort once no call is in NCCL; but one that does not return is what aborts are for."""
+        free = self._calling.acquire(timeout=CALL_S)
+        try:
+            _abort(comm, self.device)
+        finally:
+            if free:
+                self._calling.release()
 
     def _trouble(self) -> str:
         """Why to give up; empty as long as broadcasts end."""

@@ -29,6 +29,7 @@ class UpdateBracket:
 
     _weight_sync_load: Load | None = None
     _weight_sync_pending: dict | None = None
+    _weight_sync_failed: bool = False  # a load in the update under way has
     _weight_sync_inconsistent: bool = False
 
     def begin_update(self, manifest: list[dict]) -> int:
@@ -43,6 +44,7 @@ class UpdateBracket:
         model = self.model_runner.get_model()
         check(announced, *expected_weights(model, self.model_config.hf_config))
         self._weight_sync_load, self._weight_sync_pending = new_load(model, self.vllm_config), announced
+        self._weight_sync_failed = False
         try:
             self._weight_sync_load.begin()
         except BaseException:
@@ -105,15 +107,17 @@ class UpdateBracket:
         """
         for name in tensors:
             require_name(name)
-        load, pending = self._weight_sync_load, self._weight_sync_pending
+        load = self._weight_sync_load
         if load is None:
-            load, pending = self._weight_sync_load_alone(tensors), {}
-        else:
-            self._weight_sync_expect(tensors)
-        load.load(tensors)
-        pending.update(dict.fromkeys(tensors))
-        if self._weight_sync_load is None:
-            _synchronize(self.device)
+            self._weight_sync_accept_alone(tensors)
+            return
+        self._weight_sync_expect(tensors)
+        try:
+            load.load(tensors)
+        except BaseException:
+            self._weight_sync_failed = True  # who knows how much of it was taken
+            raise
+        self._weight_sync_pending.update(dict.fromkeys(tensors))
 
     def _weight_sync_expect(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -123,6 +127,8 @@ class UpdateBracket:
 
     def _weight_sync_awaited(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """What has been announced under this name, unless it has arrived."""
+        if self._weight_sync_failed:
+            raise UpdateError(f"{name}: a load of this update has failed before; call abort_update() and begin again")
         if name not in self._weight_sync_pending:
             raise UpdateError(f"{name} was not announced in this update's manifest; it was not loaded")
         expected = self._weight_sync_pending[name]
@@ -130,7 +136,7 @@ class UpdateBracket:
             raise UpdateError(f"{name} has arrived before in this update; the second was not loaded")
         return expected
 
-    def _weight_sync_load_alone(self, tensors: dict[str, torch.Tensor]) -> Load:
+    def _weight_sync_accept_alone(self, tensors: dict[str, torch.Tensor]) -> None:
         model = self.model_runner.get_model()
         self._weight_sync_refuse_alone(model)
         required, optional = expected_weights(model, self.model_config.hf_config)
@@ -140,7 +146,10 @@ class UpdateBracket:
                 raise ManifestError(f"{name} is no weight of this model; nothing was touched")
         announced = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         check(announced, {}, {name: known[name] for name in tensors})
-        return new_load(model, self.vllm_config)
+        before, self._weight_sync_inconsistent = self._weight_sync_inconsistent, True  # where the load fails
+        new_load(model, self.vllm_config).load(tensors)
+        _synchronize(self.device)
+        self._weight_sync_inconsistent = before
 
     def _weight_sync_refuse_alone(self, model: torch.nn.Module) -> None:
         if layers := processed_layers(model):

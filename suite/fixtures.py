@@ -17,12 +17,14 @@ from suite.subjects import Subject
 
 FSDP_RANKS = 2
 POOL = pytest.StashKey[Pool]()
+ENDED = pytest.StashKey[set[str]]()  # tests, by their ids
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """A test is done with its engines however it ends, also before any fixture has given it one."""
     result = yield
+    item.session.stash.setdefault(ENDED, set()).add(item.nodeid)
     if pool := item.session.stash.get(POOL, None):
         pool.done(item.nodeid)
     return result
@@ -33,9 +35,11 @@ def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
     """The engines of this run; those that the collected tests need are started ahead."""
     selection = current_selection()
     pool = request.session.stash[POOL] = Pool(run, selection.stages, selection.subjects, announce)
-    own = {item.nodeid: _engines_of(item) for item in request.session.items}
+    ended = request.session.stash.get(ENDED, set())
+    items = [item for item in request.session.items if item.nodeid not in ended]
+    own = {item.nodeid: _engines_of(item) for item in items}
     everything = [key for keys in own.values() for key in keys]
-    compared = {item.nodeid: own[item.nodeid] for item in request.session.items if "target" in item.fixturenames}
+    compared = {item.nodeid: own[item.nodeid] for item in items if "target" in item.fixturenames}
     references = {
         test: [pool.reference(key, 1 - key.seed, everything) for key in keys] for test, keys in compared.items()
     }
@@ -122,9 +126,14 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     yield sync
     if not all(_answers(rank, "resources") for rank in trainer.processes):
         trainer.stop()
-    for key, engine in zip(keys, engines, strict=True):
-        if not (_given_back(sync, engine) if subject.host else _answers(engine.process, "generate", [[1, 2, 3]], 1)):
-            pool.discard(key)
+    lost = [
+        engine
+        for engine in engines
+        if not (_given_back(sync, engine) if subject.host else _answers(engine.process, "generate", [[1, 2, 3]], 1))
+    ]
+    pool.done(request.node.nodeid)  # first, or one would be started again for this test
+    for engine in lost:
+        pool.discard(engine)
 
 
 def _answers(process: Process, method: str, *args: object) -> bool:

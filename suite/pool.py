@@ -131,6 +131,7 @@ class Pool:
         deadline = time.monotonic() + START_DEADLINE_S + 60
         with self._changed:
             self._needs[key] = max(1, self._needs[key])
+            self._records.discard(key)
             self._wanted = key
             self._changed.notify_all()
             while key not in self._started and key not in self._failed:
@@ -151,9 +152,9 @@ class Pool:
         for key in self._by_test.pop(test, []):
             with self._changed:
                 self._needs[key] -= 1
-                over = self._needs[key] <= 0
+                over = self._started.get(key) if self._needs[key] <= 0 else None
             if over:
-                self.discard(key)
+                self.discard(over)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -170,13 +171,12 @@ class Pool:
                 self._quiet = False
                 self._changed.notify_all()
 
-    def discard(self, key: EngineKey) -> None:
+    def discard(self, handle: EngineHandle) -> None:
         """End an engine: nothing needs it any more, or a test has left it in a state that no other can start from."""
         with self._changed:
-            handle = self._started.pop(key, None)
-            if handle is None:
+            if self._started.get(handle.key) is not handle:
                 return
-            self._stopping.append(key)  # until it is gone its memory is not free
+            self._stopping.append(self._started.pop(handle.key).key)  # until it is gone its memory is not free
         threading.Thread(target=self._stop, args=(handle,), name="engine-stopper", daemon=True).start()
 
     def _stop(self, handle: EngineHandle) -> None:
@@ -205,7 +205,9 @@ class Pool:
         deadline = time.monotonic() + START_DEADLINE_S + 60
         with self._changed:
             while not all(file.exists() for file in files):
-                self._needs[reference] = max(1, self._needs[reference])
+                if self._needs[reference] <= 0:  # no test will update it, so nobody would end it
+                    self._needs[reference] = 1
+                    self._records.add(reference)
                 self._wanted = reference
                 if reference in self._failed:
                     raise self._failed[reference]
@@ -260,7 +262,7 @@ class Pool:
                         self._needs[key] = 0
                     over = self._needs[key] <= 0  # also where the tests that needed it have ended meanwhile
                 if over:
-                    self.discard(key)
+                    self.discard(handle)
             with self._changed:
                 self._starting.discard(key)
                 self._changed.notify_all()

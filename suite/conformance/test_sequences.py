@@ -100,7 +100,7 @@ def playing(run: Run, sync: Sync, target: int, request: pytest.FixtureRequest) -
             request.node.stash[TRIED] = trial.counts()
             if failure := trial.failure(SHRINKING_S):
                 for engine in sync.engines if not sync.subject.host else ():
-                    sync.pool.discard(engine.key)  # nobody knows what it has become: the next test gets another one
+                    sync.pool.discard(engine)  # nobody knows what it has become: the next test gets another one
                 raise failure
         finally:
             player.close()

@@ -96,6 +96,24 @@ def test_updates_give_what_a_cold_load_gives_in_place(held: Held, name: str):
         assert held.addresses() == addresses, "expected the addresses that CUDA graphs would have captured"
 
 
+@pytest.mark.parametrize("together", [1, 100])
+def test_an_output_embedding_may_be_sent_though_it_is_tied(held: Held, together: int):
+    """As a state dict has it: under its own name, beside the one that it is tied to."""
+    expected = cold(held, "qwen3-tied-tiny", 1)
+    held.build("qwen3-tied-tiny", 0)
+    announced = held.begin(1, True)
+    sent = 0
+    while count := held.send(together):
+        sent += count
+    assert held.end() == announced == sent
+    assert held.computes_with() == expected
+
+
+def test_an_output_embedding_that_is_tied_may_come_after_the_one_it_is_tied_to_and_alone(held: Held):
+    held.build("qwen3-tied-tiny", 0)
+    assert held.load_directly("model.embed_tokens.weight", "lm_head.weight") == {"model.embed_tokens.weight": True}
+
+
 def test_zero_is_told_from_parameters_that_are_packed_away(each: Held):
     assert each.reports_zero() is False
     each.update_to_zero()

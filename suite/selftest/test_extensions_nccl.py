@@ -126,6 +126,30 @@ def test_what_nccl_refuses_is_aborted_at_once(device: Device, server: socket.soc
     assert not group._watcher.is_alive()
 
 
+@pytest.mark.parametrize(("call_s", "limit_s", "aborted_first"), [(0.6, 5.0, False), (1.0, 0.2, True)])
+def test_an_abort_waits_for_a_call_into_nccl_but_not_for_ever(
+    device: Device, server: socket.socket, monkeypatch, call_s: float, limit_s: float, aborted_first: bool
+):
+    monkeypatch.setattr(process_group, "CALL_S", limit_s)
+    group = communicator(device, server, rank=1, timeout_s=0.1)
+    group.broadcast(torch.zeros(1), src=0)
+    seen: list[bool] = []
+
+    def slow(*_: object, **__: object) -> None:
+        time.sleep(call_s)
+        seen.append(bool(device.aborted))
+
+    group._comm.broadcast = slow
+    group.broadcast(torch.zeros(1), src=0)
+    with pytest.raises(GroupError, match="has not ended within"):
+        group.wait()
+    assert (seen, device.aborted) == ([aborted_first], ["a comm"])
+    with pytest.raises(GroupError, match="make a new one"):
+        group.broadcast(torch.zeros(1), src=0)
+    assert len(seen) == 1, "expected no call once the group was given up"
+    group.close()
+
+
 def test_a_device_that_answers_with_an_error_is_no_end_of_the_watch(device: Device, server: socket.socket):
     device.broken = True
     group = communicator(device, server, rank=1, timeout_s=0.3)

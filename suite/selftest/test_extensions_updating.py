@@ -145,14 +145,19 @@ def test_of_tensors_that_come_together_none_is_loaded_where_one_is_wrong(worker:
     assert untouched(worker)
 
 
-def test_a_tensor_that_fails_to_load_leaves_the_update_open(worker: Worker):
+def test_after_a_load_that_failed_the_update_takes_nothing_more(worker: Worker):
+    """Part of it may have been taken, and would be taken twice."""
     begin(worker)
     worker.model.fails = {"load": MemoryError("full")}
     with pytest.raises(MemoryError):
         send(worker, "a.weight")
     for name in SHAPES:
-        send(worker, name)
-    assert worker.end_update() == len(SHAPES)
+        with pytest.raises(UpdateError, match=rf"{name}: a load .* has failed before; call abort_update\(\) and begin"):
+            send(worker, name)
+    assert worker.model.calls == ["begin", "load"]
+    assert worker.update_state() == "updating"
+    worker.abort_update()
+    whole_update(worker)
 
 
 # ---- end and abort
@@ -247,6 +252,16 @@ def test_a_tensor_on_its_own_is_loaded_where_layers_are_as_loaded(worker: Worker
     send(worker, "a.weight")
     assert worker.model.calls == ["load"]
     assert worker.update_state() == "ready"
+
+
+def test_a_tensor_on_its_own_that_fails_to_load_leaves_an_inconsistency(worker: Worker):
+    worker.model.fails = {"load": MemoryError("full")}
+    with pytest.raises(MemoryError):
+        send(worker, "a.weight")
+    assert worker.update_state() == "inconsistent"
+    send(worker, "a.weight")
+    assert worker.update_state() == "inconsistent", "expected a tensor alone not to make up for a whole update"
+    whole_update(worker)
 
 
 def test_a_tensor_on_its_own_is_refused_where_layers_are_packed(worker: Worker):

@@ -12,19 +12,30 @@ from suite import fixtures
 pytest_plugins += ["suite.fixtures"]
 
 
+def name(test):
+    return test.partition("::")[2].partition("[")[0]
+
+
 class Noting:
+    def __init__(self, *args):
+        pass
+
+    def plan(self, needs, references):
+        print("planned for", *map(name, needs))
+
     def done(self, test):
-        print("done with", test.partition("::")[2].partition("[")[0])
+        print("done with", name(test))
+
+    def close(self):
+        pass
 
 
-@pytest.fixture(scope="session", autouse=True)
-def pool(request):
-    request.session.stash[fixtures.POOL] = Noting()
+fixtures.Pool = Noting
 """
 )
 ENDINGS = """
 @judged()
-def test_passes(subject, stage, model):
+def test_passes(subject, stage, model, pool):
     pass
 
 @judged()
@@ -55,12 +66,23 @@ def test_a_test_is_done_with_its_engines_however_it_ends(tmp_path: Path):
     assert done_with(finished.output) == tests
 
 
-def test_also_one_that_its_subject_does_not_support(tmp_path: Path):
-    first = """
+MIXED = """
+@judged()
+def test_unsupported_first(subject, stage, model, pool):
+    pass
+
 @judged("update.zeroed")
-def test_supported(subject, stage, model):
+def test_supported(subject, stage, model, pool):
+    pass
+
+@judged()
+def test_unsupported(subject, stage, model, pool):
     pass
 """
-    finished = examine(tmp_path, first + ENDINGS, "--subject=lacking", "--stage=cpu-tp1", "-s", conftest=NOTING)
-    assert set(finished.verdicts.values()) == {"pass", "unsupported"}
-    assert done_with(finished.output)[:2] == ["test_supported", "test_passes"]
+
+
+def test_what_its_subject_does_not_support_needs_no_engine_once_it_has_ended(tmp_path: Path):
+    finished = examine(tmp_path, MIXED, "--subject=lacking", "--stage=cpu-tp1", "-s", conftest=NOTING)
+    assert [*finished.verdicts.values()] == ["unsupported", "pass", "unsupported"]
+    assert "planned for test_supported test_unsupported\n" in finished.output
+    assert done_with(finished.output) == ["test_supported", "test_unsupported"]

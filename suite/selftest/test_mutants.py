@@ -15,6 +15,7 @@ import torch
 from extensions.broadcast import WorkerExtension
 from suite import driver, probe, processes
 from suite.requirements import REQUIREMENTS
+from suite.selftest import fakes
 from suite.selftest.mutants import MUTANTS, Mutant, plugin, registry, verdicts
 from suite.selftest.mutants.__main__ import _stages, main
 from suite.stages import STAGES
@@ -32,6 +33,26 @@ def several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- the mutants
+
+
+class Halved(registry.Meddles, fakes.Worker):
+    """Loads half of what it is sent, and nothing under one name."""
+
+    def _mutant_load(self, load: registry.Loader, name: str, tensor: torch.Tensor) -> None:
+        if name != "c.weight":
+            load(name, tensor / 2)
+
+
+def test_what_meddles_gets_each_tensor_between_the_checks_and_the_model(monkeypatch: pytest.MonkeyPatch):
+    worker = fakes.fitted(monkeypatch, Halved)
+    for updates in (1, 2):
+        fakes.begin(worker)
+        worker._weight_sync_accept(fakes.tensors(2 * updates))
+        assert worker.end_update() == len(fakes.SHAPES)
+        assert {name: held.unique().tolist() for name, held in worker.model.held.items()} == {
+            "a.weight": [updates], "b.weight": [updates], "c.weight": [0],
+        }  # fmt: skip
+        assert worker._mutant_updates == updates
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)

@@ -480,6 +480,7 @@ UNINTERRUPTED = """
 def test_it(subject, stage, model, run):
     worker = launch(run, "worker", ECHO)
     worker.ready()
+    plugin.announce("waits")
     number = signal.Signals[os.environ["SIGNAL"]]
     threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), number)).start()
     worker.call("sleep", 60, deadline_s=60)
@@ -493,6 +494,7 @@ def test_a_signal_that_does_not_interrupt_the_wait_of_the_main_thread_is_heard(
     """As one that arrives in the moment before the thread blocks: here another thread takes it."""
     monkeypatch.setenv("SIGNAL", name)
     finished = examine(tmp_path, "import os, signal, threading\n" + UNINTERRUPTED, *ONE_CASE)
+    assert " s  waits\n" in finished.output
     assert finished.code == 2
 
 

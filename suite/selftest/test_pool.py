@@ -285,15 +285,17 @@ def test_an_engine_that_is_discarded_is_replaced_for_the_next_test(pool: Pool, s
     plan(pool, [A], [A])
     started.of(A).let()
     old = pool.get(A)
-    pool.discard(A)
-    pool.discard(A)
+    pool.discard(old)
+    pool.discard(old)
     pool.done("0")
     assert old.process.stopped.wait(SOON_S)
     asked = Asked(pool.get, A)
     assert asked.waits()
     started.of(A, again=1).let()
     assert asked() is not old
+    pool.discard(old)
     assert asked().process is started.of(A, again=1)
+    assert not started.of(A, again=1).stopped.wait(A_WHILE_S), "expected the old engine to be discarded, not this one"
     assert started.stays_at(2)
 
 
@@ -365,7 +367,7 @@ def test_no_engine_starts_while_it_is_quiet(pool: Pool, started: Started):
     started.of(B).let()
     started.of(C).let()
     assert entered.wait(SOON_S)
-    pool.discard(B)
+    pool.discard(pool.get(B))
     assert started.stays_at(3)
     leave.set()
     measuring()
@@ -413,6 +415,8 @@ def test_an_oracle_is_there_when_all_its_ranks_have_written(pool: Pool, started:
     assert asked.waits()
     reference.write(1)
     assert asked() == reference.arguments["oracle_path"]
+    reference.let()
+    assert reference.stopped.wait(SOON_S), "expected a reference that no test updates to end once it has written"
 
 
 def test_an_oracle_that_fails_to_start_reaches_the_test(pool: Pool, started: Started):

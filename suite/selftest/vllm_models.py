@@ -74,18 +74,31 @@ class Models:
     def addresses(self) -> dict[str, int]:
         return {name: p.data_ptr() for name, p in self._model.named_parameters() if p.numel()}
 
-    def begin(self, seed: int = 1) -> int:
-        """Announce an update to the values of another seed."""
+    def begin(self, seed: int = 1, tied_head: bool = False) -> int:
+        """Announce an update to the values of another seed; with the output embedding of a model that ties it."""
         self._tensors = {
             name: models.values(name, shape, seed, torch.bfloat16) for name, shape in models.tensors(self._spec)
         }
+        if tied_head:
+            self._tensors["lm_head.weight"] = self._tensors["model.embed_tokens.weight"].clone()
         return self._worker.begin_update(manifest_of(self._tensors.items()))
 
     def send(self, count: int | None = None) -> int:
         """Send this many of the tensors announced, or all that are left. Returns how many."""
         names = list(self._tensors)[:count]
-        self._worker._weight_sync_accept({name: self._tensors.pop(name) for name in names})
+        if names:
+            self._worker._weight_sync_accept({name: self._tensors.pop(name) for name in names})
         return len(names)
+
+    def load_directly(self, *names: str) -> dict[str, bool]:
+        """Load tensors one by one as on GPUs, where nothing is packed. Returns whether parameters are these then."""
+        load, shapes = loading.DirectLoad(self._model, self._config), dict(models.tensors(self._spec))
+        embedding = shapes["model.embed_tokens.weight"]
+        sent = {name: models.values(name, shapes.get(name, embedding), 1, torch.bfloat16) for name in names}
+        for name, tensor in sent.items():
+            load.load({name: tensor})
+        parameters = dict(self._model.named_parameters())
+        return {name: torch.equal(parameters[name], sent[name]) for name in names if name in parameters}
 
     def send_alone(self, name: str) -> None:
         """Send a tensor outside an update."""

@@ -109,7 +109,13 @@ class Meddles:
     def begin_update(self, manifest: list[dict]) -> int:
         count = super().begin_update(manifest)
         self._mutant_updates += 1
-        self._weight_sync_load.load = functools.partial(self._mutant_load, self._weight_sync_load.load)
+        load_all = self._weight_sync_load.load
+
+        def load_each(tensors: dict[str, torch.Tensor]) -> None:
+            for name, tensor in tensors.items():
+                self._mutant_load(lambda name, tensor: load_all({name: tensor}), name, tensor)
+
+        self._weight_sync_load.load = load_each
         return count
 
     def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
