@@ -61,13 +61,15 @@ class DirectLoad:
 
     def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
         self._model, self._vllm_config, self._touched = model, vllm_config, False
+        self._tied = _ties_its_head(model)
 
     def begin(self) -> None:
         self._touched = False
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         self._touched = True
-        _load(self._model, self._vllm_config, tensors)
+        with _current(self._vllm_config):
+            self._model.load_weights((n, t) for n, t in tensors.items() if n != HEAD or not self._tied)
 
     def end(self) -> None:
         pass
@@ -81,6 +83,7 @@ class LayerwiseReload:
 
     def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
         self._model, self._vllm_config, self._touched = model, vllm_config, False
+        self._tied = _ties_its_head(model)
         self._expert_kernels: list[tuple[object, object]] = []
 
     def begin(self) -> None:
@@ -93,7 +96,8 @@ class LayerwiseReload:
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         self._touched = True
-        _load(self._model, self._vllm_config, tensors)
+        with _current(self._vllm_config):
+            self._model.load_weights((n, t) for n, t in tensors.items() if n != HEAD or not self._tied)
 
     def end(self) -> None:
         with _current(self._vllm_config):
@@ -126,14 +130,14 @@ def new_load(model: torch.nn.Module, vllm_config: object) -> Load:
     return kind(model, vllm_config)
 
 
-def _load(model: torch.nn.Module, vllm_config: object, tensors: dict[str, torch.Tensor]) -> None:
-    """Without an output embedding that is tied to the input embedding: vLLM computes with that one.
+def _ties_its_head(model: torch.nn.Module) -> bool:
+    """Whether the output embedding is the input embedding under another name, so that nothing is to be loaded for it.
 
-    It would leave the other out itself, but from 0.32 refuses it where the input embedding is not in the same call.
+    vLLM would leave it out itself, but from 0.32 refuses it where the input embedding is not in the same call.
     """
-    tied = getattr(vllm_config.model_config.hf_config, "tie_word_embeddings", False)
-    with _current(vllm_config):
-        model.load_weights((name, tensor) for name, tensor in tensors.items() if not (tied and name == HEAD))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    head = parameters.pop(HEAD, None)
+    return head is not None and any(parameter is head for parameter in parameters.values())
 
 
 @contextmanager

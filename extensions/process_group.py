@@ -397,13 +397,10 @@ class _NcclCommunicator:
                 self._abort = _in_a_thread(functools.partial(self._end, self._comm))
 
     def _end(self, comm: object) -> None:
-        """Abort once no call is in NCCL; but one that does not return is what aborts are for."""
-        free = self._calling.acquire(timeout=CALL_S)
-        try:
-            _abort(comm, self.device)
-        finally:
-            if free:
-                self._calling.release()
+        """Abort once no call is in NCCL; after that none comes any more. One that does not return is not waited for."""
+        if self._calling.acquire(timeout=CALL_S):
+            self._calling.release()
+        _abort(comm, self.device)
 
     def _trouble(self) -> str:
         """Why to give up; empty as long as broadcasts end."""

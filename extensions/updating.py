@@ -44,7 +44,6 @@ class UpdateBracket:
         model = self.model_runner.get_model()
         check(announced, *expected_weights(model, self.model_config.hf_config))
         self._weight_sync_load, self._weight_sync_pending = new_load(model, self.vllm_config), announced
-        self._weight_sync_failed = False
         try:
             self._weight_sync_load.begin()
         except BaseException:
@@ -77,6 +76,7 @@ class UpdateBracket:
     def abort_update(self) -> str:
         """Give up the update under way, if any, and say what became of the weights."""
         load, self._weight_sync_load, self._weight_sync_pending = self._weight_sync_load, None, None
+        self._weight_sync_failed = False
         if load is not None:
             before, self._weight_sync_inconsistent = self._weight_sync_inconsistent, True  # where abort() raises
             self._weight_sync_inconsistent = not load.abort() or before

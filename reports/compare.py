@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import median
 
 from reports import statistics
 from reports.environment import differences
@@ -21,6 +23,7 @@ CAUSES = {
 }
 DEFAULT_CAUSES = ("failing", "error", "slower")
 LAST = ("only in A", "only in B", "judged in neither")  # kinds of which a run with other stages has many
+BOUND = 0.5  # of a time that the hardware needs for the bytes alone, the hardware's drift is in it
 NOT_JUDGED = {"absent", "not-applicable", "unsupported"}
 
 
@@ -84,7 +87,7 @@ class Change:
 
 @dataclass(frozen=True)
 class TimingChange:
-    """One benchmark in both runs. `judged_by` says whether seconds or the fraction of roofline decided."""
+    """One benchmark in both runs. `judged_by` says whether seconds, the fraction of roofline, or both decided."""
 
     key: tuple[str, ...]
     before: Timing | None
@@ -184,17 +187,28 @@ def compare_timing(key: tuple[str, ...], a: Timing | None, b: Timing | None, thr
     rooflines = a.roofline_samples_s, b.roofline_samples_s
     roofline = statistics.compare(*rooflines, threshold)
     relative = statistics.compare_relative(a.samples_s, rooflines[0], b.samples_s, rooflines[1], threshold)
-    verdict, judged_by, why = _judged(seconds, relative, roofline)
+    verdict, judged_by, why = _judged(seconds, relative, roofline, min(map(_share, (a, b))) >= BOUND)
     return TimingChange(key, a, b, verdict, judged_by, why, seconds, relative, roofline)
 
 
-def _judged(seconds: Ratio, relative: Ratio, roofline: Ratio) -> tuple[str, str, str]:
-    """Where the hardware itself drifted, what counts is the fraction of roofline; where that is unsure, both count."""
+def _share(timing: Timing) -> float:
+    """How much of the time the hardware needs for the bytes alone."""
+    return median(timing.roofline_samples_s) / (median(timing.samples_s) or math.inf)
+
+
+def _judged(seconds: Ratio, relative: Ratio, roofline: Ratio, bound: bool) -> tuple[str, str, str]:
+    """Where the hardware itself drifted, what counts is the fraction of roofline, if the time is `bound` by that.
+
+    Where it is not, or where nobody knows whether the hardware drifted, both count.
+    """
     if roofline.verdict == "same" or seconds.verdict == relative.verdict:
         return seconds.verdict, "seconds", seconds.why
-    if roofline.verdict != "inconclusive":
+    if roofline.verdict != "inconclusive" and bound:
         return relative.verdict, "fraction of roofline", relative.why or f"the roofline itself is {roofline.verdict}"
     if seconds.verdict == "inconclusive" or (seconds.verdict, relative.verdict) == ("same", "inconclusive"):
         return seconds.verdict, "seconds", seconds.why
+    if roofline.verdict != "inconclusive":
+        far = f"{relative.verdict} against a roofline that is {roofline.verdict} and far from what the update takes"
+        return "inconclusive", "both", f"{seconds.verdict} in seconds, {far}"
     told = f"{seconds.verdict} in seconds, {relative.verdict} against a roofline that is itself unsure"
     return "inconclusive", "both", f"{told}: of it, {roofline.why}" if roofline.more else told

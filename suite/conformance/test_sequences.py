@@ -99,6 +99,7 @@ def playing(run: Run, sync: Sync, target: int, request: pytest.FixtureRequest) -
             trial = _played(player, request.config)
             request.node.stash[TRIED] = trial.counts()
             if failure := trial.failure(SHRINKING_S):
+                sync.pool.done(request.node.nodeid)
                 for engine in sync.engines if not sync.subject.host else ():
                     sync.pool.discard(engine)  # nobody knows what it has become: the next test gets another one
                 raise failure

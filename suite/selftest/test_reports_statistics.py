@@ -1,6 +1,7 @@
 """Verdicts on timings: mirrored, sure of 20%, not taken in by noise, and honest about what would settle the rest."""
 
 import random
+from statistics import median
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from reports import load, statistics
 from reports.compare import compare
+from reports.load import Run
 from reports.statistics import mirrored
 from suite.selftest import reports_data as data
 from suite.selftest.properties import examples
@@ -138,14 +140,15 @@ def test_swapping_two_runs_mirrors_every_verdict(seed, other, slower, without, v
     assert judged == {change.key: (change.was, change.now) for change in there.requirements}
 
 
-def drifting(machine: float, vllm: float, roofline_samples: int = 20) -> dict:
-    """A run on a machine `machine` times slower, of a vLLM `vllm` times slower."""
-    document = data.run(seed=9)
+def drifting(machine: float, vllm: float, seed: int = 9, roofline_samples: int = 20, share: float = 0.8) -> Run:
+    """A run on a machine, and of a vLLM, so many times slower; `share` of the time is the roofline's."""
+    document = data.run(seed=seed)
     for index, entry in enumerate(document["benchmarks"]):
-        document["benchmarks"][index] = entry = data.scaled(document, index, machine * vllm)["benchmarks"][index]
-        roof = entry["extra_info"]["roofline_samples_s"][:roofline_samples]
-        entry["extra_info"]["roofline_samples_s"] = [value * machine for value in roof]
-    return document
+        document["benchmarks"][index] = data.scaled(document, index, machine * vllm)["benchmarks"][index]
+        extra, roof_s = document["benchmarks"][index]["extra_info"], entry["extra_info"]["roofline_samples_s"]
+        unit = share * entry["stats"]["median"] / median(roof_s)
+        extra["roofline_samples_s"] = [value * unit * machine for value in roof_s[:roofline_samples]]
+    return load.parse(document, "made up")
 
 
 @pytest.mark.parametrize(
@@ -159,13 +162,19 @@ def drifting(machine: float, vllm: float, roofline_samples: int = 20) -> dict:
     ],
 )
 def test_a_drifting_machine_is_told_from_a_changed_vllm(machine, vllm, verdict, judged_by):
-    found = compare(parsed(seed=8), load.parse(drifting(machine, vllm), "made up"))
+    found = compare(drifting(1.0, 1.0, seed=8), drifting(machine, vllm))
     assert {(change.verdict, change.judged_by) for change in found.timings} == {(verdict, judged_by)}
     assert {drift.verdict for _, drift in found.drift} == {{1.0: "same", 1.3: "slower", 0.8: "faster"}[machine]}
 
 
+@pytest.mark.parametrize(("machine", "vllm", "seconds"), [(1.3, 1.0, "slower"), (0.8, 1.25, "same")])
+def test_what_drift_does_to_a_time_that_is_mostly_something_else_nobody_knows(machine, vllm, seconds):
+    found = compare(drifting(1.0, 1.0, seed=8, share=0.1), drifting(machine, vllm, share=0.1))
+    assert {(change.verdict, change.judged_by) for change in found.timings} == {("inconclusive", "both")}
+    assert all(f"{seconds} in seconds, " in change.why and "far from" in change.why for change in found.timings)
+
+
 def test_a_roofline_of_too_few_samples_leaves_a_slowdown_open():
-    before, after = (load.parse(drifting(machine, 1.0, roofline_samples=3), "made up") for machine in (1.0, 1.3))
-    found = compare(before, after)
+    found = compare(drifting(1.0, 1.0, roofline_samples=3), drifting(1.3, 1.0, roofline_samples=3))
     assert {change.verdict for change in found.timings} == {"inconclusive"}
     assert all("roofline that is itself unsure" in change.why for change in found.timings)
