@@ -227,6 +227,7 @@ class Process:
         self.used_s = time.monotonic()  # when it was last called or answered, on the monotonic clock
         self._lock = threading.Lock()
         self._stopped = False
+        self._gone = threading.Event()  # once it has been stopped, and what it left has been removed
         self._ended: str | None = None  # how, once it has
         self._memory: set[Path] = set()  # shared memory it was seen to have: who has it may die without a trace
         self._listening = False  # whether it has said so, and knows STACKS_SIGNAL
@@ -297,8 +298,15 @@ class Process:
         """
         with self._lock:
             stopped, self._stopped = self._stopped, True
-        if stopped:
+        if stopped:  # by another thread, which must not be left behind when the run ends
+            self._gone.wait(grace_s + 2 * janitor.END_DEADLINE_S)
             return
+        try:
+            self._end(grace_s)
+        finally:
+            self._gone.set()
+
+    def _end(self, grace_s: float) -> None:
         self._memory |= janitor.shared_memory_of(self._members())
         self._outgoing.put(wire.encode({"method": None}))
         with contextlib.suppress(subprocess.TimeoutExpired):

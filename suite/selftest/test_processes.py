@@ -217,6 +217,23 @@ def test_stop_finds_shared_memory_of_descendants_that_died_before(run: Run):
     assert not (janitor.SHARED_MEMORY / name).exists()
 
 
+def test_who_stops_a_process_that_another_thread_stops_waits_for_the_end_of_it(run: Run, monkeypatch):
+    """Or a run would end, and pytest with it, before what the process left is removed."""
+    process, removed = start(run), threading.Event()
+
+    def slow(*arguments: object) -> None:
+        time.sleep(1)
+        janitor_end(*arguments)
+        removed.set()
+
+    janitor_end = janitor.end_process
+    monkeypatch.setattr(janitor, "end_process", slow)
+    threading.Thread(target=process.stop, daemon=True).start()
+    time.sleep(0.2)
+    run.close()
+    assert removed.is_set()
+
+
 def test_stop_leaves_shared_memory_that_others_use(run: Run):
     owner, user = start(run, "owner"), start(run, "user")
     name = owner.call("shared_memory", deadline_s=10)
