@@ -10,6 +10,7 @@ Linux only: processes, their memory maps and open files are read from /proc.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,6 +23,9 @@ RUN_VARIABLE = "WEIGHT_SYNC_RUN_ID"  # in the environment of every process of a 
 PROCESS_VARIABLE = "WEIGHT_SYNC_PROCESS"  # which of the run's processes it descends from
 SHARED_MEMORY = Path("/dev/shm")
 END_DEADLINE_S = 8.0
+# Names in shared memory that say whose they are: torch's have the process id in decimal, the CUDA driver's (which stay
+# where a process is killed, sglang#33929) the user's and the process's in hexadecimal.
+OWNED = re.compile(r"torch_(?P<torch>\d+)_.+|cuda\.shm\.[0-9a-f]+\.(?P<cuda>[0-9a-f]+)\.[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def members(run_id: str, process: str | None = None, roots: Iterable[int] = ()) 
 
 
 def shared_memory_of(pids: Iterable[int]) -> set[Path]:
-    """Files in /dev/shm that these processes have mapped or open, and those torch named after them.
+    """Files in /dev/shm that these processes have mapped or open, and those torch and CUDA named after them.
 
     They are told by inode: a semaphore's file has another name by the time that it is used.
     """
@@ -75,7 +79,7 @@ def shared_memory_of(pids: Iterable[int]) -> set[Path]:
     found = set()
     with contextlib.suppress(OSError):
         for entry in os.scandir(SHARED_MEMORY):
-            if entry.inode() in inodes or _torch_owner(entry.name) in pids:
+            if entry.inode() in inodes or _owner(entry.name) in pids:
                 found.add(Path(entry.path))
     return found
 
@@ -98,13 +102,16 @@ def end(look: Callable[[], set[int]], deadline_s: float = END_DEADLINE_S) -> tup
     return frozen, memory
 
 
-def end_process(run_id: str, process: str, root: int, memory: set[Path], kept: Iterable[str]) -> None:
+def end_process(
+    run_id: str, process: str, root: int, before: Iterable[int], memory: set[Path], kept: Iterable[str]
+) -> None:
     """End one process of a run with its descendants, and the shared memory that no other process of the run has.
 
-    `memory` is what they were seen to have before, `kept` what was there before the run.
+    `before` are those that it was seen to consist of and `memory` what they had; `kept` was there before the run.
     """
     ended, last = end(lambda: members(run_id, process, [root]))
-    memory = memory | last | shared_memory_of(ended | {root})
+    gone = set(before) - {found.pid for found in running()}  # else the id was given out again
+    memory = memory | last | shared_memory_of(ended | gone | {root})
     unlink(path for path in memory - shared_memory_of(members(run_id)) if path.name not in set(kept))
 
 
@@ -162,10 +169,12 @@ def _inodes(pid: int) -> set[int]:
     return found
 
 
-def _torch_owner(name: str) -> int | None:
-    """The process id in a name that torch gives shared memory: torch_<pid>_<random>_<count>."""
-    parts = name.split("_")
-    return int(parts[1]) if len(parts) > 2 and parts[0] == "torch" and parts[1].isdigit() else None
+def _owner(name: str) -> int | None:
+    """The process id in a name in shared memory, where it has one."""
+    found = OWNED.fullmatch(name)
+    if found is None:
+        return None
+    return int(found["torch"]) if found["torch"] else int(found["cuda"], 16)
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:

@@ -229,7 +229,8 @@ class Process:
         self._stopped = False
         self._gone = threading.Event()  # once it has been stopped, and what it left has been removed
         self._ended: str | None = None  # how, once it has
-        self._memory: set[Path] = set()  # shared memory it was seen to have: who has it may die without a trace
+        self._seen: set[int] = set()  # the processes it was seen to consist of, and below the shared memory that they
+        self._memory: set[Path] = set()  # had: who has it may die without a trace
         self._listening = False  # whether it has said so, and knows STACKS_SIGNAL
         self._constructed = Call(self, f"starting {target}")
         self._pending = {READY: self._constructed}
@@ -307,14 +308,14 @@ class Process:
             self._gone.set()
 
     def _end(self, grace_s: float) -> None:
-        self._memory |= janitor.shared_memory_of(self._members())
+        self._look()
         self._outgoing.put(wire.encode({"method": None}))
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(0 if self._pending else grace_s)
         deadline = time.monotonic() + min(grace_s, 1)
         while not self.alive and self._members() and time.monotonic() < deadline:
             time.sleep(0.1)  # its descendants clean up after it
-        janitor.end_process(self.run.id, self.label, self.pid, self._memory, self.run.kept)
+        janitor.end_process(self.run.id, self.label, self.pid, self._seen, self._memory, self.run.kept)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(janitor.END_DEADLINE_S)
         self._fail_pending()
@@ -334,6 +335,12 @@ class Process:
         if self._listening and self.alive:
             os.kill(self.pid, STACKS_SIGNAL)
             time.sleep(0.3)
+
+    def _look(self) -> None:
+        """Remember what it consists of and has now."""
+        members = self._members()
+        self._seen |= members
+        self._memory |= janitor.shared_memory_of(members)
 
     def _members(self) -> set[int]:
         return janitor.members(self.run.id, self.label, [self.pid])
@@ -370,7 +377,7 @@ class Process:
         if call is None:
             return
         if call is self._constructed:
-            self._memory |= janitor.shared_memory_of(self._members())
+            self._look()
         if "error" not in answer:
             call.finish(answer["result"])
             return

@@ -217,6 +217,35 @@ def test_stop_finds_shared_memory_of_descendants_that_died_before(run: Run):
     assert not (janitor.SHARED_MEMORY / name).exists()
 
 
+@pytest.mark.parametrize("dies", [False, True], ids=["stopped", "killed"])
+def test_stop_finds_shared_memory_that_is_named_after_processes_that_were_killed(run: Run, dies: bool, request):
+    """The CUDA driver's stayed after trainers and workers that were killed on an H200."""
+    process = launch(run, "leaky", "suite.selftest.targets:Leaky")
+    process.ready(20)
+    stranger = janitor.SHARED_MEMORY / f"cuda.shm.0.{os.getpid():x}.1"
+    stranger.touch()
+    request.addfinalizer(stranger.unlink)
+    names = process.call("name_memory_after", deadline_s=10)
+    process.call("end_owner", deadline_s=10)
+    if dies:
+        with pytest.raises(ProcessDied):
+            process.call("die", deadline_s=10)
+    process.stop(grace_s=0)
+    assert [name for name in names if (janitor.SHARED_MEMORY / name).exists()] == []
+    assert stranger.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [
+        ("torch_12_34_5", 12), ("cuda.shm.0.1234.1", 0x1234), ("cuda.shm.3e8.ff.a", 255), ("torch_12", None),
+        ("cuda.shm.0.12", None), ("cuda.shm.0.12.1.bak", None), ("cuda.shm.0.xyz.1", None), ("psm_03456c7c", None),
+    ],
+)  # fmt: skip
+def test_shared_memory_says_whose_it_is(name: str, owner: int | None):
+    assert janitor._owner(name) == owner
+
+
 def test_who_stops_a_process_that_another_thread_stops_waits_for_the_end_of_it(run: Run, monkeypatch):
     """Or a run would end, and pytest with it, before what the process left is removed."""
     process, removed = start(run), threading.Event()
