@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from reports import statistics, units
 from reports.compare import compare_timing
@@ -28,9 +28,13 @@ def requirement_rows(runs: Sequence[Run], all_of_them: bool = False) -> list[tup
 def seconds_rows(
     runs: Sequence[Run], threshold: float = statistics.THRESHOLD, intervals: bool = False
 ) -> list[tuple[str, ...]]:
-    """One row a benchmark: seconds, GB/s and fraction of roofline in each run, marked where it became slower."""
+    """One row a benchmark: seconds, GB/s and fraction of roofline in each run, marked where it became slower.
+
+    In the order in which the runs have them, but one subject's on one stage together, small models first: no single run
+    may have all of them.
+    """
     rows = []
-    for key in dict.fromkeys(timing.key for run in runs for timing in run.timings):
+    for key in _ordered(timing for run in runs for timing in run.timings):
         found = [next((timing for timing in run.timings if timing.key == key), None) for run in runs]
         label = next(timing.label for timing in found if timing)
         befores = [None, *found]  # what is missing in one run is not compared over the gap
@@ -64,6 +68,15 @@ def markdown_tables(runs: Sequence[Run], threshold: float = statistics.THRESHOLD
         head = ("median time, GB/s, of roofline", *labels)
         parts += [markdown_table(head, seconds_rows(runs, threshold), range(1, len(head))), LEGEND]
     return "\n\n".join(parts)
+
+
+def _ordered(timings: Iterable[Timing]) -> list[tuple[str, ...]]:
+    """The keys of these timings, each once."""
+    first: dict[tuple[str, ...], Timing] = {}
+    for timing in timings:
+        first.setdefault(timing.key, timing)
+    places = list(dict.fromkeys(key[:3] for key in first))
+    return sorted(first, key=lambda key: (places.index(key[:3]), first[key].parameters or 0))
 
 
 def _counted(cell: Cell | None) -> str:

@@ -442,6 +442,20 @@ def test_the_table_of_versions(files, capsys):
     assert any(re.match(expected, line) for line in lines)
 
 
+def test_the_table_has_small_models_first_whichever_run_has_them(files, capsys):
+    """One subject's on one stage stand together."""
+    few = {**RUN, "benchmarks": sorted(RUN["benchmarks"], key=lambda entry: -entry["extra_info"]["parameters"])[:1]}
+    assert main(["table", *files(few, RUN)]) == 0
+    labels = [line.split(" | ")[0].split()[1:] for line in capsys.readouterr().out.splitlines() if " GB/s" in line]
+    sizes = {entry["extra_info"]["model"]: entry["extra_info"]["parameters"] for entry in RUN["benchmarks"]}
+    places = [tuple(label[:2]) for label in labels]
+    assert len(places) == len(RUN["benchmarks"])
+    assert [place for place, _ in itertools.groupby(places)] == list(dict.fromkeys(places))
+    for place in places:
+        mine = [sizes[label[2]] for label in labels if tuple(label[:2]) == place]
+        assert mine == sorted(mine)
+
+
 def run_python(code: str) -> str:
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=60).stdout
