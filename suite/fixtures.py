@@ -7,13 +7,14 @@ from functools import cache
 import pytest
 
 from suite import verdicts
-from suite.driver import Sync, TrainerGroup
+from suite.driver import Sync
 from suite.models import MODELS
 from suite.plugin import announce, current_selection, timeline
 from suite.pool import EngineHandle, EngineKey, Pool, seed_of
 from suite.processes import DeadlineExceeded, Process, ProcessDied, Run
 from suite.stages import Device, Stage, machine
 from suite.subjects import Subject
+from suite.trainers import TrainerGroup
 
 FSDP_RANKS = 2
 POOL = pytest.StashKey[Pool]()

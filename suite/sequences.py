@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from suite import models
-from suite.driver import MAX_TOKENS, Sync, TrainerGroup
+from suite.driver import MAX_TOKENS, Sync
 from suite.link import CALLED_OFF
 from suite.processes import RemoteError
+from suite.trainers import TrainerGroup
 
 DEADLINE_S = 60.0
 LONG_PROMPT = 200  # tokens: more than one block of the prefix cache on every backend

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import pytest
 
 from suite import verdicts
-from suite.driver import Sync, TrainerGroup
+from suite.driver import Sync
 from suite.fixtures import lend
 from suite.pool import Pool
 from suite.processes import Run
 from suite.sequences import UNKNOWN_DEVICE
 from suite.stages import Device, Stage, machine
 from suite.subjects import Subject
+from suite.trainers import TrainerGroup
 
 TIED = "qwen3-tied-tiny"
 DEADLINE_S = 30.0

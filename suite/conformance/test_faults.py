@@ -5,10 +5,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from suite.driver import Outcome, Sync, TrainerGroup
+from suite.driver import Outcome, Sync
 from suite.plugin import timeline
 from suite.processes import Run
 from suite.stages import GPU_OF_ONE_RANK, Stage
+from suite.trainers import TrainerGroup
 
 TIED = "qwen3-tied-tiny"
 ONE_RANK = dict.fromkeys(("cpu-tp1", *GPU_OF_ONE_RANK), (TIED,))

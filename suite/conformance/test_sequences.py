@@ -8,11 +8,12 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from suite.driver import Sync, TrainerGroup
+from suite.driver import Sync
 from suite.plugin import TRIED, announce
 from suite.processes import Run
 from suite.sequences import MALFORMED, UNKNOWN_DEVICE, Player, Step, parse
 from suite.stages import GPU_OF_ONE_RANK
+from suite.trainers import TrainerGroup
 from suite.trial import Trial
 
 TIED = "qwen3-tied-tiny"

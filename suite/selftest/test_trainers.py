@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from suite import driver
-from suite.driver import PORTS, TrainerGroup, free_port
+from suite import trainers
 from suite.stages import Stage
+from suite.trainers import PORTS, TrainerGroup, free_port
 
 SHARED = Stage(
     "gpu-shared", "gpu", 1, 1, True, ("GPU-1",) * 2, ("GPU-1",), ("3", "3"), ("3",), engines=2, hosts_apart=True
@@ -25,7 +25,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict, dict]]:
         found.append((name, arguments, env))
         return SimpleNamespace(submit=lambda method: None)
 
-    monkeypatch.setattr(driver, "launch", launch)
+    monkeypatch.setattr(trainers, "launch", launch)
     return found
 
 
@@ -46,13 +46,13 @@ def test_ranks_see_a_gpu_each_and_nothing_of_other_hosts(launched: list):
 def test_a_port_is_free_and_outside_of_what_the_system_hands_out():
     for port in {free_port() for _ in range(50)}:
         assert PORTS[0] <= port < PORTS[1]
-        with socket.create_server((driver.ADDRESS, port)):
+        with socket.create_server((trainers.ADDRESS, port)):
             pass
 
 
 def test_a_port_that_is_taken_is_not_given(monkeypatch: pytest.MonkeyPatch):
-    with socket.create_server((driver.ADDRESS, 0)) as taken:
+    with socket.create_server((trainers.ADDRESS, 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(driver, "PORTS", (port, port + 1))
+        monkeypatch.setattr(trainers, "PORTS", (port, port + 1))
         with pytest.raises(OSError, match=f"no port of {port}"):
             free_port()
