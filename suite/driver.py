@@ -1,17 +1,22 @@
 """One trainer, one or more engines and the steps that move weights between them, as tests use them."""
 
+import contextlib
 import random
+import time
 from dataclasses import dataclass
 
 from suite import models
 from suite.plugin import timeline
 from suite.pool import EngineHandle, Pool
-from suite.processes import Call, ProcessDied, RemoteError, gather
+from suite.processes import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
 from suite.stages import Stage
 from suite.subjects import Subject
 from suite.trainers import ADDRESS, CALL_DEADLINE_S, TrainerGroup, free_port
 
-CALL_MARGIN_S = 10.0  # for an answer to arrive that was given just in time
+CALL_MARGIN_S = 5.0  # for an answer to arrive that was given just in time
+JOIN_DEADLINE_S = 130.0  # for a group to come up: extensions and senders give up by themselves after 120 s
+TRAINER_END_S, ENGINE_END_S = 3.0, 5.0  # for a half to end by itself when the other has failed, until it is ended
+UPDATE_DEADLINE_S, SLOWEST_BYTES_PER_S = 30.0, 0.5e9  # for an update: a constant, and what its bytes take on top
 
 # Two right computations in bfloat16 differ in a log-probability by less than this, and choose the same token where the
 # best logit leads by more than twice that. Measured on the tiny models: see suite/selftest/test_trainer.py.
@@ -59,6 +64,11 @@ class Sync:
         self.updates = 0
 
     @property
+    def deadline_s(self) -> float:
+        """How long an update of this model may take."""
+        return UPDATE_DEADLINE_S + 4 * self.spec.elements / SLOWEST_BYTES_PER_S
+
+    @property
     def manifest(self) -> list[dict]:
         """What announces a whole update in bfloat16, for a worker's begin_update()."""
         return [{"name": n, "dtype": "bfloat16", "shape": list(shape)} for n, shape in models.tensors(self.spec)]
@@ -69,6 +79,7 @@ class Sync:
 
     def connect(self) -> None:
         """Connect the trainer with the engines, unless they still are."""
+        self.trainer.restore()
         wanted = tuple(id(engine) for engine in self.engines)
         if self.trainer.connected == wanted and all(e.connection == id(self.trainer) for e in self.engines):
             return
@@ -92,11 +103,11 @@ class Sync:
         for engine in self.engines:
             calls.append(engine.process.submit("join_group", ADDRESS, port, offset, world_size))
             offset += engine.ranks
-        gather(calls, CALL_DEADLINE_S)
+        self._gathered(calls, JOIN_DEADLINE_S)
 
     def update(
         self,
-        deadline_s: float = CALL_DEADLINE_S,
+        deadline_s: float | None = None,
         reset_cache: bool = True,
         pause: bool = False,
         bracket: bool = True,
@@ -105,8 +116,10 @@ class Sync:
         """One update of all engines; `how` is order=, alter=, relabel= and call_off= of the trainer's update.
 
         `pause=True` has the engines generate a token right before and after; `bracket=False` leaves out begin_update
-        and end_update. Raises the first failure of either side.
+        and end_update. Raises the first failure of either side, and GivenUp where earlier ones leave no hope.
         """
+        deadline_s = self.deadline_s if deadline_s is None else deadline_s
+        self.pool.patience.expect_hope(self.subject.name)
         self.connect()
         self.updates += 1
         with timeline("moving", str(self.engines[0].key)):
@@ -116,17 +129,46 @@ class Sync:
                 calls = [e.process.submit("update", deadline_s, reset_cache, bracket) for e in self.engines]
             ranks = self.trainer.processes
             calls += [rank.submit("update", self.subject.transport, deadline_s, **how) for rank in ranks]
-            try:
-                halves = gather(calls, deadline_s + CALL_MARGIN_S)
-            except Exception:
-                self.disconnect()
-                raise
+            halves = self._gathered(calls, deadline_s + CALL_MARGIN_S)
+        self.pool.patience.succeeded(self.subject.name)
         started = min(half["started_s"] for half in halves)
         ended = max(half["ended_s"] for half in halves)
         sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])
         return Moved(
             ended - started, sent["bytes_sent"], sent["tensors"], halves[0]["steps_s"], halves[0].get("pause_s")
         )
+
+    def _gathered(self, calls: list[Call], deadline_s: float) -> list[dict]:
+        """What trainer and engines answer. Where one fails, the processes of the others are ended if they go on."""
+        began_s = time.monotonic()
+        try:
+            return gather(calls, deadline_s, TRAINER_END_S)
+        except NotBegun:
+            self.disconnect()
+            raise
+        except (NoAnswer, RemoteError) as error:
+            self.disconnect()
+            if lost := self._end_late(calls):
+                error.add_note(f"ended, since they did not come back: {', '.join(lost)}")
+            if lost or isinstance(error, ProcessDied):
+                self.pool.patience.lost(self.subject.name, time.monotonic() - began_s, error.cause)
+            raise
+
+    def _end_late(self, calls: list[Call]) -> list[str]:
+        """End what has not answered: the trainer first, which may be all that an engine waits for. Returns names."""
+        late = [call for call in calls if not call.done()]
+        names = [call.process.name for call in late if call.process in self.trainer.processes]
+        if names or not self.trainer.alive:
+            self.trainer.renew()
+        engines = [call for call in late if call.process not in self.trainer.processes and not call.done()]
+        deadline = time.monotonic() + ENGINE_END_S
+        for call in engines:
+            with contextlib.suppress(NoAnswer, RemoteError):
+                call.result(max(0.0, deadline - time.monotonic()))
+            if not call.done():
+                names.append(call.process.name)
+                call.process.stop()
+        return names
 
     def roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
         """What this run's hardware takes to move `nbytes` once: (how, seconds of every sample).
@@ -185,6 +227,7 @@ class Sync:
 
         A trainer that has been stopped is not waited for.
         """
+        self.pool.patience.expect_hope(self.subject.name)
         self.connect()
         self.updates += 1
         (engine,), (rank,) = self.engines, self.trainer.processes

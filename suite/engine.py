@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any
 
-from suite.link import CALLED_OFF, Link, LinkError, Listener
+from suite.link import CALLED_OFF, Link, LinkError, Listener, Silent
 from suite.probe import EXTENSION, PROBED
 from suite.subjects import Subject, load
 from suite.watch import Watch
@@ -14,6 +14,14 @@ LINK_WAIT_S = 60.0
 
 class Cancelled(RuntimeError):
     """The trainer called the update off: another engine has refused it, say."""
+
+
+class NotAnnounced(RuntimeError):
+    """The trainer announced nothing in time: the subject has not been called, neither here nor there."""
+
+
+class TrainerFailed(RuntimeError):
+    """The trainer's half of the update has failed before the transfer."""
 
 
 class WorkerError(RuntimeError):
@@ -134,7 +142,7 @@ class Engine:
         """
         started, brackets = time.monotonic(), self._brackets and bracket
         try:
-            announced = [self._announcement(link.receive(deadline_s)) for link in self._links]
+            announced = [self._announcement(link, deadline_s) for link in self._links]
             manifest = announced[0]["manifest"]
             arrived = time.monotonic()
             if brackets:
@@ -144,7 +152,7 @@ class Engine:
             raise
         self._answer({"ready": True}, deadline_s)
         try:
-            decisions = [link.receive(deadline_s) for link in self._links]
+            decisions = [_expect_well(link.receive(deadline_s)) for link in self._links]
             if any(decision != {"go": True} for decision in decisions):
                 raise Cancelled(CALLED_OFF)
             begun = time.monotonic()
@@ -155,7 +163,9 @@ class Engine:
             if reset_cache and not self._resets_cache:
                 self.reset_prefix_cache()
         except Exception as error:
-            if not isinstance(error, Cancelled):  # before aborting, which a dead worker may make impossible
+            if not isinstance(
+                error, Cancelled | TrainerFailed
+            ):  # before aborting, which a dead worker may make impossible
                 self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)
             if brackets:
                 self._abort(error)
@@ -198,8 +208,12 @@ class Engine:
                 handles.setdefault(device, {}).update(named)  # ranks that share a device, as on CPUs, send the same
         self.rpc("update_weights_from_ipc_handles", handles)
 
-    def _announcement(self, message: dict) -> dict:
-        """What a trainer's rank announced, where it is an announcement."""
+    def _announcement(self, link: Link, deadline_s: float) -> dict:
+        """What a trainer's rank announces, where it is an announcement."""
+        try:
+            message = _expect_well(link.receive(deadline_s))
+        except Silent as error:
+            raise NotAnnounced(f"expected a trainer's rank to announce the update: {error}") from error
         expected = {"manifest", "handles"} if self._subject.transport == "handles" else {"manifest"}
         if message.keys() != expected:
             raise LinkError(f"the trainer sent {sorted(message)!r:.120}, expected {sorted(expected)}")
@@ -220,6 +234,13 @@ class Engine:
                 link.send(message, deadline_s)
             except LinkError as error:
                 print(f"the trainer was not told {message}: {error}")  # goes to the log; the call itself says why
+
+
+def _expect_well(message: dict) -> dict:
+    """A trainer's message, unless it says that the trainer's half has failed."""
+    if "failed" in message:
+        raise TrainerFailed(f"the trainer's half of the update failed: {message['failed']}")
+    return message
 
 
 def _continuation(output: Any) -> dict:

@@ -1,6 +1,7 @@
 """What conformance and throughput tests are given: a trainer connected to the engine of their case."""
 
-from collections.abc import Callable, Generator, Iterator
+import os
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -14,9 +15,10 @@ from suite.pool import EngineHandle, EngineKey, Pool, seed_of
 from suite.processes import DeadlineExceeded, Process, ProcessDied, Run
 from suite.stages import Device, Stage, machine
 from suite.subjects import Subject
-from suite.trainers import TrainerGroup
+from suite.trainers import TrainerGroup, Trainers
 
 FSDP_RANKS = 2
+SPARE_TRAINERS, CORES_A_SPARE = 3, 8  # kept ready at the most; one for so many cores
 POOL = pytest.StashKey[Pool]()
 ENDED = pytest.StashKey[set[str]]()  # tests, by their ids
 
@@ -50,63 +52,53 @@ def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
-def trainers(run: Run) -> Iterator[Callable[[Stage, int], TrainerGroup]]:
-    """Trainers by stage and number of ranks, started when first asked for and kept; those on GPUs are started ahead."""
-    groups: dict[tuple, TrainerGroup] = {}
-
-    def started(stage: Stage, world_size: int) -> TrainerGroup:
-        key = (stage.kind, stage.trainer_visible, stage.hosts_apart, world_size)
-        if key in groups and not groups[key].alive:
-            groups.pop(key).stop()
-        if key not in groups:
-            groups[key] = TrainerGroup.of_stage(run, f"trainer-of-{world_size}", stage, world_size)
-        return groups[key]
-
-    def trainer(stage: Stage, world_size: int) -> TrainerGroup:
-        with timeline("starting", f"trainer of {world_size}"):
-            group = started(stage, world_size)
-            group.ready()
-        return group
-
+def trainers(run: Run) -> Iterator[Trainers]:
+    """The trainers of this run. Those on GPUs are started ahead."""
+    ahead = max(1, min(SPARE_TRAINERS, len(os.sched_getaffinity(0)) // CORES_A_SPARE))
+    trainers = Trainers(run, ahead)
     for stage in current_selection().stages.values():
         if stage.kind == "gpu":
-            started(stage, stage.trainer_world_size)
-    yield trainer
-    for group in groups.values():
-        group.stop()
+            trainers.start(stage, stage.trainer_world_size)
+    yield trainers
+    trainers.close()
 
 
 @pytest.fixture
 def sync(
-    pool: Pool, trainers: Callable, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
+    pool: Pool, trainers: Trainers, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
 ) -> Iterator[Sync]:
     """The stage's trainer and the engine of this case."""
-    yield from lend(pool, trainers(stage, stage.trainer_world_size), request)
+    yield from lend(pool, _kept(trainers, stage, stage.trainer_world_size), request)
 
 
 @pytest.fixture
 def sharded(
-    pool: Pool, trainers: Callable, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
+    pool: Pool, trainers: Trainers, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
 ) -> Iterator[Sync]:
     """As `sync`, with a trainer that holds the model in shards wherever the stage has room for two ranks."""
     world_size = FSDP_RANKS if stage.kind == "cpu" else stage.trainer_world_size
-    yield from lend(pool, trainers(stage, world_size), request)
+    yield from lend(pool, _kept(trainers, stage, world_size), request)
 
 
 @pytest.fixture
 def fanout(
-    pool: Pool, trainers: Callable, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
+    pool: Pool, trainers: Trainers, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
 ) -> Iterator[Sync]:
     """One trainer connected to two engines of this subject, of different tensor-parallel sizes where there are such."""
     if len(_engines_of(request.node)) < 2:
         verdicts.not_applicable(f"{stage.name} has no room for a second engine")
-    yield from lend(pool, trainers(stage, stage.trainer_world_size), request)
+    yield from lend(pool, _kept(trainers, stage, stage.trainer_world_size), request)
 
 
 @pytest.fixture
 def target(subject: Subject) -> int:
     """The seed of a checkpoint that this case's engine has not been started from, and another engine has."""
     return 1 - seed_of(_index(subject))
+
+
+def _kept(trainers: Trainers, stage: Stage, world_size: int) -> TrainerGroup:
+    with timeline("starting", f"trainer of {world_size}"):
+        return trainers.of(stage, world_size)
 
 
 def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> Iterator[Sync]:
@@ -116,6 +108,7 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     subject that is examined on another's engines, these have to be seen to work as before.
     """
     subject, stage, model = (request.getfixturevalue(name) for name in ("subject", "stage", "model"))
+    pool.patience.expect_hope(subject.name)
     keys = _engines_of(request.node)
     if reason := next(filter(None, map(pool.too_large, keys)), ""):
         verdicts.not_applicable(reason)

@@ -22,6 +22,10 @@ class LinkError(RuntimeError):
     """The other side of a link is gone, silent, or refuses what was sent."""
 
 
+class Silent(LinkError):
+    """The other side of a link is there, and says nothing."""
+
+
 class Link:
     """One connected line. Both sides call `send` and `receive`."""
 
@@ -37,12 +41,12 @@ class Link:
             raise LinkError(f"{self._peer} could not be sent {sorted(message)}: {error!r}") from error
 
     def receive(self, deadline_s: float) -> dict[str, Any]:
-        """The next message. Raises LinkError where the peer is gone, sends nonsense or nothing for `deadline_s`."""
+        """The next message. Raises LinkError where the peer is gone or sends nonsense, Silent after `deadline_s`."""
         deadline = time.monotonic() + deadline_s
         try:
             message = wire.receive(self._sock, wait=lambda: self._sock.settimeout(_left(deadline)))
         except TimeoutError:
-            raise LinkError(f"{self._peer} sent nothing for {deadline_s:g} s") from None
+            raise Silent(f"{self._peer} sent nothing for {deadline_s:g} s") from None
         except (EOFError, OSError, wire.WireError) as error:
             raise LinkError(f"{self._peer} is gone or sends nonsense: {error!r}") from error
         if not isinstance(message, dict):

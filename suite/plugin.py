@@ -17,6 +17,7 @@ import pytest
 
 from suite import environment, selection, verdicts
 from suite.models import MODELS
+from suite.patience import GivenUp
 from suite.processes import Run
 from suite.record import JUNIT, LOGS, Record
 from suite.selection import NOTHING, MissingStage, Selection
@@ -317,6 +318,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         judgement, progress.waiver = replace(judgement, verdict=verdicts.WAIVED), waiver
     progress.judgement = progress.judgement.then(judgement)
     progress.duration_s += call.duration if call.when == "call" else 0
+    if call.excinfo and isinstance(call.excinfo.value, GivenUp):
+        report.when = "call"  # a fail to pytest too, though no fixture was set up for it
     if report.failed and _state.run:
         report.sections += [
             (f"end of {process.log_path}", process.tail(LOG_LINES))
@@ -347,6 +350,7 @@ def _put_down(item: pytest.Item, progress: Progress) -> None:
         **_names(item),
         "verdict": progress.judgement.verdict,
         "detail": progress.judgement.detail,
+        **({"cause": progress.judgement.cause} if progress.judgement.cause else {}),
         "duration_s": round(progress.duration_s, 3),
         "nodeid": item.nodeid,
         **({"tried": item.stash[TRIED]} if TRIED in item.stash else {}),

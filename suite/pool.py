@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from suite import environment, models
+from suite.patience import Patience
 from suite.processes import Process, Run, launch
 from suite.stages import UPDATE_TIMEOUT_S, Stage
 from suite.subjects import Subject
@@ -97,6 +98,7 @@ class Pool:
         self._starting: set[EngineKey] = set()
         self._stopping: list[EngineKey] = []
         self._wanted: EngineKey | None = None
+        self.patience = Patience()
         self._changed = threading.Condition()
         self._quiet = False
         self._closed = False
@@ -123,7 +125,8 @@ class Pool:
         for device in {*self._devices_of(key), *self._stages[key.stage].trainer_devices}:
             wanted, found = self._wanted_bytes(device, [key]), self._gpu_memory.get(device, math.inf)
             if wanted > GPU_FRACTION * found:
-                return f"{key.model} on {key.stage} takes {wanted / GB:.0f} GB of a GPU that has {found / GB:.0f} GB"
+                share = f"the GPU has {found / GB:.1f} GB, of which {GPU_FRACTION:.0%} may be planned for"
+                return f"{key.model} on {key.stage}: {self._sum(device, key)}; {share}"
         return ""
 
     def get(self, key: EngineKey) -> EngineHandle:
@@ -315,6 +318,16 @@ class Pool:
         trained = [key for key in keys if device in self._stages[key.stage].trainer_devices]
         wanted = sum(ENGINE_BYTES + self._bytes(k, self._stages[k.stage].engine_ranks) for k in engines)
         return wanted + max((self._bytes(k, self._stages[k.stage].trainer_world_size) for k in trained), default=0)
+
+    def _sum(self, device: str, key: EngineKey) -> str:
+        """What makes up `_wanted_bytes` of one engine, in words."""
+        stage, parts = self._stages[key.stage], []
+        if device in self._devices_of(key):
+            weights = self._bytes(key, stage.engine_ranks)
+            parts += [f"{weights / GB:.1f} GB of the engine's weights", f"{ENGINE_BYTES / GB:.1f} GB beside them"]
+        if device in stage.trainer_devices:
+            parts.append(f"{self._bytes(key, stage.trainer_world_size) / GB:.1f} GB of the trainer's weights")
+        return f"{' + '.join(parts)} = {self._wanted_bytes(device, [key]) / GB:.1f} GB on one GPU"
 
     def _bytes(self, key: EngineKey, ranks: int) -> float:
         """The weights of an engine's model in bfloat16, on one of so many ranks."""

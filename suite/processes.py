@@ -32,20 +32,27 @@ _WAIT_S = 0.5
 
 
 class RemoteError(Exception):
-    """What was called raised: `kind` (name of its class), `message`, `traceback` (text), `process` (its name)."""
+    """What was called raised: `kind` (name of its class), `message`, `traceback` (text), `process` (its name).
+
+    cause: what it raised, without the process: the same for the same fault elsewhere.
+    """
 
     def __init__(self, process: "Process", raised: dict[str, str]) -> None:
         self.kind, self.message, self.traceback = raised["kind"], raised["message"], raised["traceback"]
         self.process = process.name
+        self.cause = f"{self.kind}: {self.message.partition(chr(10))[0]}"
         self.said = f"{self.kind} in process {self.process}: {self.message}"
         super().__init__(f"{self.said}\n\n{self.traceback.rstrip()}\n\nlog of {self.process}: {process.log_path}")
 
 
 class NoAnswer(Exception):
-    """A process gave no answer: `said` says which and why, the message shows the end of its log too."""
+    """A process gave no answer: `said` says which and why, the message shows the end of its log too.
 
-    def __init__(self, said: str, process: "Process") -> None:
-        self.said = said
+    cause: what it did not answer, without the process and the time.
+    """
+
+    def __init__(self, said: str, process: "Process", what: str) -> None:
+        self.said, self.cause = said, f"{type(self).__name__}: {what}"
         log = f"log of {process.name}: {process.log_path}"
         super().__init__(f"{said}. The log ends with:\n{process.tail()}\n\n{log}")
 
@@ -56,6 +63,10 @@ class DeadlineExceeded(NoAnswer):
 
 class ProcessDied(NoAnswer):
     """A process ended, or was ended, before it answered."""
+
+
+class NotBegun(NoAnswer):
+    """A call was not begun in time: the process was still preparing. That says nothing of what was to be called."""
 
 
 class Run:
@@ -129,8 +140,9 @@ class Run:
 class Call:
     """A call on its way: its result, or what went wrong, some time later."""
 
-    def __init__(self, process: "Process", what: str) -> None:
-        self.process, self.what = process, what
+    def __init__(self, process: "Process", what: str, prepares: bool = False) -> None:
+        """`prepares` says that the call only makes the process ready: it calls nothing that is examined."""
+        self.process, self.what, self.prepares = process, what, prepares
         self.started_at = time.monotonic()
         self.finished_at: float | None = None
         self.future: Future[Any] = Future()
@@ -153,9 +165,13 @@ class Call:
         """What the call raised; None while it runs and after it succeeded."""
         return self.future.exception() if self.done() else None
 
-    def overdue(self) -> DeadlineExceeded:
-        """The error that says that this call is late."""
-        return DeadlineExceeded(f"{self} has not answered after {self.elapsed_s():.1f} s", self.process)
+    def overdue(self) -> NoAnswer:
+        """The error that says that this call is late, or that the process has not come to it."""
+        if preparing := self.process.preparing(self):
+            said = f"{self} has not begun after {self.elapsed_s():.1f} s: the process is still busy with {preparing}"
+            return NotBegun(said, self.process, self.what)
+        said = f"{self} has not answered after {self.elapsed_s():.1f} s"
+        return DeadlineExceeded(said, self.process, self.what)
 
     def elapsed_s(self) -> float:
         """Seconds from the call to its answer, or until now."""
@@ -174,7 +190,8 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
     """Wait for all calls and return their results in order.
 
     Once one has failed, the others get `after_failure_s` more. Raises the first failure by time, with the state of
-    the others as notes; DeadlineExceeded for the first unfinished call if none failed.
+    the others as notes; DeadlineExceeded for the first unfinished call if none failed. Before either comes NotBegun,
+    for a call that its process has not come to: the others may have failed for want of it.
     """
     futures = [call.future for call in calls]
     deadline = time.monotonic() + deadline_s
@@ -187,7 +204,8 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
         return [future.result() for future in futures]
     for call in late:
         call.process.write_stacks()
-    first = min(failed, key=lambda call: call.finished_at) if failed else late[0]
+    not_begun = [call for call in late if call.process.preparing(call)]
+    first = (not_begun or sorted(failed, key=lambda call: call.finished_at) or late)[0]
     error = first.error() or first.overdue()
     for other in calls:
         if other is not first:
@@ -232,7 +250,7 @@ class Process:
         self._seen: set[int] = set()  # the processes it was seen to consist of, and below the shared memory that they
         self._memory: set[Path] = set()  # had: who has it may die without a trace
         self._listening = False  # whether it has said so, and knows STACKS_SIGNAL
-        self._constructed = Call(self, f"starting {target}")
+        self._constructed = Call(self, f"starting {target}", prepares=True)
         self._pending = {READY: self._constructed}
         self._numbers = itertools.count(READY + 1)
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -275,7 +293,20 @@ class Process:
 
         On a process that has ended the call fails at once: its result() raises.
         """
-        call = Call(self, f"{method}()")
+        return self._submit(Call(self, f"{method}()"), method, args, kwargs)
+
+    def prepare(self, method: str, *args: Any) -> Call:
+        """As `submit`, of a method that only makes the process ready: a call that waits behind it has not begun."""
+        return self._submit(Call(self, f"{method}()", prepares=True), method, args, {})
+
+    def preparing(self, call: Call) -> str:
+        """What this process has to do, to be ready, before it comes to a call; empty where it has come to it."""
+        with self._lock:
+            pending = [*self._pending.values()]
+        before = pending[: pending.index(call)] if call in pending else []
+        return next((earlier.what for earlier in before if earlier.prepares), "")
+
+    def _submit(self, call: Call, method: str, args: tuple, kwargs: dict[str, Any]) -> Call:
         self.used_s = call.started_at
         number = next(self._numbers)
         request = wire.encode({"call": number, "method": method, "args": args, "kwargs": kwargs})
@@ -406,7 +437,8 @@ class Process:
         if isinstance(self._constructed.error(), RemoteError):
             return self._constructed.error()
         after = f"{call.elapsed_s():.1f} s after the call"
-        return ProcessDied(f"process {self.name} {self._ended}; no answer to {call.what}, {after}", self)
+        said = f"process {self.name} {self._ended}; no answer to {call.what}, {after}"
+        return ProcessDied(said, self, f"{self._ended}; no answer to {call.what}")
 
 
 def launch(

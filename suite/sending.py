@@ -2,6 +2,7 @@
 `world_size` and `device`.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -15,11 +16,8 @@ from extensions.colocate import HandleSender
 from extensions.manifest import manifest_of
 from extensions.process_group import Communicator, stateless_init_process_group
 from suite import link, memory
+from suite.attending import TOLD_S, Refused, expect_ended, send_attended
 from suite.subjects import SENDERS, load
-
-
-class Refused(RuntimeError):
-    """An engine refused the update; nothing, or not all, was sent."""
 
 
 class Sending:
@@ -71,13 +69,19 @@ class Sending:
         `order` and `alter` are those of `named_tensors`. `relabel` names the device of the handles falsely; where it
         is empty there are none. `fault` has {"moment": "before" | "during" | "after" the transfer, "signal": "KILL" or
         "STOP"} sent to this process then, or to that of "pid". `call_off` ends the update when all engines have begun
-        it. Raises Refused where an engine refuses, and where it is called off.
+        it. Raises Refused where an engine refuses, and where it is called off. What else it raises, engines are told.
         """
         started, self._fault, self._call_off = time.monotonic(), fault, call_off
-        if transport == "broadcast":
-            sent = self._update_by_broadcast(deadline_s, order, alter)
-        else:
-            sent = self._update_by_handles(deadline_s, order, alter, relabel)
+        try:
+            if transport == "broadcast":
+                sent = self._update_by_broadcast(deadline_s, order, alter)
+            else:
+                sent = self._update_by_handles(deadline_s, order, alter, relabel)
+        except Refused:
+            raise
+        except Exception as error:
+            self._say_failed(error)
+            raise
         return {"started_s": started, "ended_s": time.monotonic(), **sent}
 
     def join_roofline(self, address: str, port: int, world_size: int) -> None:
@@ -118,9 +122,8 @@ class Sending:
             raise Refused("; ".join(refusals) if self.rank == 0 else "an engine refused rank 0's update")
         sent = 0
         if self.rank == 0:
-            sent = self._broadcaster.send(self._struck_half_way(self.named_tensors(order, alter), len(manifest)))
-            self._strike("after")
-            self._await_end(deadline_s)
+            named = self._struck_half_way(self.named_tensors(order, alter), len(manifest))
+            sent = send_attended(self._broadcaster, named, self._links, deadline_s, lambda: self._strike("after"))
         else:
             for _ in self.named_tensors(order, alter):
                 pass  # every rank takes part in gathering; rank 0 sends
@@ -161,9 +164,13 @@ class Sending:
 
     def _await_end(self, deadline_s: float) -> None:
         """Wait until every engine has acknowledged: only then may the tensors be changed or freed."""
-        answers = [engine.receive(deadline_s) for engine in self._links]
-        if refusals := [answer["refused"] for answer in answers if "refused" in answer]:
-            raise Refused("; ".join(refusals))
+        expect_ended([engine.receive(deadline_s) for engine in self._links])
+
+    def _say_failed(self, error: Exception) -> None:
+        """Tell the engines, which may wait for what now never comes."""
+        for engine in self._links:
+            with contextlib.suppress(link.LinkError):
+                engine.send({"failed": f"{type(error).__name__}: {error}"}, TOLD_S)
 
     def _agreed(self, go: bool) -> bool:
         """Rank 0's decision, on all ranks of the trainer."""

@@ -91,7 +91,7 @@ class Player:
     Args:
         sync: brings the engine. Its trainer gives the answers that the checkpoints' are compared with.
         seeds: of two checkpoints that there are cold-loaded engines of; the first one starts every sequence.
-        new_trainer: starts a trainer's process and returns at once. The player makes and ends its trainers itself.
+        new_trainer: brings a trainer, ready, which the player ends.
     """
 
     def __init__(self, sync: Sync, seeds: tuple[int, int], new_trainer: Callable[[], TrainerGroup]) -> None:
@@ -108,13 +108,12 @@ class Player:
         self.steps, self.counts = 0, Counter[str]()
         extension = sync.subject.load()
         self.aborts, self.brackets = hasattr(extension, "abort_update"), hasattr(extension, "begin_update")
-        self._new_trainer, self._spare = new_trainer, new_trainer()
+        self._new_trainer = new_trainer
         self.sync = Sync(sync.pool, self._next_trainer(), sync.engines, sync.subject, sync.stage, sync.model)
 
     def close(self) -> None:
-        """End the trainers."""
-        for trainer in (self.sync.trainer, self._spare):
-            trainer.stop()
+        """End the trainer."""
+        self.sync.trainer.stop()
 
     def take(self, step: Step) -> None:
         """Take a step; raises what an engine or trainer raises that should not, or AssertionError for wrong weights."""
@@ -237,9 +236,8 @@ class Player:
             self.state = State(known=False)
 
     def _next_trainer(self) -> TrainerGroup:
-        """The spare one, which had time to start; the next begins to."""
-        trainer, self._spare = self._spare, self._new_trainer()
-        trainer.ready()
+        """Another trainer, with the weights that a sequence starts from."""
+        trainer = self._new_trainer()
         trainer.hold_random(self._config, self.start.arguments["seed"])
         return trainer
 

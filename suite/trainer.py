@@ -47,7 +47,12 @@ class Trainer(Sending):
         self._forget()
 
     def warm_up(self) -> None:
-        """Import what `load` needs, which takes seconds, before anyone waits for it."""
+        """Import what updates need and make the CUDA context, which takes seconds, before anyone waits for it."""
+        if self.device.type == "cuda":
+            importlib.import_module("vllm.distributed.device_communicators.pynccl")
+
+    def warm_up_computing(self) -> None:
+        """The same for what `load` needs."""
         importlib.import_module("transformers.models.qwen3.modeling_qwen3")
 
     def facts(self) -> dict[str, Any]:

@@ -1,15 +1,30 @@
-"""The ranks of a trainer, as pytest's process sees them."""
+"""The ranks of trainers, as pytest's process sees them: one trainer kept for each place, and spare ones."""
 
 import contextlib
 import random
 import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
-from suite.processes import Process, Run, gather, launch
+from suite.processes import NoAnswer, Process, RemoteError, Run, gather, launch
 from suite.stages import UPDATE_TIMEOUT_S, Stage
 
 CALL_DEADLINE_S = 120.0
 ADDRESS = "127.0.0.1"
 PORTS = (15000, 32000)  # below those that Linux hands out: from 32768 on, see ip_local_port_range
+POLL_S = 0.05
+Place = tuple[str, tuple[str, ...], bool, int]
+
+
+class TrainerFailed(Exception):
+    """A trainer could not do what the suite asks of it beside updates: nothing can be said of the subject."""
+
+    def __init__(self, what: str, error: NoAnswer | RemoteError) -> None:
+        self.said = f"the trainer could not {what}: {error.said}"
+        super().__init__(f"the trainer could not {what}: {error}")
 
 
 def free_port() -> int:
@@ -23,7 +38,7 @@ def free_port() -> int:
 
 
 class TrainerGroup:
-    """The ranks of one trainer. Every call goes to all of them."""
+    """The ranks of one trainer. Every call goes to all of them; one that fails raises TrainerFailed."""
 
     def __init__(
         self,
@@ -32,10 +47,9 @@ class TrainerGroup:
         world_size: int,
         device: str,
         visible: list[str],
-        warm_up: bool = True,
         stage: Stage | None = None,
     ) -> None:
-        """`warm_up=False` leaves out what only `load` needs. `stage` has more to say of the environment."""
+        """Start the ranks, and return at once. `stage` has more to say of the environment."""
         port = free_port()
         self.world_size = world_size
         self.processes: list[Process] = []
@@ -49,56 +63,163 @@ class TrainerGroup:
                 "WEIGHT_UPDATE_TIMEOUT_S": str(UPDATE_TIMEOUT_S["cpu" if device == "cpu" else "gpu"]),
                 **(stage.nccl_environment(f"trainer-{rank}") if stage else {}),
             }
-            self.processes.append(
-                launch(run, f"{name}-rank{rank}", "suite.trainer:Trainer", arguments, env, CALL_DEADLINE_S)
-            )
-            if warm_up:
-                self.processes[-1].submit("warm_up")
+            process = launch(run, f"{name}-rank{rank}", "suite.trainer:Trainer", arguments, env, CALL_DEADLINE_S)
+            self.processes.append(process)
+        self._warmed = [process.prepare("warm_up") for process in self.processes]
         self.connected: tuple[int, ...] = ()
-        self.held: object = None
+        self.replacement: Callable[[], TrainerGroup] | None = None  # gives the trainer that `renew` goes on with
+        self._holds: list[tuple[str, tuple]] = []  # the calls that have brought the weights to what they are
+        self._to_restore: list[tuple[str, tuple]] = []  # the same calls, where new ranks have not made them yet
 
     @classmethod
-    def of_stage(cls, run: Run, name: str, stage: Stage, world_size: int = 1, warm_up: bool = True) -> "TrainerGroup":
+    def of_stage(cls, run: Run, name: str, stage: Stage, world_size: int = 1) -> "TrainerGroup":
         """A trainer on the devices that its stage has for it."""
         device = "cpu" if stage.kind == "cpu" else "cuda"
-        return cls(run, f"{name}-{stage.name}", world_size, device, list(stage.trainer_visible), warm_up, stage)
+        return cls(run, f"{name}-{stage.name}", world_size, device, list(stage.trainer_visible), stage)
+
+    def expect_computing(self) -> None:
+        """Have the ranks import what `load` needs, which takes seconds, before anyone waits for it."""
+        for process in self.processes:
+            process.prepare("warm_up_computing")
 
     def ready(self) -> None:
-        """Wait until all ranks are up."""
-        for process in self.processes:
-            process.ready(CALL_DEADLINE_S)
+        """Wait until all ranks are up and have imported what updates need."""
+        try:
+            for process in self.processes:
+                process.ready(CALL_DEADLINE_S)
+            gather(self._warmed, CALL_DEADLINE_S)
+        except (NoAnswer, RemoteError) as error:
+            raise TrainerFailed("start", error) from error
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `ready` would return at once."""
+        return all(call.done() for call in self._warmed)
 
     def call(self, method: str, *args: object, deadline_s: float = CALL_DEADLINE_S, **kwargs: object) -> list:
         """Call a method on all ranks; their results by rank."""
-        return gather([p.submit(method, *args, **kwargs) for p in self.processes], deadline_s)
+        self.restore()
+        try:
+            return gather([p.submit(method, *args, **kwargs) for p in self.processes], deadline_s)
+        except (NoAnswer, RemoteError) as error:
+            raise TrainerFailed(f"{method}()", error) from error
 
     def load(self, path: str, dtype: str = "bfloat16") -> None:
         """Load a checkpoint, unless it is what the trainer holds unchanged."""
-        if self.held != (path, dtype):
-            self.held = None
-            self.call("load", path, dtype)
-            self.held = (path, dtype)
+        wanted = [("load", (path, dtype))]
+        if wanted not in (self._holds, self._to_restore):
+            self._to_restore = wanted
+        self.restore()
 
     def hold_random(self, config: str, seed: int) -> None:
         """Hold seeded tensors of a model's names and shapes, without the model."""
-        self.held = None
-        self.call("load_random", config, "bfloat16", seed)
+        self._to_restore = [("load_random", (config, "bfloat16", seed))]
+        self.restore()
 
     def fill(self, seed: int | None) -> None:
         """Give every weight its value of the seed, or zero."""
-        self.held = None
-        self.call("fill", seed)
+        self._change("fill", seed)
+        self._holds = [self._holds[0], self._holds[-1]]
 
     def step(self, count: int, seed: int, learning_rate: float) -> list[dict]:
         """Take optimiser steps on random tokens."""
-        self.held = None
-        return self.call("step", count, seed, learning_rate)
+        return self._change("step", count, seed, learning_rate)
+
+    def restore(self) -> None:
+        """Bring the weights to what they should be, where new ranks do not hold them yet."""
+        calls, self._to_restore, self._holds = self._to_restore, [], [] if self._to_restore else self._holds
+        for method, args in calls:
+            self._change(method, *args)
 
     @property
     def alive(self) -> bool:
+        """Whether all ranks run."""
         return all(process.alive for process in self.processes)
+
+    def renew(self) -> None:
+        """End these ranks; go on with those of the replacement, where there is one, which come to hold the same."""
+        self.stop()
+        self.connected = ()
+        if self.replacement is None:
+            return
+        other = self.replacement()
+        self.processes, self._warmed = other.processes, other._warmed
+        self._to_restore, self._holds = self._to_restore or self._holds, []
 
     def stop(self) -> None:
         """End all ranks."""
         for process in self.processes:
             process.stop()
+
+    def _change(self, method: str, *args: object) -> list:
+        answers = self.call(method, *args)
+        self._holds.append((method, args))
+        return answers
+
+
+class Trainers:
+    """The trainers of a run.
+
+    Args:
+        run: owns the processes.
+        ahead: so many spare trainers are kept ready, once one may be needed, so that nobody waits for one to start.
+    """
+
+    def __init__(self, run: Run, ahead: int) -> None:
+        self._run, self._ahead = run, ahead
+        self._kept: dict[Place, TrainerGroup] = {}
+        self._spare: dict[Place, list[TrainerGroup]] = {}
+        self._lock = threading.Lock()
+
+    def start(self, stage: Stage, world_size: int) -> TrainerGroup:
+        """The trainer that is kept for a stage; started, not waited for."""
+        place = _place(stage, world_size)
+        with self._lock:
+            if place not in self._kept:
+                group = TrainerGroup.of_stage(self._run, f"trainer-of-{world_size}", stage, world_size)
+                group.expect_computing()
+                group.replacement = partial(self.spare, stage, world_size)
+                self._kept[place] = group
+                self._fill(stage, world_size)
+            return self._kept[place]
+
+    def of(self, stage: Stage, world_size: int) -> TrainerGroup:
+        """The trainer that is kept for a stage, ready; a spare one takes the place of one that has ended."""
+        group = self.start(stage, world_size)
+        if not group.alive:
+            group.renew()
+        group.ready()
+        return group
+
+    def spare(self, stage: Stage, world_size: int = 1) -> TrainerGroup:
+        """A trainer for whoever asks, who ends it; another begins to start."""
+        place = _place(stage, world_size)
+        with self._lock:
+            waiting = self._spare.setdefault(place, [])
+            group = waiting.pop(0) if waiting else TrainerGroup.of_stage(self._run, "spare", stage, world_size)
+            self._fill(stage, world_size)
+        group.ready()
+        return group
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Wait until no spare trainer is starting: what is measured has the machine to itself."""
+        deadline = time.monotonic() + CALL_DEADLINE_S
+        while time.monotonic() < deadline and not all(g.is_ready for groups in self._spare.values() for g in groups):
+            time.sleep(POLL_S)
+        yield
+
+    def close(self) -> None:
+        """End all of them."""
+        for group in [*self._kept.values(), *(group for groups in self._spare.values() for group in groups)]:
+            group.stop()
+
+    def _fill(self, stage: Stage, world_size: int) -> None:
+        """Trainers of several ranks are never lost on purpose: none is kept ready for them."""
+        spare = self._spare.setdefault(_place(stage, world_size), [])
+        while world_size == 1 and len(spare) < self._ahead:
+            spare.append(TrainerGroup.of_stage(self._run, "spare", stage, world_size))
+
+
+def _place(stage: Stage, world_size: int) -> Place:
+    return stage.kind, stage.trainer_visible, stage.hosts_apart, world_size

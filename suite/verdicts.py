@@ -3,22 +3,26 @@
 pass, fail, unsupported (the subject declares that it lacks it), not-applicable (the machine lacks it) or error (the
 suite itself could not tell); waived is a fail that a waiver of --waivers covers. Only what is raised in a test's own
 call, and only an assertion or the failure of an examined process, is a fail; a set-up or tear-down that breaks is an
-error, never a skip and never a pass.
+error, never a skip and never a pass. A subject that is given up, see suite.patience, fails wherever that shows.
 """
 
+import re
 from dataclasses import dataclass
 from typing import NoReturn
 
 import pytest
 
+from suite.patience import GivenUp
 from suite.processes import DeadlineExceeded, ProcessDied, RemoteError
 
 PASS, FAIL, ERROR = "pass", "fail", "error"
 UNSUPPORTED, NOT_APPLICABLE = "unsupported", "not-applicable"
 WAIVED = "waived"
 JUDGED = (PASS, FAIL, ERROR, WAIVED)
+SUITE_KINDS = ("NotAnnounced",)  # raised in other processes, by what is not examined
 FAILURES = (AssertionError, pytest.fail.Exception, RemoteError, DeadlineExceeded, ProcessDied)
-DETAIL_CHARACTERS = 2000
+DETAIL_CHARACTERS, CAUSE_CHARACTERS = 2000, 300
+CASE = re.compile(r" \[subject=[^\]]*\]")
 
 
 class Unsupported(pytest.skip.Exception):
@@ -41,10 +45,11 @@ def not_applicable(reason: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict and, unless it is pass, why."""
+    """A verdict and, unless it is pass, why. `cause` is the same for cases that one fault explains."""
 
     verdict: str = PASS
     detail: str = ""
+    cause: str = ""
 
     def then(self, later: "Judgement") -> "Judgement":
         """What holds after a later phase of the same test: a fail stays, a tear-down that breaks spoils the rest.
@@ -62,14 +67,23 @@ def judge(phase: str, error: BaseException | None) -> Judgement:
         return Judgement(UNSUPPORTED, str(error))
     if isinstance(error, pytest.skip.Exception):
         return Judgement(NOT_APPLICABLE, str(error))
-    if phase == "call" and _is_failure(error):
-        return Judgement(FAIL, _detail(error))
-    return Judgement(ERROR, f"{phase}: {_detail(error)}")
+    if isinstance(error, GivenUp) or (phase == "call" and _is_failure(error)):
+        return Judgement(FAIL, _detail(error), cause_of(error))
+    return Judgement(ERROR, f"{phase}: {_detail(error)}", cause_of(error))
+
+
+def cause_of(error: BaseException) -> str:
+    """What is the same wherever the same fault shows: neither the case nor the process nor the time."""
+    error = error.__cause__ if isinstance(error, AssertionError) and hasattr(error.__cause__, "cause") else error
+    said = getattr(error, "cause", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
+    return CASE.sub("", said)[:CAUSE_CHARACTERS]
 
 
 def _is_failure(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(_is_failure(inner) for inner in error.exceptions)
+    if isinstance(error, RemoteError) and error.kind in SUITE_KINDS:
+        return False
     return isinstance(error, FAILURES)
 
 

@@ -68,7 +68,9 @@ def remap_trainers(run: Run) -> Iterator[Callable[[Visibility], TrainerGroup]]:
 
     def start(visibility: Visibility) -> TrainerGroup:
         visible, device = visibility.trainer(machine().devices)
-        return TrainerGroup(run, f"trainer-{visibility.name}", 1, device, [visible])
+        group = TrainerGroup(run, f"trainer-{visibility.name}", 1, device, [visible])
+        group.expect_computing()
+        return group
 
     def trainer(visibility: Visibility) -> TrainerGroup:
         if not groups[visibility.name].alive:

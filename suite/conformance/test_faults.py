@@ -7,9 +7,8 @@ import pytest
 
 from suite.driver import Outcome, Sync
 from suite.plugin import timeline
-from suite.processes import Run
 from suite.stages import GPU_OF_ONE_RANK, Stage
-from suite.trainers import TrainerGroup
+from suite.trainers import Trainers
 
 TIED = "qwen3-tied-tiny"
 ONE_RANK = dict.fromkeys(("cpu-tp1", *GPU_OF_ONE_RANK), (TIED,))
@@ -19,15 +18,14 @@ DEADLINE_S = 60.0
 
 
 @pytest.fixture
-def doomed(run: Run, stage: Stage, sync: Sync) -> Callable:
-    """Makes trainers that may be killed, each connected to the case's engine while a block lasts."""
+def doomed(trainers: Trainers, stage: Stage, sync: Sync) -> Callable:
+    """Brings trainers that may be killed, each connected to the case's engine while a block lasts."""
 
     @contextmanager
     def trainer() -> Iterator[Sync]:
-        group = TrainerGroup.of_stage(run, "doomed", stage, warm_up=False)
+        with timeline("starting", "a trainer to be lost"):
+            group = trainers.spare(stage)
         try:
-            with timeline("starting", "a trainer to be lost"):
-                group.ready()
             group.hold_random(sync.pool.config(sync.model), sync.seed)
             doomed = Sync(sync.pool, group, sync.engines, sync.subject, stage, sync.model)
             doomed.update()

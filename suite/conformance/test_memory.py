@@ -1,11 +1,12 @@
 """memory.*: an update leaves nothing behind."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import pytest
 
 from suite.driver import Sync
 from suite.pool import Pool
+from suite.trainers import Trainers
 
 UPDATES, WARM_UP = 50, 10
 BUFFERS = UPDATES / 4  # one in four updates that keeps its tensors is found
@@ -16,9 +17,12 @@ SCALED = ("host_bytes", "device_bytes", "torch_bytes")
 
 @pytest.mark.requirement("memory.steady", models=["qwen3-tied-tiny"])
 @pytest.mark.alone
-def test_steady(sync: Sync, target: int, pool: Pool) -> None:
+def test_steady(sync: Sync, target: int, pool: Pool, trainers: Trainers) -> None:
     sync.load(target)
-    with pool.quiet() if sync.stage.kind == "gpu" else nullcontext():  # a GPU's memory is counted over all processes
+    with ExitStack() as quiet:
+        if sync.stage.kind == "gpu":  # whose memory is counted over all processes
+            quiet.enter_context(pool.quiet())
+            quiet.enter_context(trainers.quiet())
         for _ in range(WARM_UP):
             moved = sync.update()
         before = sync.resources()

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import hypothesis
 import pytest
@@ -10,10 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from suite.driver import Sync
 from suite.plugin import TRIED, announce
-from suite.processes import Run
 from suite.sequences import MALFORMED, UNKNOWN_DEVICE, Player, Step, parse
 from suite.stages import GPU_OF_ONE_RANK
-from suite.trainers import TrainerGroup
+from suite.trainers import Trainers
 from suite.trial import Trial
 
 TIED = "qwen3-tied-tiny"
@@ -88,14 +88,11 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def playing(run: Run, sync: Sync, target: int, request: pytest.FixtureRequest) -> Callable[[], None]:
+def playing(trainers: Trainers, sync: Sync, target: int, request: pytest.FixtureRequest) -> Callable[[], None]:
     """Plays what the command line asks for on the case's engine."""
 
-    def new_trainer() -> TrainerGroup:
-        return TrainerGroup.of_stage(run, "spare", sync.stage, warm_up=False)
-
     def play() -> None:
-        player = Player(sync, (sync.seed, target), new_trainer)
+        player = Player(sync, (sync.seed, target), partial(trainers.spare, sync.stage))
         try:
             trial = _played(player, request.config)
             request.node.stash[TRIED] = trial.counts()

@@ -455,7 +455,11 @@ def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started,
     plan(pool, [large])
     assert started.stays_at(int(fits))
     assert pool.too_large(small) == ""
-    assert pool.too_large(large) == ("" if fits else "qwen3-32b on gpu takes 134 GB of a GPU that has 86 GB")
+    says = (
+        "qwen3-32b on gpu: 65.5 GB of the engine's weights + 2.5 GB beside them + 65.5 GB of the trainer's weights"
+        " = 133.5 GB on one GPU; the GPU has 86.0 GB, of which 90% may be planned for"
+    )
+    assert pool.too_large(large) == ("" if fits else says)
 
 
 def test_engines_that_share_a_gpu_pass_for_hosts_of_their_own():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from suite import janitor, processes
-from suite.processes import DeadlineExceeded, Process, ProcessDied, RemoteError, Run, gather, launch
+from suite.processes import DeadlineExceeded, NotBegun, Process, ProcessDied, RemoteError, Run, gather, launch
 
 ECHO = "suite.selftest.targets:Echo"
 GONE_WITHIN_S = 10
@@ -191,6 +191,28 @@ def test_gather_has_a_deadline(run: Run):
     process = start(run)
     with pytest.raises(DeadlineExceeded, match="sleep"):
         gather([process.submit("echo"), process.submit("sleep", 30)], deadline_s=0.5)
+
+
+def test_a_call_that_waits_behind_what_makes_the_process_ready_has_not_begun(run: Run):
+    process = start(run)
+    process.prepare("sleep", 30)
+    with pytest.raises(NotBegun, match=r"echo\(\) in process .* has not begun .* still busy with sleep"):
+        process.call("echo", deadline_s=0.3)
+
+
+def test_a_call_that_waits_behind_another_call_is_late(run: Run):
+    process = start(run)
+    process.submit("sleep", 30)
+    with pytest.raises(DeadlineExceeded, match=r"echo\(\) in process"):
+        process.call("echo", deadline_s=0.3)
+
+
+def test_what_has_not_begun_comes_before_the_failures_of_those_that_waited_for_it(run: Run):
+    preparing, failing = start(run, "preparing"), start(run, "failing")
+    preparing.prepare("sleep", 30)
+    with pytest.raises(NotBegun) as caught:
+        gather([failing.submit("fail", "nobody came"), preparing.submit("echo")], deadline_s=20, after_failure_s=0.3)
+    assert "nobody came" in "".join(caught.value.__notes__)
 
 
 # ---- ends

@@ -213,7 +213,6 @@ def test_an_update_that_should_be_refused_has_to_be(player):
         take(player, Step("malformed", {"how": "shape", "name": NORM, "seed": 1}))
 
 
-def test_close_ends_the_trainers(player):
-    trainers = player.sync.trainer, player._spare
+def test_close_ends_the_trainer(player):
     player.close()
-    assert all(trainer.stopped for trainer in trainers)
+    assert player.sync.trainer.stopped
