@@ -5,8 +5,8 @@ Runs inside vLLM's workers and inside trainers. Importing it needs neither CUDA 
 
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension, HandleSender
+from extensions.group import stateless_init_process_group
 from extensions.manifest import ManifestError, manifest_of
-from extensions.process_group import stateless_init_process_group
 from extensions.updating import UpdateError
 
 __all__ = [

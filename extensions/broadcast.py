@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from extensions.dtypes import dtype_of, is_shape
+from extensions.group import Communicator, GroupError, stateless_init_process_group
 from extensions.manifest import ManifestError
-from extensions.process_group import Communicator, GroupError, stateless_init_process_group
 from extensions.updating import UpdateBracket
 
 

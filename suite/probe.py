@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from extensions.devices import device_id
-from extensions.process_group import Communicator, stateless_init_process_group
+from extensions.group import Communicator, stateless_init_process_group
 from extensions.weights import effective_weights
 from suite import memory
 from suite.subjects import load

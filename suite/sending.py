@@ -13,8 +13,8 @@ import torch
 
 from extensions.broadcast import BroadcastSender
 from extensions.colocate import HandleSender
+from extensions.group import Communicator, stateless_init_process_group
 from extensions.manifest import manifest_of
-from extensions.process_group import Communicator, stateless_init_process_group
 from suite import link, memory
 from suite.attending import TOLD_S, Refused, expect_ended, send_attended
 from suite.subjects import SENDERS, load

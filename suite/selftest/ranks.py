@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from extensions import process_group
-from extensions.process_group import stateless_init_process_group
+from extensions import group
+from extensions.group import stateless_init_process_group
 from suite.processes import Process, Run, launch
 
 ADDRESS = "127.0.0.1"
@@ -46,20 +46,20 @@ class Rank:
     """One rank of a group, or of none."""
 
     def __init__(self) -> None:
-        self._group: process_group.Communicator | None = None
+        self._group: group.Communicator | None = None
 
     def join(self, rank: int, world_size: int, port: int, timeout_s: float = 10, fake: str | None = None) -> float:
         """Join and return the seconds that it took; an error says them too. `fake` is one of `_fakes`."""
-        original = process_group._GlooCommunicator
+        original = group.GlooCommunicator
         started = time.monotonic()
         try:
-            process_group._GlooCommunicator = _fakes(original)[fake]
+            group.GlooCommunicator = _fakes(original)[fake]
             self._group = stateless_init_process_group(ADDRESS, port, rank, world_size, "cpu", timeout_s)
         except Exception as error:
             error.args = (f"{error} (after {time.monotonic() - started:.2f} s)",)
             raise
         finally:
-            process_group._GlooCommunicator = original
+            group.GlooCommunicator = original
         return time.monotonic() - started
 
     def broadcast(self, dtype: str, src: int = 0) -> list[bool]:

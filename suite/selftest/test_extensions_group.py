@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from extensions.process_group import LINGER_S, GroupError, stateless_init_process_group
+from extensions.group import LINGER_S, GroupError, stateless_init_process_group
 from suite.driver import free_port
 from suite.processes import Call, Process, RemoteError, Run, gather, launch
 from suite.selftest.ranks import started

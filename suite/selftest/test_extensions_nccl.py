@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from extensions import process_group
-from extensions.process_group import GroupError, _NcclCommunicator
+from extensions.group import GroupError, nccl
+from extensions.group.nccl import NcclCommunicator
 
 SOON_S = 5.0
 
@@ -61,7 +61,7 @@ class Device:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    monkeypatch.setattr(process_group, "WATCH_POLL_S", 0.05)
+    monkeypatch.setattr(nccl, "WATCH_POLL_S", 0.05)
     return Device(monkeypatch)
 
 
@@ -71,9 +71,9 @@ def server() -> Iterator[socket.socket]:
         yield listening
 
 
-def communicator(device: Device, server: socket.socket, rank: int, timeout_s: float) -> _NcclCommunicator:
+def communicator(device: Device, server: socket.socket, rank: int, timeout_s: float) -> NcclCommunicator:
     """As the constructor leaves it, without vLLM."""
-    made = object.__new__(_NcclCommunicator)
+    made = object.__new__(NcclCommunicator)
     made.rank, made.world_size, made.device = rank, 2, torch.device("cpu")
     made._store, made._server, made._timeout_s = None, server.getsockname(), timeout_s
     library = SimpleNamespace(ncclCommAbort=lambda comm: device.abort(comm))
@@ -130,7 +130,7 @@ def test_what_nccl_refuses_is_aborted_at_once(device: Device, server: socket.soc
 def test_an_abort_waits_for_a_call_into_nccl_but_not_for_ever(
     device: Device, server: socket.socket, monkeypatch, call_s: float, limit_s: float, aborted_first: bool
 ):
-    monkeypatch.setattr(process_group, "CALL_S", limit_s)
+    monkeypatch.setattr(nccl, "CALL_S", limit_s)
     group = communicator(device, server, rank=1, timeout_s=0.1)
     group.broadcast(torch.zeros(1), src=0)
     seen: list[bool] = []
@@ -189,7 +189,7 @@ def test_a_rank_0_that_leaves_when_all_has_arrived_is_no_loss(device: Device, se
         device.idle.set()  # between the question and the answer
         return False
 
-    monkeypatch.setattr(process_group, "_listens", gone)
+    monkeypatch.setattr(nccl, "listens", gone)
     group.broadcast(torch.zeros(1), src=0)
     group.wait()
     time.sleep(0.2)
@@ -209,7 +209,7 @@ def test_rank_0_does_not_look_for_itself(device: Device, server: socket.socket):
 
 
 def test_an_abort_that_does_not_return_keeps_nobody(device: Device, server: socket.socket, monkeypatch):
-    monkeypatch.setattr(process_group, "ABORT_S", 0.3)
+    monkeypatch.setattr(nccl, "ABORT_S", 0.3)
     release = threading.Event()
     group = communicator(device, server, rank=1, timeout_s=100)
     group._comm.nccl.lib.ncclCommAbort = lambda comm: release.wait(SOON_S)
@@ -227,8 +227,8 @@ def test_who_finds_out_second_aborts_nothing_and_asks_in_no_further_thread(
     device: Device, server: socket.socket, monkeypatch
 ):
     threads: list[object] = []
-    in_a_thread = process_group._in_a_thread
-    monkeypatch.setattr(process_group, "_in_a_thread", lambda f: threads.append(f) or in_a_thread(f))
+    in_a_thread = nccl.in_a_thread
+    monkeypatch.setattr(nccl, "in_a_thread", lambda f: threads.append(f) or in_a_thread(f))
     group = communicator(device, server, rank=1, timeout_s=0.4)
     group.broadcast(torch.zeros(1), src=0)
     with pytest.raises(GroupError, match="has not ended"):
@@ -252,7 +252,7 @@ def test_a_tensor_that_can_not_be_sent_leaves_the_group_alone(device: Device, se
 def test_a_group_at_rest_starts_no_threads(device: Device, server: socket.socket, monkeypatch):
     group = communicator(device, server, rank=1, timeout_s=100)
     started = []
-    monkeypatch.setattr(process_group, "_in_a_thread", started.append)
+    monkeypatch.setattr(nccl, "in_a_thread", started.append)
     time.sleep(0.3)
     assert started == []
     group.close()

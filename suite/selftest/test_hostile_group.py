@@ -13,7 +13,8 @@ import psutil
 import pytest
 import torch
 
-from extensions.process_group import LINGER_S, GroupError, _plain_group
+from extensions.group import LINGER_S, GroupError
+from extensions.group.nccl import plain_group
 from suite.driver import free_port
 from suite.processes import Process, RemoteError, gather
 from suite.selftest.ranks import started
@@ -143,7 +144,7 @@ def test_nccls_identifier_is_only_bytes(bait: Bait, monkeypatch: pytest.MonkeyPa
     group = type("StatelessProcessGroup", (SimpleNamespace,), {})
     monkeypatch.setitem(sys.modules, "vllm.distributed.utils", SimpleNamespace(StatelessProcessGroup=group))
     says = bait.pickled.ljust(128, b"\xff")[:128] if padded else bait.pickled + bytes(200)
-    worker = _plain_group(SimpleNamespace(get=lambda key: says), rank=1, world_size=2)
+    worker = plain_group(SimpleNamespace(get=lambda key: says), rank=1, world_size=2)
     if padded:
         assert bytes(byte % 256 for byte in worker.broadcast_obj(Identifier(), src=0).internal) == says
     else:

@@ -3,7 +3,7 @@
 import threading
 
 from extensions.broadcast import BroadcastSender, WorkerExtension
-from extensions.process_group import GroupError, stateless_init_process_group
+from extensions.group import GroupError, stateless_init_process_group
 from extensions.updating import UpdateBracket
 from suite.selftest.mutants.registry import BROADCAST, DIFFER, PACKAGE, Named, mutant
 

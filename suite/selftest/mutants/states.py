@@ -10,7 +10,7 @@ import torch
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension, HandleSender
 from extensions.devices import open_handle
-from extensions.process_group import Communicator
+from extensions.group import Communicator
 from suite.selftest.mutants.registry import (
     ANSWERS,
     BROADCAST,

@@ -1,0 +1,63 @@
+"""What every part of a group needs."""
+
+import threading
+from collections.abc import Callable
+from concurrent import futures
+from typing import Protocol, TypeVar
+
+import torch
+
+from extensions.dtypes import flat_bytes
+
+T = TypeVar("T")
+
+
+class GroupError(RuntimeError):
+    """The group did not come up as asked, or does not carry data."""
+
+
+class Communicator(Protocol):
+    """What `stateless_init_process_group` returns."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
+        """Send `tensor` from rank `src`, or receive into it; contiguous, any dtype, on the communicator's device.
+
+        Raises GroupError where the group has been given up. On CUDA devices the tensor is there once the stream, or
+        `wait`, says so.
+        """
+
+    def wait(self) -> None:
+        """Wait until all broadcasts have ended. Raises GroupError where one can't: a rank is gone, or too slow."""
+
+    def close(self) -> None:
+        """Give back sockets and device memory. The communicator can't be used afterwards."""
+
+
+def in_a_thread(function: Callable[[], T]) -> "futures.Future[T]":
+    """What a call returns or raises, in a thread that nobody has to wait for."""
+    future: futures.Future[T] = futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def as_bytes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if tensor.device != device:
+        raise ValueError(f"the communicator is on {device}, the tensor on {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError("only contiguous tensors are broadcast in place; call .contiguous() first")
+    return flat_bytes(tensor)
