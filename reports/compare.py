@@ -9,7 +9,7 @@ from statistics import median
 from reports import pace, statistics
 from reports.environment import differences
 from reports.load import Run, Timing, UnusableInput
-from reports.matrix import Cell, cells
+from reports.matrix import FOUND_WANTING, Cell, cells
 from reports.pace import Against
 from reports.statistics import Ratio
 
@@ -79,11 +79,21 @@ class Change:
     def detail(self) -> str:
         """What the deciding side says, and a change of the number of cases, which no verdict shows."""
         text = (self.after or self.before).detail if self.kind != "unchanged" else ""
+        return "\n".join(filter(None, [text, self._recount]))
+
+    @property
+    def cause(self) -> tuple[str, ...]:
+        """(subject, cause) of what failed; empty for the rest, and where the number of cases is to be told too."""
+        failed = self.after and self.now in FOUND_WANTING and self.kind != "unchanged" and self.after.cause
+        return (self.key[1], self.after.cause) if failed and not self._recount else ()
+
+    @property
+    def _recount(self) -> str:
         sides = (self.before, self.after)
-        if all(sides) and self.before.counts != self.after.counts and any(len(side.outcomes) > 1 for side in sides):
-            was, now = (", ".join(f"{count} {verdict}" for verdict, count in side.counts) for side in sides)
-            text = "\n".join(filter(None, [text, f"cases before: {was}; now: {now}"]))
-        return text
+        if not all(sides) or self.before.counts == self.after.counts or all(len(side.outcomes) == 1 for side in sides):
+            return ""
+        was, now = (", ".join(f"{count} {verdict}" for verdict, count in side.counts) for side in sides)
+        return f"cases before: {was}; now: {now}"
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,7 @@ def compare_timing(key: tuple[str, ...], a: Timing | None, b: Timing | None, thr
         relative = statistics.compare_relative(a.samples_s, rooflines[0], b.samples_s, rooflines[1], threshold)
         bound = min(map(_share, (a, b))) >= BOUND
         judged = _judged(seconds, relative, roofline, bound)
-    against_pace = None if bound else pace.against(a, b, BOUND, threshold)
+    against_pace = None if bound else pace.against(a, b, threshold)
     if against_pace and (doubt := against_pace.doubt(seconds)):
         judged = "inconclusive", "seconds and the host's pace", doubt
     return TimingChange(key, a, b, *judged, seconds, relative, roofline, against_pace)

@@ -46,6 +46,11 @@ class Outcome:
         return (self.requirement, self.subject, self.stage, self.model)
 
     @property
+    def known_cause(self) -> str:
+        """What the suite names as the cause, else the first line of the message; empty where there is neither."""
+        return self.cause or self.detail.partition("\n")[0]
+
+    @property
     def told(self) -> str:
         """What a reader is told: the cause, the message and, before them, why that failure is waived."""
         named = self.cause if self.cause not in self.detail else ""

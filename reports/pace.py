@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # What the calls are called, by their place in run.json.
 CALLS = {"empty_call_samples_s": "empty call", "manifest_call_samples_s": "call with a manifest"}
+OF_WEIGHT = 0.1  # the share of a time from which on calls stand for the whole of it
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,11 @@ class Against:
         return f"{seconds.verdict} in seconds, but {host} {units.ratio(self.drift)} and {calls}: {left}"
 
 
-def against(a: Timing, b: Timing, bound: float, threshold: float) -> Against | None:
+def against(a: Timing, b: Timing, threshold: float) -> Against | None:
     """Take the pace's drift out of a benchmark; None where a run does not know its pace.
 
-    Where calls may take `bound` of the time or more, all of it counts as the host's; else only what they may take.
+    A host that is slow in calls is slow in the work around them. So where calls may take OF_WEIGHT of the time or
+    more, the drift is taken out of all of it; else out of what they may take.
     """
     if not (a.pace and b.pace):
         return None
@@ -121,7 +123,7 @@ def against(a: Timing, b: Timing, bound: float, threshold: float) -> Against | N
     shares = [min(taken / (side.median_s or taken or 1), 1.0) for taken, side in zip(medians, (a, b), strict=True)]
     rest_s = min(max(side.median_s - taken, 0.0) for taken, side in zip(medians, (a, b), strict=True))
     known = a.tensors and b.tensors
-    rest_s = rest_s if known and max(shares) < bound else 0.0
+    rest_s = rest_s if known and max(shares) < OF_WEIGHT else 0.0
     with_rest = [[rest_s + seconds for seconds in taken] for taken in calls]
     relative = statistics.compare_relative(a.samples_s, with_rest[0], b.samples_s, with_rest[1], threshold)
     return Against(statistics.compare(*calls, threshold), relative, max(shares) if known else 1.0)
