@@ -84,13 +84,11 @@ def unknown(stages: Iterable[str], a: Paces, b: Paces) -> str:
 class Against:
     """One benchmark against the host's pace in both runs.
 
-    drift: of the calls of such an update. relative: B's time over A's, the drift taken out. share: how much of the time
-    the calls take at the most, in the run where that is more.
+    drift: of the calls of such an update. relative: B's time over A's, the drift taken out.
     """
 
     drift: Ratio
     relative: Ratio
-    share: float
 
     def doubt(self, seconds: Ratio) -> str:
         """Why the pace leaves the verdict in seconds open; empty where it does not.
@@ -101,10 +99,9 @@ class Against:
             return ""
         if (seconds.verdict, self.relative.verdict) == ("same", "inconclusive"):
             return ""
-        host = f"the host's pace is {'unsure' if self.drift.verdict == 'inconclusive' else self.drift.verdict}"
-        calls = f"calls take up to {units.percent(self.share)} of the time"
-        left = f"{self.relative.verdict} {units.ratio(self.relative)} with that taken out"
-        return f"{seconds.verdict} in seconds, but {host} {units.ratio(self.drift)} and {calls}: {left}"
+        host = f"which is {'unsure' if self.drift.verdict == 'inconclusive' else self.drift.verdict}"
+        left = f"{self.relative.verdict} {units.ratio(self.relative)} once the host's pace is taken out"
+        return f"{seconds.verdict} in seconds, {left}, {host} {units.ratio(self.drift)}"
 
 
 def against(a: Timing, b: Timing, threshold: float) -> Against | None:
@@ -119,11 +116,10 @@ def against(a: Timing, b: Timing, threshold: float) -> Against | None:
     calls = [side.pace.calls_s(tensors) for side in (a, b)]
     if not all(calls):
         return None
-    medians = [median(taken) for taken in calls]
-    shares = [min(taken / (side.median_s or taken or 1), 1.0) for taken, side in zip(medians, (a, b), strict=True)]
-    rest_s = min(max(side.median_s - taken, 0.0) for taken, side in zip(medians, (a, b), strict=True))
-    known = a.tensors and b.tensors
-    rest_s = rest_s if known and max(shares) < OF_WEIGHT else 0.0
+    shares = [median(taken) / (side.median_s or 1.0) for taken, side in zip(calls, (a, b), strict=True)]
+    rest_s = min(side.median_s - median(taken) for taken, side in zip(calls, (a, b), strict=True))
+    if max(shares) >= OF_WEIGHT or not (a.tensors and b.tensors):
+        rest_s = 0.0
     with_rest = [[rest_s + seconds for seconds in taken] for taken in calls]
     relative = statistics.compare_relative(a.samples_s, with_rest[0], b.samples_s, with_rest[1], threshold)
-    return Against(statistics.compare(*calls, threshold), relative, max(shares) if known else 1.0)
+    return Against(statistics.compare(*calls, threshold), relative)

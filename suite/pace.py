@@ -31,7 +31,7 @@ def measure(config: pytest.Config, engine: EngineHandle, quiet: bool = False) ->
     try:
         samples = engine.process.call("pace", manifest(), WARM_UPS, SAMPLES, deadline_s=DEADLINE_S)
     except (DeadlineExceeded, ProcessDied, RemoteError) as error:
-        announce(f"{stage}: the host's pace is not known: {type(error).__name__}")
+        announce(f"{stage}: the host's pace is not known: {error.said}")
         return
     paces[stage] = {"quiet": quiet, **samples}
 
