@@ -6,14 +6,17 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from reports import statistics, units
-from reports.compare import compare_timing
+from reports.compare import TimingChange, compare_timing
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, SYMBOL, Cell, cells
 from reports.table import markdown_table, text_table
 from reports.text import VERDICT_SYMBOL
 
 PACE = "the host's pace"
-LEGEND = "▲ slower, ▼ faster than the run before it, significantly and beyond the threshold."
+LEGEND = (
+    "▲ slower, ▼ faster than the run before it, significantly and beyond the threshold; "
+    "? open: the hardware or the host drifted too."
+)
 
 
 def requirement_rows(runs: Sequence[Run], all_of_them: bool = False) -> list[tuple[str, ...]]:
@@ -117,11 +120,17 @@ def _pace(samples_s: tuple[float, ...] | None, before: tuple[float, ...] | None,
     return moved + units.seconds(median(samples_s))
 
 
+def _marked(change: TimingChange) -> bool:
+    """What is open for want of samples, and not because something drifted, is not worth a mark."""
+    drifted = change.verdict == "inconclusive" and change.judged_by != "seconds"
+    return drifted or change.verdict in ("slower", "faster")
+
+
 def _brief(timing: Timing | None, before: Timing | None, threshold: float, intervals: bool) -> str:
     if timing is None:
         return "-"
-    verdict = compare_timing(timing.key, before, timing, threshold).verdict if before else ""
-    moved = f"{VERDICT_SYMBOL[verdict]} " if verdict in ("slower", "faster") else ""
+    change = compare_timing(timing.key, before, timing, threshold) if before else None
+    moved = f"{VERDICT_SYMBOL[change.verdict]} " if change and _marked(change) else ""
     low_high = map(units.seconds, statistics.median_interval(timing.samples_s)) if timing.samples_s else ()
     interval = f" [{', '.join(low_high)}]" if intervals and timing.samples_s else ""
     speed = [f"{units.rate(timing.gb_per_s)} GB/s", units.percent(timing.fraction_of_roofline)]

@@ -10,7 +10,8 @@ from reports import load, page
 from reports.__main__ import main
 from reports.compare import Comparison, compare
 from reports.load import Run, UnusableInput
-from reports.statistics import mirrored
+from reports.pace import Against
+from reports.statistics import Ratio, mirrored
 from suite.selftest import reports_data as data
 
 STAGE = data.GPU_STAGES[0]
@@ -90,6 +91,28 @@ def test_calls_that_take_next_to_nothing_explain_nothing():
     assert verdicts(found) == {("slower", "seconds")}
 
 
+def ratio(verdict: str) -> Ratio:
+    return Ratio(verdict, 1.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "drift", "relative", "told"),
+    [
+        ("slower", "same", "inconclusive", ""),  # a pace that did not move explains nothing
+        ("slower", "slower", "slower", ""),
+        ("slower", "slower", "inconclusive", "slower in seconds, inconclusive .* which is slower"),
+        ("slower", "inconclusive", "inconclusive", "slower in seconds, inconclusive .* which is unsure"),
+        ("same", "slower", "inconclusive", ""),
+        ("same", "faster", "slower", "same in seconds, slower .* which is faster"),
+        ("faster", "faster", "slower", "faster in seconds, slower .* which is faster"),
+        ("inconclusive", "slower", "faster", ""),  # open in any case
+    ],
+)
+def test_a_verdict_has_to_hold_with_the_drift_and_without(seconds, drift, relative, told):
+    doubt = Against(ratio(drift), ratio(relative)).doubt(ratio(seconds))
+    assert re.match(told, doubt) if told else doubt == ""
+
+
 def test_swapping_two_runs_mirrors_the_verdicts():
     for host, updates in ((2.0, 2.0), (0.5, 1.0), (1.5, 2.5), (2.0, 1.0)):
         a, b = run(seed=8), run(host, updates, seed=9)
@@ -146,6 +169,7 @@ def test_the_drift_stands_in_a_trend_and_its_table(tmp_path, capsys):
     shown = (tmp_path / "t.html").read_text()
     assert f"▲ {after} µs" in shown
     assert "slower: gpu-split empty call x2.00" in shown
+    assert shown.count('<td class="">? ') == 12, "expected updates that took the same on a slower host to be left open"
     assert main(["table", *files]) == 0
     assert f"| gpu-split empty call | {before} µs | ▲ {after} µs |" in capsys.readouterr().out
 
