@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from statistics import median
 
-from reports import statistics
+from reports import pace, statistics
 from reports.environment import differences
 from reports.load import Run, Timing, UnusableInput
-from reports.matrix import Cell, cells
+from reports.matrix import FOUND_WANTING, Cell, cells
+from reports.pace import Against
 from reports.statistics import Ratio
 
 # What --fail-on may name. "failing" includes "failing-must".
@@ -78,16 +79,29 @@ class Change:
     def detail(self) -> str:
         """What the deciding side says, and a change of the number of cases, which no verdict shows."""
         text = (self.after or self.before).detail if self.kind != "unchanged" else ""
+        return "\n".join(filter(None, [text, self._recount]))
+
+    @property
+    def cause(self) -> tuple[str, ...]:
+        """(subject, cause) of what failed; empty for the rest, and where the number of cases is to be told too."""
+        failed = self.after and self.now in FOUND_WANTING and self.kind != "unchanged" and self.after.cause
+        return (self.key[1], self.after.cause) if failed and not self._recount else ()
+
+    @property
+    def _recount(self) -> str:
         sides = (self.before, self.after)
-        if all(sides) and self.before.counts != self.after.counts and any(len(side.outcomes) > 1 for side in sides):
-            was, now = (", ".join(f"{count} {verdict}" for verdict, count in side.counts) for side in sides)
-            text = "\n".join(filter(None, [text, f"cases before: {was}; now: {now}"]))
-        return text
+        if not all(sides) or self.before.counts == self.after.counts or all(len(side.outcomes) == 1 for side in sides):
+            return ""
+        was, now = (", ".join(f"{count} {verdict}" for verdict, count in side.counts) for side in sides)
+        return f"cases before: {was}; now: {now}"
 
 
 @dataclass(frozen=True)
 class TimingChange:
-    """One benchmark in both runs. `judged_by` says whether seconds, the fraction of roofline, or both decided."""
+    """One benchmark in both runs. `judged_by` says whether seconds, the fraction of roofline, or both decided.
+
+    `against_pace` is about the host's pace, where both runs know it and the hardware does not decide alone.
+    """
 
     key: tuple[str, ...]
     before: Timing | None
@@ -98,6 +112,7 @@ class TimingChange:
     seconds: Ratio | None = None
     relative: Ratio | None = None
     roofline: Ratio | None = None
+    against_pace: Against | None = None
 
     @property
     def causes(self) -> set[str]:
@@ -110,7 +125,10 @@ class TimingChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`differences` are (fact, in A, in B); `drift` has one entry for every roofline that both runs measured."""
+    """`differences` are (fact, in A, in B); `drift` has one entry for every roofline that both runs measured.
+
+    `pace_drift` has one for every stage and call of which both runs know the host's pace.
+    """
 
     a: Run
     b: Run
@@ -118,6 +136,7 @@ class Comparison:
     differences: list[tuple[str, str, str]]
     requirements: list[Change]
     timings: list[TimingChange]
+    pace_drift: list[tuple[str, Ratio]]
 
     @property
     def told(self) -> list[Change]:
@@ -132,6 +151,12 @@ class Comparison:
     @property
     def drift(self) -> list[tuple[str, Ratio]]:
         return [(change.label, change.roofline) for change in self.timings if change.roofline]
+
+    @property
+    def pace_unknown(self) -> str:
+        """What to say where a run does not know the host's pace on a stage on which both timed."""
+        stages = dict.fromkeys(c.after.stage for c in self.timings if c.before and c.after and c.after.stage)
+        return pace.unknown(stages, self.a.environment.paces, self.b.environment.paces)
 
     @property
     def inconclusive(self) -> list[TimingChange]:
@@ -161,6 +186,7 @@ def compare(a: Run, b: Run, threshold: float = statistics.THRESHOLD, across_mach
         differences(a.environment, b.environment),
         [Change(key, judged_a.get(key), judged_b.get(key)) for key in {**judged_a, **judged_b}],
         [compare_timing(key, timed_a.get(key), timed_b.get(key), threshold) for key in {**timed_a, **timed_b}],
+        pace.drifts(a.environment.paces, b.environment.paces, threshold),
     )
 
 
@@ -175,20 +201,25 @@ def same_hardware(runs: list[Run]) -> None:
 
 
 def compare_timing(key: tuple[str, ...], a: Timing | None, b: Timing | None, threshold: float) -> TimingChange:
-    """Judge one benchmark, in seconds and against the roofline."""
+    """Judge one benchmark: in seconds, against the roofline and against the host's pace."""
     if a is None or b is None:
         return TimingChange(key, a, b, "only in B" if a is None else "only in A")
     if a.failed or b.failed:
         side, failed = ("B", b.failed) if b.failed else ("A", a.failed)
         return TimingChange(key, a, b, "not compared", why=f"the test that timed it ended in {failed} in {side}")
     seconds = statistics.compare(a.samples_s, b.samples_s, threshold)
-    if not (a.roofline_samples_s and b.roofline_samples_s):
-        return TimingChange(key, a, b, seconds.verdict, why=seconds.why, seconds=seconds)
-    rooflines = a.roofline_samples_s, b.roofline_samples_s
-    roofline = statistics.compare(*rooflines, threshold)
-    relative = statistics.compare_relative(a.samples_s, rooflines[0], b.samples_s, rooflines[1], threshold)
-    verdict, judged_by, why = _judged(seconds, relative, roofline, min(map(_share, (a, b))) >= BOUND)
-    return TimingChange(key, a, b, verdict, judged_by, why, seconds, relative, roofline)
+    relative = roofline = None
+    bound, judged = False, (seconds.verdict, "seconds", seconds.why)
+    if a.roofline_samples_s and b.roofline_samples_s:
+        rooflines = a.roofline_samples_s, b.roofline_samples_s
+        roofline = statistics.compare(*rooflines, threshold)
+        relative = statistics.compare_relative(a.samples_s, rooflines[0], b.samples_s, rooflines[1], threshold)
+        bound = min(map(_share, (a, b))) >= BOUND
+        judged = _judged(seconds, relative, roofline, bound)
+    against_pace = None if bound else pace.against(a, b, threshold)
+    if against_pace and (doubt := against_pace.doubt(seconds)):
+        judged = "inconclusive", "seconds and the host's pace", doubt
+    return TimingChange(key, a, b, *judged, seconds, relative, roofline, against_pace)
 
 
 def _share(timing: Timing) -> float:

@@ -6,15 +6,17 @@ from collections import Counter
 from dataclasses import dataclass
 
 from reports.node import Node
+from reports.pace import Paces, paces
 
 
 @dataclass(frozen=True)
 class Environment:
-    """`facts` in reading order; `hardware` is empty where the file does not say."""
+    """`facts` in reading order; `hardware` is empty where the file does not say. `paces`: the host's, by stage."""
 
     facts: tuple[tuple[str, str], ...]
     hardware: str
     vllm: str
+    paces: Paces = ()
 
     @property
     def line(self) -> str:
@@ -64,7 +66,8 @@ def _ours(node: Node) -> Environment:
     suite = node["suite"] if "suite" in node else Node({}, node.file)
     facts.append(("suite", " ".join(filter(None, [suite["version"].optional_text(), suite["commit"].optional_text()]))))
     # A GPU run is about the GPUs: the processor beside them is a fact to show, not another machine.
-    return Environment(tuple((name, value) for name, value in facts if value), gpus or processor, vllm or "")
+    known = tuple((name, value) for name, value in facts if value)
+    return Environment(known, gpus or processor, vllm or "", paces(node))
 
 
 def _plain(root: Node) -> Environment:

@@ -6,7 +6,7 @@ import csv
 import io
 from xml.etree import ElementTree
 
-from reports import statistics, text, units
+from reports import pace, statistics, text, units
 from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
 from reports.load import Run
 from reports.matrix import SYMBOL, headline, in_order
@@ -61,7 +61,7 @@ def compare_markdown(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES
         parts.append(_folded("Environment differences", markdown_table(("", "A", "B"), found.differences)))
     changed = [change for change in found.told if change.kind not in LAST]
     if changed:
-        rows = [(change.kind, *change.key, f"{change.was} → {change.now}", change.detail) for change in changed]
+        rows = [row for group, more in text.causes_of(changed) for row in _rows(group, more)]
         head = ("what", "requirement", "subject", "stage", "model", "A → B", "detail")
         parts.append(markdown_table(head, rows))
     if found.requirements:
@@ -74,8 +74,10 @@ def compare_markdown(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES
     parts += [_timings(moved)] if moved else []
     same = [change for change in found.timings if change.verdict == "same"]
     parts += [_folded(f"{units.counted(len(same), 'benchmark')} the same", _timings(same))] if same else []
-    drift = text.drift_lines(found)
-    parts += [_folded("Roofline itself, B/A", "\n".join(f"- {markdown(line)}" for line in drift))] if drift else []
+    drifts = (("Roofline itself, B/A", text.drift_lines(found)), (text.PACE, pace.drift_lines(found.pace_drift)))
+    for title, drift in drifts:
+        parts += [_folded(title, "\n".join(f"- {markdown(line)}" for line in drift))] if drift else []
+    parts += [markdown(found.pace_unknown)] if found.pace_unknown else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -115,9 +117,16 @@ def _unsure(change: Change | TimingChange) -> bool:
     return change.verdict in ("inconclusive", "not compared", "only in A", "only in B")
 
 
+def _rows(group: list[Change], more: str) -> list[tuple[str, ...]]:
+    """A row a change; of several that have one cause a row for the first, which counts the others."""
+    rows = [(change.kind, *change.key, f"{change.was} → {change.now}", change.detail) for change in group]
+    return [(*rows[0][:-1], f"{rows[0][-1]}\n{more}")] if more else rows
+
+
 def _timings(changes: list[TimingChange]) -> str:
-    head = ("verdict", "benchmark", "A", "B", "B/A [95%]", "p", "of roof A", "of roof B", "B/A against roof", "note")
-    rows = [(*text.timing_row(change)[:9], change.why) for change in changes]
+    head = ("verdict", "benchmark", "A", "B", "B/A [95%]", "p", "of roof A", "of roof B", "B/A against roof",
+            "B/A against pace", "note")  # fmt: skip
+    rows = [(*row[:9], row[10], change.why) for change in changes for row in [text.timing_row(change)]]
     return markdown_table(head, rows, (2, 3, 6, 7))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from reports.environment import Environment, environment
 from reports.node import Node, UnusableInput, refuse_non_finite
+from reports.pace import Pace
 
 __all__ = ["Outcome", "Run", "Timing", "UnusableInput", "labelled", "only", "parse", "read", "read_all"]
 
@@ -38,18 +39,26 @@ class Outcome:
     text: str = ""
     waiver_issue: str = ""
     waiver_reason: str = ""
+    cause: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
         return (self.requirement, self.subject, self.stage, self.model)
 
     @property
+    def known_cause(self) -> str:
+        """What the suite names as the cause, else the first line of the message; empty where there is neither."""
+        return self.cause or self.detail.partition("\n")[0]
+
+    @property
     def told(self) -> str:
-        """What a reader is told: the message and, before it, why that failure is waived."""
+        """What a reader is told: the cause, the message and, before them, why that failure is waived."""
+        named = self.cause if self.cause not in self.detail else ""
+        message = "\n".join(filter(None, [named, self.detail]))
         if self.verdict != "waived":
-            return self.detail
+            return message
         waiver = ", ".join(filter(None, [self.waiver_reason, self.waiver_issue])) or "no reason given"
-        return f"waived: {waiver}\n{self.detail}".rstrip()
+        return f"waived: {waiver}\n{message}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Timing:
     steps_s: tuple[tuple[str, float], ...] = ()
     failed: str = ""
     distinct: str = ""
+    pace: Pace | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
@@ -159,7 +169,7 @@ def parse(document: Any, file: str) -> Run:
         when=(root["datetime"].optional_text() or "")[:19],
         environment=where,
         outcomes=outcomes,
-        timings=_told_apart(_joined(timings, outcomes), root),
+        timings=_told_apart(_joined(timings, outcomes, dict(where.paces)), root),
         timeline=tuple(_timeline(root)),
         notes=tuple(notes),
     )
@@ -231,6 +241,7 @@ def _outcome(node: Node) -> Outcome:
         text=node["text"].optional_text() or "",
         waiver_issue=node["waiver_issue"].optional_text() or "",
         waiver_reason=node["waiver_reason"].optional_text() or "",
+        cause=node["cause"].optional_text() or "",
     )
 
 
@@ -278,11 +289,14 @@ def _median(node: Node) -> float:
     return node.number()
 
 
-def _joined(timings: list[Timing], outcomes: tuple[Outcome, ...]) -> list[Timing]:
-    """pytest-benchmark also saves what was timed by a test that failed afterwards: such a time means nothing."""
+def _joined(timings: list[Timing], outcomes: tuple[Outcome, ...], paces: dict[str, Pace]) -> list[Timing]:
+    """Add the pace of each timing's stage, and whether its test failed.
+
+    pytest-benchmark also saves what was timed by a test that failed afterwards: such a time means nothing.
+    """
     spoiling = ("fail", "error", "waived")
     failed = {item.nodeid: item.verdict for item in outcomes if item.nodeid and item.verdict in spoiling}
-    return [replace(timing, failed=failed.get(timing.fullname, "")) for timing in timings]
+    return [replace(t, failed=failed.get(t.fullname, ""), pace=paces.get(t.stage)) for t in timings]
 
 
 def _told_apart(timings: list[Timing], root: Node) -> tuple[Timing, ...]:

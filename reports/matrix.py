@@ -48,6 +48,11 @@ class Cell:
         return "\n".join(dict.fromkeys(o.told for o in self.outcomes if o.verdict == self.verdict and o.told))
 
     @property
+    def cause(self) -> str:
+        """The causes of the cases that decided, each once."""
+        return "; ".join(dict.fromkeys(o.known_cause for o in self.outcomes if o.verdict == self.verdict))
+
+    @property
     def level(self) -> str:
         return "MUST" if any(outcome.level == "MUST" for outcome in self.outcomes) else "SHOULD"
 

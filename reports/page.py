@@ -9,10 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reports import plots, text, units, versions
-from reports.compare import DEFAULT_CAUSES, Comparison, compare
+from reports import pace, plots, text, units, versions
+from reports.compare import DEFAULT_CAUSES, Change, Comparison, compare
 from reports.load import Run
-from reports.matrix import FOUND_WANTING, MEANING, SYMBOL, Cell, cells, headline, in_order, legend
+from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order, legend
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -30,7 +30,8 @@ def run_page(run: Run) -> str:
         runs=[run],
         notes=_notes([run]),
         matrix=matrix(run),
-        failures=[o for verdict in FOUND_WANTING for o in run.outcomes if o.verdict == verdict],
+        failures=text.failures(run),
+        pace=text.pace_lines(run),
         throughput=_plots(plots.throughput(run), "throughput", "GB/s against model size, with the roofline"),
         steps=_plots(plots.steps(run), "steps", "Time of an update split by step"),
         timings=[text.throughput_row(timing) for timing in run.timings],
@@ -49,12 +50,19 @@ def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) ->
         runs=[found.a, found.b],
         notes=_notes([found.a, found.b]),
         found=found,
-        changes=[change for change in found.told if change.kind != "judged in neither"],
+        changes=_rows([change for change in found.told if change.kind != "judged in neither"]),
         judged_in_neither=text.grouped(change for change in found.told if change.kind == "judged in neither"),
         timings=[(change, text.timing_row(change)) for change in found.timings],
         drift=text.drift_lines(found),
+        pace_drift=pace.drift_lines(found.pace_drift),
         trend=_plots(plots.trend([found.a, found.b]), "trend", "Seconds of both runs"),
     )
+
+
+def _rows(changes: list[Change]) -> list[tuple[Change, str]]:
+    """(a change, a line that counts others of its cause): of several that have one cause the first alone."""
+    groups = text.causes_of(changes)
+    return [(change, more) for group, more in groups for change in (group[:1] if more else group)]
 
 
 def _compare_verdict(found: Comparison, causes: tuple[str, ...]) -> str:
@@ -77,11 +85,13 @@ def trend_page(runs: Sequence[Run], threshold: float) -> str:
         notes=_notes(runs),
         steps=steps,
         step_lines=[text.compare_headline(step) for step in steps],
+        step_paces=[pace.drift_lines(step.pace_drift) for step in steps],
         found=[cells(run.outcomes, "requirement") for run in runs],
         requirements=in_order(outcome.requirement for run in runs for outcome in run.outcomes),
         trend=_plots(plots.trend(runs), "trend", "Seconds over versions, with intervals"),
         legend_of_times=versions.LEGEND,
         timings=versions.seconds_rows(runs, threshold, intervals=True),
+        paces=versions.pace_rows(runs, threshold),
     )
 
 

@@ -6,14 +6,16 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise, zip_longest
 
-from reports import units
+from reports import pace, units
+from reports.causes import and_more, by_cause, together
 from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
-from reports.load import Run, Timing
+from reports.load import Outcome, Run, Timing
 from reports.matrix import FOUND_WANTING, MEANING, SYMBOL, Cell, cells, headline, in_order, legend
 from reports.table import text_table, wrapped
 
 LINES_OF_A_MESSAGE = 6
 NAMES_OF_A_GROUP = 6
+PACE = "The host's pace (what a call to all workers takes), B/A"
 HEADLINE = ("newly failing", "newly in error", "newly waived", "slower", "no longer judged", "only in A",
             "inconclusive", "not compared", "changed", "only in B", "still failing", "still failing (waived)",
             "newly passing", "faster")  # fmt: skip
@@ -30,6 +32,7 @@ def run_text(run: Run, width: int = 100) -> str:
         parts += [_requirements(run, width), *_reasons(run, width)]
     if run.timings:
         parts.append(_throughput(run.timings, width))
+    parts.append("\n".join(wrapped(line, width, "") for line in pace_lines(run)))
     parts.append(time_spent(run))
     parts += [wrapped(note, width, "") for note in run.notes]
     return "\n\n".join(filter(None, parts))
@@ -51,6 +54,11 @@ def time_spent(run: Run) -> str:
         if going_on:
             spent[going_on[-1][0]] += following - moment
     return "Time went to: " + ", ".join(f"{w} {units.seconds(s)}" for w, s in spent.most_common()) if spent else ""
+
+
+def pace_lines(run: Run) -> list[str]:
+    """What a call to all workers took on each stage, where the run measured it."""
+    return [f"The host's pace on {stage}: {found}." for stage, found in run.environment.paces]
 
 
 def throughput_row(timing: Timing) -> tuple[str, ...]:
@@ -105,20 +113,24 @@ def _folded(cell: Cell | None) -> str:
 
 
 def _reasons(run: Run, width: int) -> list[str]:
-    """Every failure with its message; the reasons for not judging once each."""
+    """Each cause of failures once, with the message of the first case; the reasons for not judging once each."""
     parts = []
-    for verdict in FOUND_WANTING:
-        not_met = [outcome for outcome in run.outcomes if outcome.verdict == verdict]
-        for (requirement, told), cell in cells(not_met, "requirement", "told").items():
-            where = [" ".join(filter(None, [o.subject, o.stage, o.model])) for o in cell.outcomes]
-            head = f"{SYMBOL[verdict]} {verdict} {cell.level} {requirement}: {'; '.join(in_order(where))}"
-            message = wrapped(told or "no message", width, lines=LINES_OF_A_MESSAGE)
-            parts.append(f"{wrapped(head, width, '')}\n{message}")
+    for first, more in failures(run):
+        where = " ".join(filter(None, [first.subject, first.stage, first.model]))
+        head = f"{SYMBOL[first.verdict]} {first.verdict} {first.level} {first.requirement}: {where}"
+        message = wrapped(first.told or "no message", width, lines=LINES_OF_A_MESSAGE)
+        parts.append("\n".join(filter(None, [wrapped(head, width, ""), message, wrapped(more, width) if more else ""])))
     for verdict in ("unsupported", "not-applicable"):
         counted = Counter(outcome.detail or "no reason given" for outcome in run.outcomes if outcome.verdict == verdict)
         lines = [wrapped(f"{count} x {reason}", width, "    ", 2) for reason, count in counted.items()]
         parts.append("\n".join([f"{SYMBOL[verdict]} {verdict}:", *lines]) if lines else "")
     return parts
+
+
+def failures(run: Run) -> list[tuple[Outcome, str]]:
+    """(the first case, a line that counts the others) of every cause of a failure, the gravest verdict first."""
+    found = [outcome for verdict in FOUND_WANTING for outcome in run.outcomes if outcome.verdict == verdict]
+    return [(first, and_more(case.requirement for case in rest)) for first, *rest in by_cause(found)]
 
 
 def _throughput(timings: tuple[Timing, ...], width: int) -> str:
@@ -167,21 +179,37 @@ def _changes(told: list[Change], width: int) -> list[str]:
     parts = []
     for kind in in_order(change.kind for change in told):
         lines = [f"{kind[0].upper()}{kind[1:]}:"]
-        for name, detail in grouped([change for change in told if change.kind == kind]):
-            lines += [wrapped(name, width, "  "), wrapped(detail, width, lines=LINES_OF_A_MESSAGE)]
+        for name, detail, more in grouped([change for change in told if change.kind == kind]):
+            lines += [
+                wrapped(name, width, "  "),
+                wrapped(detail, width, lines=LINES_OF_A_MESSAGE),
+                wrapped(more, width),
+            ]
         parts.append("\n".join(filter(None, lines)))
     return parts
 
 
-def grouped(changes: Iterable[Change]) -> list[tuple[str, str]]:
-    """(what, message): what is the same on a stage is told once, with the requirements that it concerns."""
-    groups: dict[tuple[str, ...], list[Change]] = {}
-    for change in changes:
-        groups.setdefault((change.key[2], change.was, change.now, change.detail), []).append(change)
-    return [
-        (f"{SYMBOL.get(now, '·')} {_named(group, stage)} ({was} -> {now})", detail)
-        for (stage, was, now, detail), group in groups.items()
-    ]
+def grouped(changes: Iterable[Change]) -> list[tuple[str, str, str]]:
+    """(what, message, which others) of changes: one cause is told once, and so is what is the same on a stage."""
+    lines = []
+    for group, more in causes_of(changes):
+        first = group[0]
+        name = " ".join(filter(None, first.key)) if more else _named(group, first.key[2])
+        lines.append((f"{SYMBOL.get(first.now, '·')} {name} ({first.was} -> {first.now})", first.detail, more))
+    return lines
+
+
+def causes_of(changes: Iterable[Change]) -> list[tuple[list[Change], str]]:
+    """(changes, a line that counts those after the first) of every cause of a failure.
+
+    Changes that are no failures come together where they say the same on one stage; they have no such line.
+    """
+
+    def key(change: Change) -> tuple[str, ...]:
+        return (change.kind, change.was, change.now, *(change.cause or (change.key[2], change.detail)))
+
+    groups = together(changes, key)
+    return [(group, and_more(c.key[0] for c in group[1:]) if group[0].cause else "") for group in groups]
 
 
 def _named(group: list[Change], stage: str) -> str:
@@ -214,8 +242,9 @@ def _timings(found: Comparison, width: int) -> str:
         parts.append(f"{wrapped(place, width, '')}\n{table}" if place else table)
     whys = [f"{change.verdict}: {change.label}: {change.why}" for change in found.timings if change.why]
     parts.append("\n".join(wrapped(why, width, "  ") for why in whys))
-    drift = drift_lines(found)
-    parts.append("\n".join(["Roofline itself, B/A", *(wrapped(line, width, "  ") for line in drift)]) if drift else "")
+    for title, drift in (("Roofline itself, B/A", drift_lines(found)), (PACE, pace.drift_lines(found.pace_drift))):
+        parts.append("\n".join([title, *(wrapped(line, width, "  ") for line in drift)]) if drift else "")
+    parts.append(wrapped(found.pace_unknown, width, ""))
     return "\n\n".join(filter(None, parts))
 
 
@@ -231,7 +260,11 @@ def _timing_line(change: TimingChange) -> tuple[str, ...]:
 
 
 def timing_row(change: TimingChange) -> tuple[str, ...]:
-    """verdict, what, A, B, B/A, p, fraction of roofline of A and of B, B/A against the roofline, the roofline's B/A."""
+    """A timing's cells.
+
+    They are: verdict, what, A, B, B/A, p, fraction of roofline of A and of B, B/A against the roofline, the roofline's
+    B/A, B/A with the drift of the host's pace taken out.
+    """
     a, b = change.before, change.after
     return (
         f"{VERDICT_SYMBOL.get(change.verdict, '·')} {change.verdict}",
@@ -244,4 +277,5 @@ def timing_row(change: TimingChange) -> tuple[str, ...]:
         units.percent(b.fraction_of_roofline if b else None),
         units.ratio(change.relative),
         units.ratio(change.roofline),
+        units.ratio(change.against_pace and change.against_pace.relative),
     )

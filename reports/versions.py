@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 
 from reports import statistics, units
-from reports.compare import compare_timing
+from reports.compare import TimingChange, compare_timing
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, SYMBOL, Cell, cells
 from reports.table import markdown_table, text_table
 from reports.text import VERDICT_SYMBOL
 
-LEGEND = "▲ slower, ▼ faster than the run before it, significantly and beyond the threshold."
+PACE = "the host's pace"
+LEGEND = (
+    "▲ slower, ▼ faster than the run before it, significantly and beyond the threshold; "
+    "? open: the hardware or the host drifted too."
+)
 
 
 def requirement_rows(runs: Sequence[Run], all_of_them: bool = False) -> list[tuple[str, ...]]:
@@ -44,6 +49,22 @@ def seconds_rows(
     return rows
 
 
+def pace_rows(runs: Sequence[Run], threshold: float = statistics.THRESHOLD) -> list[tuple[str, ...]]:
+    """One row for each stage and call: what the host itself took in each run, marked where it became slower or faster.
+
+    No rows where no run has measured it.
+    """
+    known = [{(stage, call): s for stage, pace in run.environment.paces for call, s in pace.calls} for run in runs]
+    rows = []
+    for place in dict.fromkeys(place for paces in known for place in paces):
+        found = [paces.get(place) for paces in known]
+        befores = [None, *found]
+        rows.append(
+            (" ".join(place), *(_pace(s, before, threshold) for s, before in zip(found, befores, strict=False)))
+        )
+    return rows
+
+
 def trend_text(runs: Sequence[Run], threshold: float = statistics.THRESHOLD, width: int = 100) -> str:
     """What any run fails, then every benchmark over the runs."""
     labels = [run.label for run in runs]
@@ -51,8 +72,10 @@ def trend_text(runs: Sequence[Run], threshold: float = statistics.THRESHOLD, wid
     parts = [text_table(("requirement", *labels), failing, width)] if failing else ["No run fails a requirement."]
     head = ("median seconds", *labels)
     rows = [(row[0], *(cell.split(", ")[0] for cell in row[1:])) for row in seconds_rows(runs, threshold)]
-    parts += [text_table(head, rows, width, range(1, len(head))), LEGEND] if rows else []
-    return "\n\n".join(parts)
+    parts += [text_table(head, rows, width, range(1, len(head)))] if rows else []
+    paces = pace_rows(runs, threshold)
+    parts += [text_table((PACE, *labels), paces, width, range(1, len(head)))] if paces else []
+    return "\n\n".join([*parts, *([LEGEND] if rows or paces else [])])
 
 
 def markdown_tables(runs: Sequence[Run], threshold: float = statistics.THRESHOLD) -> str:
@@ -66,7 +89,10 @@ def markdown_tables(runs: Sequence[Run], threshold: float = statistics.THRESHOLD
         parts.append(markdown_table(("requirement", *labels), [*requirement_rows(runs), summary]))
     if any(run.timings for run in runs):
         head = ("median time, GB/s, of roofline", *labels)
-        parts += [markdown_table(head, seconds_rows(runs, threshold), range(1, len(head))), LEGEND]
+        parts += [markdown_table(head, seconds_rows(runs, threshold), range(1, len(head)))]
+        paces = pace_rows(runs, threshold)
+        parts += [markdown_table((PACE, *labels), paces, range(1, len(head)))] if paces else []
+        parts.append(LEGEND)
     return "\n\n".join(parts)
 
 
@@ -86,11 +112,25 @@ def _counted(cell: Cell | None) -> str:
     return f"{SYMBOL[cell.verdict]} {cell.verdict}{share}"
 
 
+def _pace(samples_s: tuple[float, ...] | None, before: tuple[float, ...] | None, threshold: float) -> str:
+    if samples_s is None:
+        return "-"
+    verdict = statistics.compare(before, samples_s, threshold).verdict if before else ""
+    moved = f"{VERDICT_SYMBOL[verdict]} " if verdict in ("slower", "faster") else ""
+    return moved + units.seconds(median(samples_s))
+
+
+def _marked(change: TimingChange) -> bool:
+    """What is open for want of samples, and not because something drifted, is not worth a mark."""
+    drifted = change.verdict == "inconclusive" and change.judged_by != "seconds"
+    return drifted or change.verdict in ("slower", "faster")
+
+
 def _brief(timing: Timing | None, before: Timing | None, threshold: float, intervals: bool) -> str:
     if timing is None:
         return "-"
-    verdict = compare_timing(timing.key, before, timing, threshold).verdict if before else ""
-    moved = f"{VERDICT_SYMBOL[verdict]} " if verdict in ("slower", "faster") else ""
+    change = compare_timing(timing.key, before, timing, threshold) if before else None
+    moved = f"{VERDICT_SYMBOL[change.verdict]} " if change and _marked(change) else ""
     low_high = map(units.seconds, statistics.median_interval(timing.samples_s)) if timing.samples_s else ()
     interval = f" [{', '.join(low_high)}]" if intervals and timing.samples_s else ""
     speed = [f"{units.rate(timing.gb_per_s)} GB/s", units.percent(timing.fraction_of_roofline)]

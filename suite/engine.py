@@ -89,6 +89,19 @@ class Engine:
             raise WorkerError(f"{method}: " + "; ".join(f"rank {rank}: {a['error']}" for rank, a in failed.items()))
         return [answer["result"] for answer in answers]
 
+    def pace(self, manifest: list[dict], warm_ups: int, samples: int) -> dict[str, list[float]]:
+        """Seconds of every call to all workers that does nothing: of an empty call, and of one that carries `manifest`.
+
+        `warm_ups` calls of each kind come first and are left out.
+        """
+        taken: dict[str, list[float]] = {"empty_call_samples_s": [], "manifest_call_samples_s": []}
+        for seconds, sent in zip(taken.values(), ((), (manifest,)), strict=True):
+            for _ in range(warm_ups + samples):
+                started = time.monotonic()
+                self.rpc("probe_nothing", *sent)
+                seconds.append(time.monotonic() - started)
+        return {kind: seconds[warm_ups:] for kind, seconds in taken.items()}
+
     def generate(self, prompts: list[list[int]], max_tokens: int) -> list[dict]:
         """Greedy continuations: {"tokens": [...], "logprobs": [log-probability of each]} for each prompt."""
         from vllm import SamplingParams

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from suite import verdicts
+from suite import pace, verdicts
 from suite.driver import Sync
 from suite.models import MODELS
 from suite.plugin import announce, current_selection, timeline
@@ -114,6 +114,7 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
         verdicts.not_applicable(reason)
     with timeline("starting", str(keys[0])):
         engines = [pool.get(key) for key in keys]
+    pace.measure(request.config, engines[0])
     for engine in engines:
         engine.become(subject)
     sync = Sync(pool, trainer, engines, subject, stage, model)

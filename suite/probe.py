@@ -113,6 +113,9 @@ class Probe:
         """What this worker's process holds; see `memory.resources`."""
         return memory.resources(self.device)
 
+    def probe_nothing(self, manifest: list[dict] | None = None) -> None:
+        """Do nothing with what was sent: what is left is the call itself."""
+
     def probe_memory_mark(self) -> None:
         """From here on peak memory is measured."""
         self._probe_mark = memory.mark(self.device)

@@ -18,6 +18,7 @@ import pytest
 from suite import environment
 
 SCHEMA = 1
+PACES = pytest.StashKey[dict[str, dict[str, Any]]]()  # by stage: the host's pace, once an engine has measured it
 RUN, JUNIT, PAGE, LOGS = "run.json", "junit.xml", "report.html", "logs"
 
 
@@ -87,7 +88,9 @@ class Record:
         with self._lock:
             ours = {"conformance": list(self.conformance), "timeline": list(self.timeline)}
         ours |= {"stale_waivers": self.stale_waivers} if self.stale_waivers else {}
-        return {**document, "schema": SCHEMA, "environment": self._fixed["environment"], **ours}
+        paces = self.config.stash.get(PACES, {})
+        gathered = self._fixed["environment"] | ({"pace": paces} if paces else {})
+        return {**document, "schema": SCHEMA, "environment": gathered, **ours}
 
     def write(self) -> dict[str, Any]:
         """Write run.json, whole or not at all, and return its content."""

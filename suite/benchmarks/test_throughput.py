@@ -5,6 +5,7 @@ import statistics
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from suite import pace
 from suite.clock import moved_clock
 from suite.driver import Moved, Sync
 from suite.pool import Pool
@@ -20,17 +21,17 @@ UPDATE = pytest.mark.benchmark(group="update", timer=moved_clock)
 
 @UPDATE
 @pytest.mark.models(**{"cpu-tp1": LADDER})
-def test_update(benchmark: BenchmarkFixture, sync: Sync, target: int, pool: Pool) -> None:
+def test_update(benchmark: BenchmarkFixture, sync: Sync, target: int, pool: Pool, pytestconfig: pytest.Config) -> None:
     sync.load(target)
     sync.update()
     sync.expect_exact(target)
-    _measure(benchmark, sync, pool)
+    _measure(benchmark, sync, pool, pytestconfig)
     sync.expect_exact(target)
 
 
 @UPDATE
 @pytest.mark.models(**{"gpu-split": PUBLISHED, "gpu-colocate-tp1": PUBLISHED})
-def test_update_published(benchmark: BenchmarkFixture, sync: Sync, pool: Pool) -> None:
+def test_update_published(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, pytestconfig: pytest.Config) -> None:
     sync.trainer.hold_random(pool.config(sync.model), SEED)
     sync.trainer.fill(None)
     sync.update()
@@ -39,15 +40,15 @@ def test_update_published(benchmark: BenchmarkFixture, sync: Sync, pool: Pool) -
     sync.update()
     sync.expect_no_zero()
     before = sync.tokens_per_s(GENERATED_TOKENS)
-    _measure(benchmark, sync, pool)
+    _measure(benchmark, sync, pool, pytestconfig)
     sync.expect_no_zero()
     pauses_s = [sync.update(pause=True).pause_s for _ in range(ROUNDS // 2)]
     after = sync.tokens_per_s(GENERATED_TOKENS)
     benchmark.extra_info.update(tokens_per_s_before=before, tokens_per_s_after=after, pause_samples_s=pauses_s)
 
 
-def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool) -> None:
-    """Time updates, the roofline and peak memory, and put them beside pytest-benchmark's samples."""
+def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, config: pytest.Config) -> None:
+    """Time updates, the roofline, the host's pace and peak memory, and put them beside pytest-benchmark's samples."""
     rounds: list[Moved] = []
 
     def one_update() -> None:
@@ -58,6 +59,7 @@ def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool) -> None:
         benchmark.pedantic(one_update, rounds=ROUNDS, iterations=1, warmup_rounds=0)
         nbytes = rounds[0].bytes_sent
         kind, roofline_s = sync.roofline(nbytes, ROUNDS)
+        pace.measure(config, sync.engines[0], quiet=True)
         engine_bytes, trainer_bytes = sync.peak_memory()
     update_s, hardware_s = statistics.median(r.elapsed_s for r in rounds), statistics.median(roofline_s)
     benchmark.extra_info.update(

@@ -99,10 +99,23 @@ def cpu_environment(vllm: str = "0.32.0", torch: str = "2.13.0+cpu") -> dict[str
     return gpu_environment() | changed | {"devices": [], "topology": None, "cpu": cpu, "memory_bytes": 24 * 2**30}
 
 
+def pace(stages: tuple[str, ...], seed: int, slower: float = 1.0, quiet: bool = True) -> dict[str, Any]:
+    """The host's pace as environment["pace"] has it: 0.2 ms for an empty call, 1 ms for one with a manifest."""
+    rng = random.Random(seed)
+    calls = {"empty_call_samples_s": 2e-4, "manifest_call_samples_s": 1e-3}
+    return {
+        stage: {"quiet": quiet, **{name: noisy(taken_s * slower, 50, 0.02, rng) for name, taken_s in calls.items()}}
+        for stage in stages
+    }
+
+
 def run(
-    vllm: str = "0.33.0", seed: int = 1, stages: tuple[str, ...] = GPU_STAGES, slower: float = 1.0
+    vllm: str = "0.33.0", seed: int = 1, stages: tuple[str, ...] = GPU_STAGES, slower: float = 1.0, host: float = 1.0
 ) -> dict[str, Any]:
-    """A whole run.json of one version: two subjects, two stages, every requirement, six model sizes."""
+    """A whole run.json of one version: two subjects, two stages, every requirement, six model sizes.
+
+    slower: how many times the updates are slower, host: how many times the host's pace is.
+    """
     rng, on_cpu = random.Random(seed), stages == CPU_STAGES
     outcomes, benchmarks = [], []
     for name in REQUIREMENTS:
@@ -118,11 +131,12 @@ def run(
             benchmarks.append(update(subject, stage, model, parameters, rng, **how))
     spent = {"starting": 181.2, "moving": 62.5, "judging": 140.0}
     timeline = [{"what": what, "name": "all", "elapsed_s": elapsed_s} for what, elapsed_s in spent.items()]
+    gathered = (cpu_environment if on_cpu else gpu_environment)(vllm) | {"pace": pace(stages, seed, host)}
     return {"schema": 1, "datetime": "2026-11-22T21:30:11.123456+00:00", "version": "5.3.1",
             "machine_info": {"node": "host", "system": "Linux", "python_version": "3.12.3", "cpu": {"count": 32}},
             "commit_info": {"id": "abcdef123456", "dirty": False},
-            "environment": cpu_environment(vllm) if on_cpu else gpu_environment(vllm), "conformance": outcomes,
-            "benchmarks": benchmarks, "timeline": timeline}  # fmt: skip
+            "environment": gathered, "conformance": outcomes, "benchmarks": benchmarks,
+            "timeline": timeline}  # fmt: skip
 
 
 def _verdict(requirement: str, subject: str, stage: str, vllm: str, on_cpu: bool) -> tuple[str, str]:

@@ -46,6 +46,7 @@ def changed(path: str, value: object, document: dict = RUN) -> dict:
         ("conformance.3.requirement", 4, "conformance[3].requirement", "expected a text, found 4"),
         ("conformance.3.duration_s", -1, "conformance[3].duration_s", "expected a number of 0 or more, found -1"),
         ("conformance.3.waiver_issue", 7, "conformance[3].waiver_issue", "expected a text, found 7"),
+        ("conformance.3.cause", 7, "conformance[3].cause", "expected a text, found 7"),
         ("stale_waivers", "one", "stale_waivers", "expected a list"),
         ("stale_waivers", [7], "stale_waivers[0]", "expected a text, found 7"),
         ("benchmarks", "none", "benchmarks", "expected a list"),
@@ -141,6 +142,8 @@ json_values = st.recursive(
     max_leaves=5,
 )
 PLACES = ["schema", "stale_waivers", "conformance.0.waiver_issue", "conformance.0.waiver_reason",
+          "conformance.0.cause", "environment.pace.cpu-tp1", "environment.pace.cpu-tp1.quiet",
+          "environment.pace.cpu-tp1.empty_call_samples_s",
           "environment", "conformance", "benchmarks", "timeline", "datetime", "machine_info", "commit_info",
           *(f"environment.{name}" for name in RUN["environment"]), "environment.cpu.cores", "environment.vllm.version",
           *(f"conformance.0.{name}" for name in RUN["conformance"][0]), "benchmarks.0", "benchmarks.0.stats",

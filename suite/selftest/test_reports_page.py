@@ -52,7 +52,7 @@ def with_markup() -> dict:
     document = data.run("0.26.0")
     for entry in document["conformance"]:
         entry |= {name: f"{entry[name]}{MARKUP}" for name in ("requirement", "subject", "stage", "model", "detail")}
-        entry["text"] = MARKUP
+        entry["text"] = entry["cause"] = MARKUP
     document["conformance"][0] |= {"verdict": "waived", "waiver_issue": MARKUP, "waiver_reason": MARKUP}
     document["stale_waivers"] = [MARKUP]
     for entry in document["benchmarks"]:
@@ -61,6 +61,7 @@ def with_markup() -> dict:
         entry["extra_info"]["steps_s"] = {f"begin {MARKUP}": [0.1, 0.2]}
         entry["group"] = MARKUP
     document["environment"] |= {"torch": MARKUP, "vllm": {"version": f"0.26.0{MARKUP}"}, "packages": {MARKUP: MARKUP}}
+    document["environment"]["pace"] = data.pace((f"gpu-split{MARKUP}",), 1)
     document["timeline"][0]["what"] = MARKUP
     return document
 

@@ -1,0 +1,125 @@
+"""The host's own pace: what a call to all workers takes, by stage, as a run measured it beside what it timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from reports import statistics, units
+from reports.node import Node
+from reports.statistics import Ratio
+
+if TYPE_CHECKING:
+    from reports.load import Timing
+
+# What the calls are called, by their place in run.json.
+CALLS = {"empty_call_samples_s": "empty call", "manifest_call_samples_s": "call with a manifest"}
+OF_WEIGHT = 0.1  # the share of a time from which on calls stand for the whole of it
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of every sample by call: ((call, samples), ...). `quiet`: whether no engine was starting beside it."""
+
+    calls: tuple[tuple[str, tuple[float, ...]], ...]
+    quiet: bool = True
+
+    def calls_s(self, tensors: float) -> list[float]:
+        """Seconds of the calls of an update at the most: one a tensor, and one with the manifest.
+
+        One value a sample. A call that was not measured counts as 0; no values where neither was.
+        """
+        empty, manifest = (dict(self.calls).get(call, ()) for call in CALLS.values())
+        missing = [0.0] * max(len(empty), len(manifest))
+        return [tensors * one + other for one, other in zip(empty or missing, manifest or missing, strict=False)]
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{call} {units.seconds(median(samples))}" for call, samples in self.calls)
+        return told if self.quiet else f"{told} (measured while engines may have been starting)"
+
+
+Paces = tuple[tuple[str, Pace], ...]  # by stage
+
+
+def paces(environment: Node) -> Paces:
+    """The section `pace` of a run's environment; empty where the file has none, as older ones."""
+    if "pace" not in environment:
+        return ()
+    node = environment["pace"]
+    found = [(stage, _pace(node[stage])) for stage in node.of(dict, "an object with a stage's pace each")]
+    return tuple((stage, pace) for stage, pace in found if pace.calls)
+
+
+def _pace(node: Node) -> Pace:
+    node.of(dict, "an object with the samples of calls")
+    samples = [(call, node[name].numbers()) for name, call in CALLS.items()]
+    return Pace(tuple((call, taken) for call, taken in samples if taken), node["quiet"].value is not False)
+
+
+def drifts(a: Paces, b: Paces, threshold: float) -> list[tuple[str, Ratio]]:
+    """B's pace over A's for every stage and call that both measured, as ("cpu-tp1 empty call", ratio)."""
+    before, after = ({(stage, call): taken for stage, pace in side for call, taken in pace.calls} for side in (a, b))
+    both = [place for place in before if place in after]
+    return [(" ".join(place), statistics.compare(before[place], after[place], threshold)) for place in both]
+
+
+def drift_lines(found: list[tuple[str, Ratio]]) -> list[str]:
+    """What the host's own pace did between two runs: what moved or may have, and how much did not."""
+    moved = [f"{drift.verdict}: {label} {units.ratio(drift)}" for label, drift in found if drift.verdict != "same"]
+    return [*moved, f"same: {len(found) - len(moved)} of {units.counted(len(found), 'call')}"] if found else []
+
+
+def unknown(stages: Iterable[str], a: Paces, b: Paces) -> str:
+    """What to say of timed stages of which a run does not know the host's pace; empty where both know it."""
+    lacking = {name: [stage for stage in stages if stage not in dict(known)] for name, known in (("A", a), ("B", b))}
+    sides = [f"{name} ({', '.join(missing)})" for name, missing in lacking.items() if missing]
+    if not sides:
+        return ""
+    return f"The host's pace is not known in {' nor in '.join(sides)}: a slower host may look like a slower vLLM."
+
+
+@dataclass(frozen=True)
+class Against:
+    """One benchmark against the host's pace in both runs.
+
+    drift: of the calls of such an update. relative: B's time over A's, the drift taken out.
+    """
+
+    drift: Ratio
+    relative: Ratio
+
+    def doubt(self, seconds: Ratio) -> str:
+        """Why the pace leaves the verdict in seconds open; empty where it does not.
+
+        How many calls an update makes is known at the most. So a verdict has to hold with the drift and without.
+        """
+        if seconds.verdict in ("inconclusive", self.relative.verdict) or self.drift.verdict == "same":
+            return ""
+        if (seconds.verdict, self.relative.verdict) == ("same", "inconclusive"):
+            return ""
+        host = f"which is {'unsure' if self.drift.verdict == 'inconclusive' else self.drift.verdict}"
+        left = f"{self.relative.verdict} {units.ratio(self.relative)} once the host's pace is taken out"
+        return f"{seconds.verdict} in seconds, {left}, {host} {units.ratio(self.drift)}"
+
+
+def against(a: Timing, b: Timing, threshold: float) -> Against | None:
+    """Take the pace's drift out of a benchmark; None where a run does not know its pace.
+
+    A host that is slow in calls is slow in the work around them. So where calls may take OF_WEIGHT of the time or
+    more, the drift is taken out of all of it; else out of what they may take.
+    """
+    if not (a.pace and b.pace):
+        return None
+    tensors = max(a.tensors or 1, b.tensors or 1)
+    calls = [side.pace.calls_s(tensors) for side in (a, b)]
+    if not all(calls):
+        return None
+    shares = [median(taken) / (side.median_s or 1.0) for taken, side in zip(calls, (a, b), strict=True)]
+    rest_s = min(side.median_s - median(taken) for taken, side in zip(calls, (a, b), strict=True))
+    if max(shares) >= OF_WEIGHT or not (a.tensors and b.tensors):
+        rest_s = 0.0
+    with_rest = [[rest_s + seconds for seconds in taken] for taken in calls]
+    relative = statistics.compare_relative(a.samples_s, with_rest[0], b.samples_s, with_rest[1], threshold)
+    return Against(statistics.compare(*calls, threshold), relative)

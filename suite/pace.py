@@ -1,0 +1,42 @@
+"""The host's own pace: what a call to all workers of an engine takes, once a run and stage.
+
+An update of a large model is mostly calls. Two hosts of one kind differ in them by a factor of two, and so do two runs
+on one host: without the pace a slower host would look like a slower vLLM.
+"""
+
+from typing import Any
+
+import pytest
+
+from suite import models
+from suite.plugin import announce
+from suite.pool import EngineHandle
+from suite.processes import DeadlineExceeded, ProcessDied, RemoteError
+from suite.record import PACES
+
+MODEL = "qwen3-8b"  # of whose tensors the manifest is that a call carries
+WARM_UPS, SAMPLES = 3, 50
+DEADLINE_S = 10.0
+
+
+def measure(config: pytest.Config, engine: EngineHandle, quiet: bool = False) -> None:
+    """Measure the pace on this engine's stage and keep it in config.stash[PACES], unless it is there already.
+
+    quiet: whether nothing starts beside it. That replaces what was measured while other engines may have been starting.
+    The pace stays unknown where the engine does not answer: what a test finds wrong with it is for the test to say.
+    """
+    paces, stage = config.stash.setdefault(PACES, {}), engine.key.stage
+    if stage in paces and paces[stage]["quiet"] >= quiet:
+        return
+    try:
+        samples = engine.process.call("pace", manifest(), WARM_UPS, SAMPLES, deadline_s=DEADLINE_S)
+    except (DeadlineExceeded, ProcessDied, RemoteError) as error:
+        announce(f"{stage}: the host's pace is not known: {error.said}")
+        return
+    paces[stage] = {"quiet": quiet, **samples}
+
+
+def manifest() -> list[dict[str, Any]]:
+    """What announces a whole update of MODEL, as an engine's begin_update() gets it."""
+    tensors = models.tensors(models.MODELS[MODEL])
+    return [{"name": name, "dtype": "bfloat16", "shape": list(shape)} for name, shape in tensors]

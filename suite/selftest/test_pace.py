@@ -1,0 +1,167 @@
+"""The host's pace is measured inside an engine's process, once a run and stage, and stands in run.json."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from suite import fixtures, models, pace
+from suite.benchmarks import test_throughput
+from suite.engine import Engine
+from suite.probe import Probe
+from suite.processes import DeadlineExceeded
+from suite.record import PACES
+from suite.selftest.test_plugin import ONE_CASE, examine
+
+MANIFEST = [{"name": "a.weight", "dtype": "bfloat16", "shape": [2, 3]}]
+LOG = SimpleNamespace(name="engine", log_path="engine.log", tail=lambda: "the last line")
+
+
+class Called(Engine):
+    """An engine whose calls to all workers take as many seconds as they are told, by a clock of their own."""
+
+    def __init__(self, takes_s: list[float]) -> None:
+        self.takes_s, self.calls, self.now_s = iter(takes_s), [], 0.0
+
+    def rpc(self, method: str, *args: object) -> None:
+        self.calls.append((method, *args))
+        self.now_s += next(self.takes_s)
+
+
+def test_an_engine_times_every_call_and_leaves_the_first_out(monkeypatch: pytest.MonkeyPatch):
+    engine = Called([9.0, 1.0, 2.0, 8.0, 3.0, 4.0])
+    monkeypatch.setattr("suite.engine.time", SimpleNamespace(monotonic=lambda: engine.now_s))
+    found = engine.pace(MANIFEST, 1, 2)
+    assert found == {"empty_call_samples_s": [1.0, 2.0], "manifest_call_samples_s": [3.0, 4.0]}
+    assert engine.calls == [("probe_nothing",)] * 3 + [("probe_nothing", MANIFEST)] * 3
+
+
+def test_a_worker_takes_both_calls():
+    assert Probe().probe_call("probe_nothing", []) == {"result": None}
+    assert Probe().probe_call("probe_nothing", [MANIFEST]) == {"result": None}
+
+
+def test_the_manifest_is_that_of_a_large_model():
+    entries = pace.manifest()
+    assert len(entries) == 399
+    assert entries[0] == {"name": "model.embed_tokens.weight", "dtype": "bfloat16", "shape": [151936, 4096]}
+    assert {entry["name"] for entry in entries} == {name for name, _ in models.tensors(models.MODELS["qwen3-8b"])}
+
+
+class Process:
+    """Answers with the number of the call, or raises."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.calls = error, []
+
+    def call(self, method: str, *args: object, deadline_s: float) -> dict:
+        self.calls.append((method, *args, deadline_s))
+        if self.error:
+            raise self.error
+        return {"empty_call_samples_s": [float(len(self.calls))]}
+
+
+def engine_on(stage: str, process: Process) -> SimpleNamespace:
+    return SimpleNamespace(key=SimpleNamespace(stage=stage), process=process)
+
+
+@pytest.fixture
+def config() -> SimpleNamespace:
+    return SimpleNamespace(stash=pytest.Stash())
+
+
+def test_it_is_measured_once_a_stage(config: SimpleNamespace):
+    process = Process()
+    for stage in ("cpu-tp1", "cpu-tp1", "cpu-tp2", "cpu-tp1"):
+        pace.measure(config, engine_on(stage, process))
+    assert config.stash[PACES] == {
+        "cpu-tp1": {"quiet": False, "empty_call_samples_s": [1.0]},
+        "cpu-tp2": {"quiet": False, "empty_call_samples_s": [2.0]},
+    }
+    assert process.calls == [("pace", pace.manifest(), pace.WARM_UPS, pace.SAMPLES, pace.DEADLINE_S)] * 2
+    assert pace.SAMPLES >= 20
+    assert pace.WARM_UPS >= 3
+
+
+def test_what_is_measured_when_it_is_quiet_replaces_the_rest_and_stays(config: SimpleNamespace):
+    process = Process()
+    for quiet in (False, True, True, False):
+        pace.measure(config, engine_on("cpu-tp1", process), quiet)
+    assert config.stash[PACES] == {"cpu-tp1": {"quiet": True, "empty_call_samples_s": [2.0]}}
+
+
+def test_an_engine_that_does_not_answer_leaves_the_pace_unknown_until_another_does(
+    config: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    said = []
+    monkeypatch.setattr(pace, "announce", said.append)
+    pace.measure(config, engine_on("cpu-tp1", Process(DeadlineExceeded("no answer in 10 s", LOG))))
+    assert config.stash[PACES] == {}
+    assert said == ["cpu-tp1: the host's pace is not known: no answer in 10 s"]
+    pace.measure(config, engine_on("cpu-tp1", Process()))
+    assert [*config.stash[PACES]] == ["cpu-tp1"]
+
+
+def test_a_mistake_of_the_suite_is_not_taken_for_an_engine_that_does_not_answer(config: SimpleNamespace):
+    with pytest.raises(TypeError, match="a mistake"):
+        pace.measure(config, engine_on("cpu-tp1", Process(TypeError("a mistake"))))
+
+
+# ---- where it is measured, and where it stands
+
+
+def test_the_first_engine_that_a_test_is_lent_measures_it(monkeypatch: pytest.MonkeyPatch, config: SimpleNamespace):
+    """Before the test has it, so that every run knows its pace."""
+    measured = []
+    monkeypatch.setattr(fixtures.pace, "measure", lambda *args: measured.append(args))
+    monkeypatch.setattr(fixtures, "_engines_of", lambda item: ["first", "second"])
+    engines = {name: SimpleNamespace(key=SimpleNamespace(seed=0), become=lambda subject: None) for name in
+               ("first", "second")}  # fmt: skip
+    pool = SimpleNamespace(too_large=lambda key: "", get=engines.get)
+    values = {"subject": SimpleNamespace(name="s"), "stage": SimpleNamespace(name="t"), "model": "qwen3-tied-tiny"}
+    request = SimpleNamespace(getfixturevalue=values.get, node=None, config=config)
+    next(fixtures.lend(pool, SimpleNamespace(), request))
+    assert measured == [(config, engines["first"])]
+
+
+def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.MonkeyPatch, config: SimpleNamespace):
+    state = {"quiet": False}
+    seen = []
+
+    @contextmanager
+    def quiet():
+        state["quiet"] = True
+        yield
+        state["quiet"] = False
+
+    monkeypatch.setattr(pace, "measure", lambda *args, quiet: seen.append((*args, quiet, state["quiet"])))
+    moved = SimpleNamespace(elapsed_s=1.0, bytes_sent=8, tensors=1, steps_s={})
+    sync = SimpleNamespace(
+        update=lambda: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
+        engines=["engine"], subject=SimpleNamespace(name="s"), stage=SimpleNamespace(name="t"), model="m",
+        spec=SimpleNamespace(elements=4),
+    )  # fmt: skip
+    benchmark = SimpleNamespace(extra_info={}, pedantic=lambda function, **how: function())
+    test_throughput._measure(benchmark, sync, SimpleNamespace(quiet=quiet), config)
+    assert seen == [(config, "engine", True, True)]
+
+
+MEASURED = """
+from suite.record import PACES
+
+@judged()
+def test_first(subject, stage, model, pytestconfig):
+    pytestconfig.stash.setdefault(PACES, {})[stage.name] = {"quiet": False, "empty_call_samples_s": [0.5]}
+"""
+
+
+def test_it_stands_in_the_environment_of_the_run(tmp_path: Path):
+    gathered = examine(tmp_path, MEASURED, *ONE_CASE).document["environment"]
+    assert gathered["pace"] == {"cpu-tp1": {"quiet": False, "empty_call_samples_s": [0.5]}}
+    assert gathered["schema"] == 1
+
+
+def test_a_run_that_has_not_measured_it_has_no_such_section(tmp_path: Path):
+    document = examine(tmp_path, "@judged()\ndef test_first(subject, stage, model): pass\n", *ONE_CASE).document
+    assert "pace" not in document["environment"]
