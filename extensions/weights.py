@@ -32,7 +32,22 @@ def effective_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tenso
                 yield f"{prefix}.{name}", parameter.detach()
         if _is_packed(module) and _is_applied(model, module):
             kept = module._parameters["weight"].numel() > 0
-            yield f"{prefix}.weight{' (applied)' if kept else ''}", _read_back(module)
+            yield f"{prefix}.weight{' (applied)' if kept else ''}", applied_weight(module)
+
+
+def applied_weight(module: torch.nn.Module) -> torch.Tensor:
+    """The weight that a layer applies: this rank's [out, in], in the layer's dtype, as a fresh tensor."""
+    weight = module._parameters["weight"]
+    columns = getattr(module, "input_size_per_partition", None) or getattr(module, "embedding_dim", None)
+    if columns is None:
+        columns = module.input_size
+    rows = []
+    for start in range(0, columns, IDENTITY_ROWS):
+        count = min(IDENTITY_ROWS, columns - start)
+        ones = torch.zeros(count, columns, dtype=weight.dtype, device=weight.device)
+        ones[torch.arange(count), torch.arange(start, start + count)] = 1
+        rows.append(module.quant_method.apply(module, ones, None))
+    return torch.cat(rows).t().contiguous()
 
 
 def all_zero(model: torch.nn.Module) -> tuple[bool, int]:
@@ -66,18 +81,3 @@ def _is_applied(model: torch.nn.Module, module: torch.nn.Module) -> bool:
     if isinstance(module, VocabParallelEmbedding):
         return isinstance(module, ParallelLMHead) or getattr(model, "lm_head", None) is module
     return True
-
-
-def _read_back(module: torch.nn.Module) -> torch.Tensor:
-    """The weight [out, in] that the layer applies, in the layer's dtype."""
-    weight = module._parameters["weight"]
-    columns = getattr(module, "input_size_per_partition", None) or getattr(module, "embedding_dim", None)
-    if columns is None:
-        columns = module.input_size
-    rows = []
-    for start in range(0, columns, IDENTITY_ROWS):
-        count = min(IDENTITY_ROWS, columns - start)
-        ones = torch.zeros(count, columns, dtype=weight.dtype, device=weight.device)
-        ones[torch.arange(count), torch.arange(start, start + count)] = 1
-        rows.append(module.quant_method.apply(module, ones, None))
-    return torch.cat(rows).t().contiguous()

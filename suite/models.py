@@ -260,11 +260,13 @@ def _config(architecture: str, purpose: str, size: Size) -> dict[str, Any]:
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
+TIED = "qwen3-tied-tiny"  # the model of a test that needs no other
+
 # Every dimension halves without remainder, for tensor-parallel engines of two.
 # fmt: off
 _CATALOGUE = [
     # hidden, intermediate, layers, heads, kv heads, head dim, vocabulary, tied, experts
-    ("qwen3-tied-tiny",   "qwen3",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, True)),
+    (TIED,                "qwen3",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, True)),
     ("qwen3-untied-tiny", "qwen3",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False)),
     ("llama-tiny",        "llama",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False)),
     ("qwen3-moe-tiny",    "qwen3_moe", "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False, (8, 2, 128))),

@@ -17,7 +17,7 @@ import torch
 
 from extensions.devices import device_id
 from extensions.group import Communicator, stateless_init_process_group
-from extensions.weights import effective_weights
+from extensions.weights import applied_weight, effective_weights
 from suite import memory
 from suite.subjects import load
 
@@ -69,17 +69,17 @@ class Probe:
         return sum(weight.numel() for weight in weights.values())
 
     def probe_compare(self, path: str) -> dict:
-        """Compare bit by bit with what `probe_save` wrote: elements looked at, and what differs where."""
+        """Compare bit by bit with what `probe_save` wrote: the weights looked at, and what differs where."""
         from safetensors.torch import load_file
 
-        expected, differing, elements, weights = load_file(_of_rank(path, self.rank)), [], 0, 0
+        expected, differing, elements, shapes = load_file(_of_rank(path, self.rank)), [], 0, {}
         for name, weight in self._probe_weights():
-            elements, weights = elements + weight.numel(), weights + 1
+            elements, shapes[name] = elements + weight.numel(), list(weight.shape)
             reference = expected.pop(name, None)
             differing += _difference(name, weight.cpu(), reference)
         differing += [f"{name}: expected, but the engine has none" for name in expected]
-        counts = {"elements": elements, "weights": weights, "differing": len(differing)}
-        return {"rank": self.rank, **counts, "first": differing[:SHOWN]}
+        counts = {"elements": elements, "weights": len(shapes), "differing": len(differing)}
+        return {"rank": self.rank, **counts, "first": differing[:SHOWN], "shapes": shapes}
 
     def probe_zero(self) -> dict:
         """How many effective elements there are, and which weights have some that aren't zero."""
@@ -99,6 +99,12 @@ class Probe:
         """The first `count` elements of an effective weight of 16-bit elements, as patterns of bits."""
         weight = dict(self._probe_weights())[name].contiguous().view(-1)[:count]
         return [pattern & 0xFFFF for pattern in weight.view(torch.int16).tolist()]
+
+    def probe_embedding_and_head(self) -> dict:
+        """How many rows this rank's embedding has, and how many of them the output layer applies to the same tokens."""
+        model = self.model_runner.get_model()
+        looked_up, applied = model.model.embed_tokens.weight.detach(), applied_weight(model.lm_head)
+        return {"rank": self.rank, "rows": len(looked_up), "equal": int((looked_up == applied).all(dim=1).sum())}
 
     def probe_addresses(self) -> dict[str, int]:
         """{parameter: address} of every parameter that isn't empty."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from suite import environment, models, stages, waivers
-from suite.requirements import REQUIREMENTS, Requirement
+from suite.requirements import Requirement, catalogue
 from suite.stages import Stage
 from suite.subjects import SUBJECTS, Subject, subject_from
 from suite.waivers import Case, Ledger
@@ -109,9 +109,9 @@ def requirement_of(definition: pytest.Item) -> Requirement | None:
     marker = definition.get_closest_marker("requirement")
     if marker is None:
         return None
-    if len(marker.args) != 1 or marker.args[0] not in REQUIREMENTS:
+    if len(marker.args) != 1 or marker.args[0] not in catalogue():
         raise pytest.UsageError(f"{definition.nodeid}: expected the id of a requirement, found {marker.args}")
-    return REQUIREMENTS[marker.args[0]]
+    return catalogue()[marker.args[0]]
 
 
 def parametrize(metafunc: pytest.Metafunc, selection: Selection) -> None:
@@ -156,7 +156,7 @@ def _stages(
 ) -> list[Stage | MissingStage | None]:
     """The stages on which a test can judge or measure; None alone where it takes no stage."""
     requirement = requirement_of(definition)
-    kinds = KINDS if requirement is None or requirement.kind == "both" else (requirement.kind,)
+    kinds = KINDS if requirement is None or requirement.on == "both" else (requirement.on,)
     return [stage for stage in among if stage.kind in kinds] if "stage" in names else [None]
 
 

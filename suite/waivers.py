@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from suite.requirements import REQUIREMENTS
+from suite.requirements import catalogue
 from suite.verdicts import ERROR, NOT_APPLICABLE, PASS, UNSUPPORTED, WAIVED
 
 TABLE = "waiver"
@@ -124,8 +124,8 @@ def _waiver(entry: Any, place: str) -> Waiver:
     for name, value in entry.items():
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{name}: expected a text that is not empty, found {value!r}")
-    if entry["requirement"] not in REQUIREMENTS:
-        raise ValueError(f"requirement: expected one of {', '.join(REQUIREMENTS)}, found {entry['requirement']!r}")
+    if entry["requirement"] not in catalogue():
+        raise ValueError(f"requirement: expected one of {', '.join(catalogue())}, found {entry['requirement']!r}")
     if not _is_link(entry["issue"]):
         raise ValueError(f"issue: expected the http(s) URL of an issue, found {entry['issue']!r}")
     return Waiver(**{**entry, "vllm": _versions(entry["vllm"])}, place=place)

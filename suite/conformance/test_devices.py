@@ -9,14 +9,15 @@ import pytest
 from suite import verdicts
 from suite.driver import Sync
 from suite.fixtures import lend
+from suite.models import TIED
 from suite.pool import Pool
 from suite.processes import Run
+from suite.requirements import MUST, requirement
 from suite.sequences import UNKNOWN_DEVICE
 from suite.stages import Device, Stage, machine
 from suite.subjects import Subject
 from suite.trainers import TrainerGroup
 
-TIED = "qwen3-tied-tiny"
 DEADLINE_S = 30.0
 
 
@@ -101,7 +102,16 @@ def remapped(
     trainer.stop()
 
 
-@pytest.mark.requirement("devices.remap", models={"gpu-colocate-tp1": [TIED]})
+@requirement(
+    "devices.remap",
+    MUST,
+    text="Handles land on the GPU that they came from, and the update is exact, for every combination of the trainer's"
+    " and the engine's CUDA_VISIBLE_DEVICES: same, reversed, one a subset of the other, as UUIDs, unset.",
+    because="A CUDA IPC handle carries the sender's ordinal, which means another GPU, or none, to the receiver.",
+    seen_in=("sglang#5077", "Mooncake#3678", "vime#418", "vllm#41848", "vllm#56949"),
+    on="gpu",
+    models={"gpu-colocate-tp1": [TIED]},
+)
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=lambda v: v.name)
 def test_remap(remapped: Callable[[], Sync], target: int, visibility: Visibility) -> None:
     sync = remapped()  # here, since an engine that does not start like this has not met the requirement
@@ -116,7 +126,17 @@ def test_remap(remapped: Callable[[], Sync], target: int, visibility: Visibility
         sync.expect_exact(seed)
 
 
-@pytest.mark.requirement("devices.identity", models=[TIED])
+@requirement(
+    "devices.identity",
+    MUST,
+    text="The id that the engine reports for a GPU is NVML's, torch's and the trainer's for the same GPU, in one "
+    "spelling.",
+    because="Ids are the keys of handles: spelled in two ways, or taken by an ordinal that means another GPU, they "
+    "never meet.",
+    seen_in=("vllm#41848", "vllm#46132", "vllm#56949"),
+    on="gpu",
+    models=[TIED],
+)
 def test_identity(sync: Sync) -> None:
     found = [device["id"] for device in sync.engines[0].facts["devices"]]
     assert found == list(sync.stage.devices_of_engine()), (
@@ -131,7 +151,15 @@ def test_identity(sync: Sync) -> None:
         assert reported == found, f"expected the extension to report {found}, found {reported} {sync.where}"
 
 
-@pytest.mark.requirement("devices.wrong_handle", models=[TIED])
+@requirement(
+    "devices.wrong_handle",
+    MUST,
+    text="Handles for another device, under an unknown id, or an empty set of them are refused with an error that "
+    "names the id, and the weights stay as they were.",
+    because="An update that finds nothing for its device and reports success leaves the old weights in silence.",
+    seen_in=("vllm#56949", "sglang#5077", "vllm#57022"),
+    models=[TIED],
+)
 def test_wrong_handle(sync: Sync, target: int) -> None:
     if sync.subject.transport != "handles":
         verdicts.unsupported(f"{sync.subject.name} takes no handles")

@@ -2,36 +2,81 @@
 
 import pytest
 
-from suite import models, verdicts
+from suite import verdicts
 from suite.driver import Sync
+from suite.models import TIED
 from suite.processes import RemoteError
-from suite.sequences import MALFORMED
+from suite.requirements import MUST, requirement
 
-MODELS = ["qwen3-tied-tiny"]
 DEADLINE_S = 30.0
+WEIGHT = "model.layers.1.mlp.down_proj.weight"
+UNKNOWN = "model.layers.1.mlp.ghost_proj.weight"
 
 
-@pytest.mark.requirement("errors.unknown_name", models=MODELS)
+@requirement(
+    "errors.unknown_name",
+    MUST,
+    text="An update with a tensor that the model does not have is refused within its deadline, naming it, and the "
+    "engine still generates what it generated before.",
+    because="An ignored name is a renamed layer that is never updated; a crash is an engine lost.",
+    seen_in=("vllm#57854", "vllm#51063"),
+    models=[TIED],
+)
 def test_unknown_name(sync: Sync, target: int) -> None:
-    _refused(sync, target, "unknown_name")
+    one_more = {"add": {WEIGHT: UNKNOWN}}
+    _expect_refused(sync, target, one_more, naming=UNKNOWN)
 
 
-@pytest.mark.requirement("errors.missing_name", models=MODELS)
+@requirement(
+    "errors.missing_name",
+    MUST,
+    text="An update that lacks a tensor of the model is refused within its deadline, naming it, and the engine still "
+    "generates what it generated before.",
+    because="A layer that receives only some of its tensors is finished over uninitialised memory, silently.",
+    seen_in=("vllm#44814", "prime-rl#2714", "vllm#57854"),
+    models=[TIED],
+)
 def test_missing_name(sync: Sync, target: int) -> None:
-    _refused(sync, target, "missing_name")
+    one_less = {"drop": [WEIGHT]}
+    _expect_refused(sync, target, one_less, naming=WEIGHT)
 
 
-@pytest.mark.requirement("errors.shape", models=MODELS)
+@requirement(
+    "errors.shape",
+    MUST,
+    text="An update with a tensor of another shape than the model's is refused within its deadline, naming it, and the"
+    " engine still generates what it generated before.",
+    because="Half loaded, the tensors already consumed are gone, and the next request ends the engine.",
+    seen_in=("vllm#57854", "trl#6913"),
+    models=[TIED],
+)
 def test_shape(sync: Sync, target: int) -> None:
-    _refused(sync, target, "shape")
+    a_row_less = {"truncate": [WEIGHT]}
+    _expect_refused(sync, target, a_row_less, naming=WEIGHT)
 
 
-@pytest.mark.requirement("errors.dtype", models=MODELS)
+@requirement(
+    "errors.dtype",
+    MUST,
+    text="An update with a tensor of a dtype that cannot be the model's weights is refused within its deadline, naming"
+    " it, and the engine still generates what it generated before.",
+    because="Copying casts whatever it is given, and a dtype that cannot be sent leaves the other side waiting.",
+    seen_in=("trl#3690", "trl#6913"),
+    models=[TIED],
+)
 def test_dtype(sync: Sync, target: int) -> None:
-    _refused(sync, target, "dtype")
+    integers = {"cast": {WEIGHT: "int32"}}
+    _expect_refused(sync, target, integers, naming=WEIGHT)
 
 
-@pytest.mark.requirement("errors.nested", models=MODELS)
+@requirement(
+    "errors.nested",
+    MUST,
+    text="An update that is begun inside another is refused, and the weights stay as they were.",
+    because="Two updates at once leave a mixture that neither trainer has.",
+    seen_in=("vllm#57854",),
+    models=[TIED],
+)
 def test_nested(sync: Sync, target: int) -> None:
     if not hasattr(sync.subject.load(), "begin_update"):
         verdicts.unsupported(f"{sync.subject.name} has no begin_update(): its updates have no beginning")
@@ -50,16 +95,14 @@ def test_nested(sync: Sync, target: int) -> None:
     sync.expect_exact(target)
 
 
-def _refused(sync: Sync, target: int, how: str) -> None:
-    """An update with this wrong about one weight is refused by name, and all is as before."""
-    weight = next(name for name, _ in models.tensors(sync.spec) if name.endswith("1.mlp.down_proj.weight"))
-    alter, named = MALFORMED[how](weight)
+def _expect_refused(sync: Sync, target: int, alter: dict, naming: str) -> None:
+    """An update that is altered like this is refused by name, and all is as before."""
     sync.load(sync.seed)
     sync.update()
     answers, weights = sync.generate(sync.prompts()), sync.snapshot()
     sync.load(target)
     error = sync.refusal(DEADLINE_S, alter=alter)
-    assert named in error, f"expected an error that names {named}, found: {error} {sync.where}"
+    assert naming in error, f"expected an error that names {naming}, found: {error} {sync.where}"
     assert sync.generate(sync.prompts()) == answers, f"expected the answers from before the refused update {sync.where}"
     sync.expect_equal_to(weights, "the weights from before the refused update")
     sync.update()

@@ -5,6 +5,7 @@ import pytest
 from suite.plugin import timeline
 from suite.pool import Pool
 from suite.processes import Run, launch
+from suite.requirements import MUST, requirement
 from suite.subjects import Subject
 
 IMPORT_DEADLINE_S = 120.0
@@ -25,7 +26,13 @@ def worker_names(run: Run, pool: Pool) -> list[str]:
     return names
 
 
-@pytest.mark.requirement("names.free")
+@requirement(
+    "names.free",
+    MUST,
+    text="No public name of the extension is one that the installed vLLM's Worker has.",
+    because="vLLM mixes the extension into its worker and refuses to start where names collide; each release takes new "
+    "ones.",
+)
 def test_free(subject: Subject, worker_names: list[str]) -> None:
     assert len(worker_names) > 20, f"expected the names of vLLM's worker, found {worker_names}"
     own = {name for name in dir(subject.load()) if not name.startswith("__")}

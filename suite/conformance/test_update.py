@@ -2,32 +2,21 @@
 
 import math
 
-import pytest
-
 from suite.driver import MAX_TOKENS, Sync
+from suite.models import TIED
+from suite.requirements import MUST, requirement
 
-TIED, UNTIED, LLAMA = "qwen3-tied-tiny", "qwen3-untied-tiny", "llama-tiny"
-MOE = {"cpu": ["qwen3-moe-tiny"], "gpu": ["qwen3-moe-reduced"]}
 LEARNING_RATE = 0.002
-WHOLE_EVERYWHERE = ("model.norm.weight", "model.layers.0.input_layernorm.weight")  # not sharded, packed or quantised
-BFLOAT16_BITS = {
-    "infinity": 0x7F80,
-    "-infinity": 0xFF80,
-    "quiet NaN": 0x7FC0,
-    "NaN with a payload": 0x7FD5,
-    "-NaN": 0xFFC1,
-    "signalling NaN": 0x7F81,
-    "-0": 0x8000,
-    "smallest subnormal": 0x0001,
-    "largest negative subnormal": 0x807F,
-    "largest": 0x7F7F,
-}
-
-# Bits of float32 numbers half way between two of bfloat16, which no checkpoint of the suite has, and of the even one.
-TIES = {0x3F808000: 0x3F80, 0x3F818000: 0x3F82, 0xBF808000: 0xBF80, 0xBF818000: 0xBF82}
 
 
-@pytest.mark.requirement("update.zeroed", models=[TIED])
+@requirement(
+    "update.zeroed",
+    MUST,
+    text="After an update with zeros, every weight element that the engine computes with is zero and at least one was "
+    "looked at, the engine generates what a model of zeros does, and check_weights_changed() turned true.",
+    because="Where a backend replaces parameters with empty ones, 'all are zero' holds although nothing was updated.",
+    models=[TIED],
+)
 def test_zeroed(sync: Sync, target: int) -> None:
     sync.load(target)
     sync.update()
@@ -48,17 +37,34 @@ def test_zeroed(sync: Sync, target: int) -> None:
     sync.expect_reported_zero(False)
 
 
-@pytest.mark.requirement("update.exact", models=[TIED])
+@requirement(
+    "update.exact",
+    MUST,
+    text="After an update, every weight that the engine computes with equals, bit by bit, that of an engine that "
+    "loaded the same checkpoint from disk; so it does after the update back.",
+    because="Shapes, sums and 'the output changed' let swapped, stale and half loaded tensors pass.",
+    seen_in=("vllm#42821", "vllm#44814", "vllm#48284", "vllm#51063", "prime-rl#2714", "sglang#14178", "vllm#57022"),
+    models=[TIED],
+)
 def test_exact(sync: Sync, target: int) -> None:
     sync.load(sync.seed)
     sync.update()
     sync.expect_all_different(target)
-    sync.load(target)
-    sync.update()
-    sync.expect_exact(target)
+    for seed in (target, sync.seed):  # there and back: the second update meets what the first has processed
+        sync.load(seed)
+        sync.update()
+        sync.expect_exact(seed)
 
 
-@pytest.mark.requirement("update.behaviour", models=[TIED])
+@requirement(
+    "update.behaviour",
+    MUST,
+    text="After an update, the engine chooses the greedy tokens of the trainer's own forward pass wherever the choice "
+    "is clear, and the log-probabilities of its tokens are the trainer's within the stated tolerance.",
+    because="Weights may be right where they are read and not where they are used.",
+    seen_in=("vllm#42821", "trl#5312", "slime#929"),
+    models=[TIED],
+)
 def test_behaviour(sync: Sync, target: int) -> None:
     for seed in (sync.seed, target):
         sync.load(seed)
@@ -66,7 +72,14 @@ def test_behaviour(sync: Sync, target: int) -> None:
         sync.expect_same_behaviour()
 
 
-@pytest.mark.requirement("update.repeated", models=[TIED])
+@requirement(
+    "update.repeated",
+    MUST,
+    text="Three different updates in a row are each exact.",
+    because="Loading into a model that has already been processed differs from loading into a fresh one.",
+    seen_in=("vllm#42821", "skyrl#1680", "verl#7136", "vllm#14266", "vllm#28425"),
+    models=[TIED],
+)
 def test_repeated(sync: Sync, target: int) -> None:
     sync.load(target)
     sync.update()
@@ -79,22 +92,15 @@ def test_repeated(sync: Sync, target: int) -> None:
     sync.expect_exact(sync.seed)
 
 
-@pytest.mark.requirement("update.tied", models=[TIED])
-def test_tied(sync: Sync, target: int) -> None:
-    _twice_exact(sync, target)
-
-
-@pytest.mark.requirement("update.untied", models=[UNTIED])
-def test_untied(sync: Sync, target: int) -> None:
-    _twice_exact(sync, target)
-
-
-@pytest.mark.requirement("update.moe", models=MOE)
-def test_moe(sync: Sync, target: int) -> None:
-    _twice_exact(sync, target)
-
-
-@pytest.mark.requirement("update.order", models=[TIED])
+@requirement(
+    "update.order",
+    MUST,
+    text="An update is exact whatever the order of its tensors.",
+    because="Layers that wait for their last tensor may be finished before it came, and trainers send in orders of "
+    "their own.",
+    seen_in=("sglang#14178", "ms-swift#9060"),
+    models=[TIED],
+)
 def test_order(sync: Sync, target: int) -> None:
     for seed, order in ((target, "reversed"), (sync.seed, "shuffled:1"), (target, "shuffled:2")):
         sync.load(seed)
@@ -102,38 +108,15 @@ def test_order(sync: Sync, target: int) -> None:
         sync.expect_exact(seed)
 
 
-@pytest.mark.requirement("update.dtype", models=[TIED])
-def test_dtype(sync: Sync, target: int) -> None:
-    sync.load(target, dtype="float32")
-    moved = sync.update()
-    expected = 4 * sync.spec.elements
-    assert moved.bytes_sent == expected, f"expected {expected} float32 bytes, found {moved.bytes_sent} {sync.where}"
-    sync.expect_exact(target)
-    halves = [half for float32 in TIES for half in (float32 & 0xFFFF, float32 >> 16)]  # little-endian
-    sync.update(alter={"bits": {WHOLE_EVERYWHERE[0]: halves}})
-    for found in sync.call_engines("probe_bits", WHOLE_EVERYWHERE[0], len(TIES))[0]:
-        assert found == [*TIES.values()], (
-            f"expected ties rounded to even, {[*map(hex, TIES.values())]}, found {[*map(hex, found)]} {sync.where}"
-        )
-
-
-@pytest.mark.requirement("update.nonfinite", models=[TIED])
-def test_nonfinite(sync: Sync, target: int) -> None:
-    sync.load(target)
-    sync.update(alter={"bits": {name: [*BFLOAT16_BITS.values()] for name in WHOLE_EVERYWHERE}})
-    for name in WHOLE_EVERYWHERE:
-        for found in sync.call_engines("probe_bits", name, len(BFLOAT16_BITS))[0]:
-            wrong = {
-                what: f"{bits:#06x} became {arrived:#06x}"
-                for (what, bits), arrived in zip(BFLOAT16_BITS.items(), found, strict=True)
-                if bits != arrived
-            }
-            assert not wrong, f"expected {name} bit by bit, found {wrong} {sync.where}"
-    sync.update()
-    sync.expect_exact(target)
-
-
-@pytest.mark.requirement("update.trained", models=[TIED])
+@requirement(
+    "update.trained",
+    MUST,
+    text="After an optimiser step of a trainer that holds the model in shards, the update sends the stepped weights, "
+    "whole.",
+    because="What is sent may be a rank's own shard, or a copy from before the step.",
+    seen_in=("slime#929", "ms-swift#10204", "trl#5312"),
+    models=[TIED],
+)
 def test_trained(sharded: Sync, target: int) -> None:
     sharded.load(target)
     sharded.update()
@@ -148,12 +131,3 @@ def test_trained(sharded: Sync, target: int) -> None:
     sharded.expect_moved_from(target)
     sharded.expect_same_behaviour()
     assert sharded.generate(sharded.prompts()) != before, f"expected other answers after training {sharded.where}"
-
-
-def _twice_exact(sync: Sync, target: int) -> None:
-    """There and back: a second update meets what the first has processed."""
-    for seed in (target, sync.seed):
-        sync.load(seed)
-        sync.update()
-        sync.expect_exact(seed)
-        sync.expect_same_behaviour()

@@ -7,12 +7,13 @@ import pytest
 
 from suite import environment, models
 from suite.driver import free_port
+from suite.models import TIED
 from suite.processes import Process, RemoteError, Run, launch
 
 DEADLINE_S = 60
 STARTING_S = 120
-NAMES = ["qwen3-tied-tiny", "qwen3-untied-tiny", "llama-tiny", "qwen3-moe-tiny"]
-FAILING = ["qwen3-tied-tiny", "qwen3-moe-tiny"]  # dense and of experts, which are packed in different ways
+NAMES = [TIED, "qwen3-untied-tiny", "llama-tiny", "qwen3-moe-tiny"]
+FAILING = [TIED, "qwen3-moe-tiny"]  # dense and of experts, which are packed in different ways
 NO_ENGINE = environment.lacks_engine("cpu")
 
 pytestmark = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
@@ -99,8 +100,8 @@ def test_updates_give_what_a_cold_load_gives_in_place(held: Held, name: str):
 @pytest.mark.parametrize("together", [1, 100])
 def test_an_output_embedding_may_be_sent_though_it_is_tied(held: Held, together: int):
     """As a state dict has it: under its own name, beside the one that it is tied to."""
-    expected = cold(held, "qwen3-tied-tiny", 1)
-    held.build("qwen3-tied-tiny", 0)
+    expected = cold(held, TIED, 1)
+    held.build(TIED, 0)
     announced = held.begin(1, True)
     sent = 0
     while count := held.send(together):
@@ -110,7 +111,7 @@ def test_an_output_embedding_may_be_sent_though_it_is_tied(held: Held, together:
 
 
 def test_an_output_embedding_that_is_tied_may_come_after_the_one_it_is_tied_to_and_alone(held: Held):
-    held.build("qwen3-tied-tiny", 0)
+    held.build(TIED, 0)
     assert held.load_directly("model.embed_tokens.weight", "lm_head.weight") == {"model.embed_tokens.weight": True}
 
 

@@ -14,7 +14,7 @@ import torch
 
 from extensions.broadcast import WorkerExtension
 from suite import driver, probe, processes
-from suite.requirements import REQUIREMENTS
+from suite.requirements import catalogue
 from suite.selftest import fakes
 from suite.selftest.mutants import MUTANTS, Mutant, plugin, registry, verdicts
 from suite.selftest.mutants.__main__ import _stages, main
@@ -22,7 +22,7 @@ from suite.stages import STAGES
 from suite.subjects import SENDERS, SUBJECTS, load, subject_from
 
 STAGE_NAMES = {stage.name: stage for stage in STAGES}
-THREADS = {thread for requirement in REQUIREMENTS.values() for thread in requirement.threads}
+THREADS = {thread for requirement in catalogue().values() for thread in requirement.seen_in}
 ONE = MUTANTS["LoadsNothing"]
 
 
@@ -74,7 +74,7 @@ def test_a_mutant_is_well_formed(mutant: Mutant):
 def test_a_mutant_is_judged_where_its_requirement_is(mutant: Mutant):
     kinds = [kind for kind in ("cpu", "gpu") if mutant.stage(kind)]
     assert kinds
-    assert REQUIREMENTS[mutant.requirement].kind in ("both", *kinds)
+    assert catalogue()[mutant.requirement].on in ("both", *kinds)
     for kind in kinds:
         stage = STAGE_NAMES[mutant.stage(kind)]
         assert stage.kind == kind
@@ -84,7 +84,7 @@ def test_a_mutant_is_judged_where_its_requirement_is(mutant: Mutant):
 def test_no_requirement_is_without_a_mutant():
     assert verdicts.without_mutant(MUTANTS.values(), "cpu") == []
     assert verdicts.without_mutant([m for m in MUTANTS.values() if m.gpu], "gpu") == []
-    assert {mutant.requirement for mutant in MUTANTS.values()} == set(REQUIREMENTS)
+    assert {mutant.requirement for mutant in MUTANTS.values()} == set(catalogue())
 
 
 def test_a_requirement_without_a_mutant_is_found():

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from suite import pool as module
-from suite.models import MODELS
+from suite.models import MODELS, TIED
 from suite.pool import EngineKey, Pool
 from suite.stages import Stage
 from suite.subjects import SUBJECTS
 
 SOON_S = 20.0
 A_WHILE_S = 0.3  # long enough to see that nothing happens
-MODEL = "qwen3-tied-tiny"
+MODEL = TIED
 STAGES = {
     name: Stage(name, "cpu", tensor_parallel_size=ranks, trainer_world_size=1, colocated=True)
     for name, ranks in (("cpu-tp1", 1), ("cpu-tp2", 2), ("cpu-other", 1))

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,6 +19,7 @@ from reports.__main__ import main
 from suite.selftest import reports_data as data
 
 RUN = data.run(stages=data.CPU_STAGES)
+A_SHOULD = next(index for index, entry in enumerate(RUN["conformance"]) if entry["level"] == "SHOULD")
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -100,8 +102,8 @@ def test_20_percent_added_to_one_benchmark_exits_1_and_names_it(files, capsys, i
         (RUN, with_verdict("fail"), ["--fail-on", "slower"], 0),
         (RUN, with_verdict("fail"), ["--fail-on", "none"], 0),
         (RUN, with_verdict("fail"), ["--fail-on", "failing-must"], 1),
-        (RUN, with_verdict("fail", 90), ["--fail-on", "failing-must"], 0),  # a SHOULD
-        (RUN, with_verdict("fail", 90), [], 1),
+        (RUN, with_verdict("fail", A_SHOULD), ["--fail-on", "failing-must"], 0),
+        (RUN, with_verdict("fail", A_SHOULD), [], 1),
         (RUN, data.scaled(RUN, 0, 1.2), ["--threshold", "30%"], 0),
         (RUN, data.scaled(RUN, 0, 1.2), ["--threshold", "0.1"], 1),
         (RUN, data.scaled(RUN, 0, 1.2), ["--fail-on", "failing"], 0),
@@ -159,7 +161,7 @@ def test_what_changed_is_named_with_its_message(files, capsys):
     out = capsys.readouterr().out
     assert out.startswith("Worse: 1 newly failing.")
     assert "✗ update.zeroed broadcast cpu-tp1 qwen3-tied-tiny (pass -> fail)\n    as the test wants it" in out
-    assert "99 requirement cases unchanged." in out
+    assert "123 requirement cases unchanged." in out
 
 
 @pytest.mark.parametrize(
@@ -217,13 +219,14 @@ def test_a_stage_that_only_one_side_has_is_told_in_a_few_lines(tmp_path, files, 
     page, comment = tmp_path / "c.html", tmp_path / "c.md"
     assert main(["compare", *files(RUN, with_stage("pass")), "--html", str(page), "--markdown", str(comment)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Nothing worse: 50 only in B.")
+    assert out.startswith("Nothing worse: 62 only in B.")
     told = " ".join(out.partition("Only in B:")[2].split())
-    expected = "update.* (12), fanout.* (1), names.* (1), errors.* (4), devices.* (3), cache.* (1), sleep.* (2),"
-    assert told.startswith(f"✓ {expected} memory.* (1): broadcast, colocate gpu-fanout (absent -> pass)")
+    families = Counter(requirement.partition(".")[0] for requirement in data.REQUIREMENTS)
+    expected = ", ".join(f"{family}.* ({count})" for family, count in families.items())
+    assert told.startswith(f"✓ {expected}: broadcast, colocate gpu-fanout (absent -> pass)")
     assert out.index("Timings") < out.index("Only in B:")
     assert comment.read_text().count("gpu-fanout") == 1
-    assert page.read_text().count("<td>gpu-fanout</td>") == 50
+    assert page.read_text().count("<td>gpu-fanout</td>") == 62
 
 
 def test_what_neither_side_could_judge_is_no_change(tmp_path, files, capsys):
@@ -315,7 +318,7 @@ def test_compare_and_trend_keep_to_100_columns(files, capsys):
 
 def test_the_summary_of_a_run_shows_verdicts_reasons_and_throughput():
     out = reports.render_text(data.run("0.26.0"))
-    assert out.startswith("✗ 1 of 25 requirements not met (1 MUST, 0 SHOULD); 1 could not be judged; 23 met.")
+    assert out.startswith("✗ 1 of 31 requirements not met (1 MUST, 0 SHOULD); 1 could not be judged; 29 met.")
     assert re.search(r"update.moe +MUST +✗ fail 2 +✗ fail 2", out)
     assert re.search(r"devices.remap +MUST +∅ unsupported 2 +✓ pass 2", out)
     assert "✗ fail MUST update.moe: broadcast gpu-split qwen3-moe-tiny" in out
@@ -327,14 +330,14 @@ def test_the_summary_of_a_run_shows_verdicts_reasons_and_throughput():
 @pytest.mark.parametrize(
     ("verdicts", "headline"),  # each requirement has four cases: 0 to 3, 4 to 7 ...
     [
-        ({0: "waived"}, "~ 1 of 25 requirements not met, which is waived (1 MUST, 0 SHOULD); 22 met; 2 not judged."),
+        ({0: "waived"}, "~ 1 of 31 requirements not met, which is waived (1 MUST, 0 SHOULD); 28 met; 2 not judged."),
         ({0: "waived", 4: "fail"},
-         "✗ 1 of 25 requirements not met (1 MUST, 0 SHOULD); 1 with waived failures; 21 met."),
+         "✗ 1 of 31 requirements not met (1 MUST, 0 SHOULD); 1 with waived failures; 27 met."),
         ({0: "waived", 1: "fail"},
-         "✗ 1 of 25 requirements not met (1 MUST, 0 SHOULD); 1 with waived failures; 22 met."),
+         "✗ 1 of 31 requirements not met (1 MUST, 0 SHOULD); 1 with waived failures; 28 met."),
         ({0: "waived", 5: "waived", 8: "error"},
-         "! 1 of 25 requirements could not be judged; 20 met; 2 with waived failures."),
-        ({}, "✓ All 23 requirements that were judged are met"),
+         "! 1 of 31 requirements could not be judged; 26 met; 2 with waived failures."),
+        ({}, "✓ All 29 requirements that were judged are met"),
     ],
 )  # fmt: skip
 def test_a_waived_failure_counts_as_met_in_no_headline(tmp_path, files, capsys, verdicts, headline):
@@ -347,7 +350,7 @@ def test_a_waived_failure_counts_as_met_in_no_headline(tmp_path, files, capsys, 
     assert headline[2:] in page
     assert ("a waiver lets it stand" in out) == ("a waiver lets it stand" in page) == bool(verdicts)
     main(["table", *files(document)])
-    met = re.search(r"requirements met \| (\d+) of 25", capsys.readouterr().out)[1]
+    met = re.search(r"requirements met \| (\d+) of 31", capsys.readouterr().out)[1]
     assert met == re.search(r"(?:; |All )(\d+)(?: requirements that were judged are)? met", headline)[1]
 
 
@@ -370,7 +373,7 @@ def test_a_run_that_judged_nothing_is_no_pass():
     document = copy.deepcopy(RUN)
     for item in document["conformance"]:
         item["verdict"] = "not-applicable"
-    assert reports.render_text(document).startswith("- None of 25 requirements could be judged here.")
+    assert reports.render_text(document).startswith("- None of 31 requirements could be judged here.")
 
 
 def test_time_spent_counts_once_for_what_began_last():
@@ -422,7 +425,7 @@ def test_markdown_is_inert(tmp_path, files):
 def test_csv_has_a_line_for_every_result(files, capsys):
     main(["export", *files(RUN), "--format", "csv"])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [row["kind"] for row in rows] == ["conformance"] * 100 + ["benchmark"] * 6
+    assert [row["kind"] for row in rows] == ["conformance"] * 124 + ["benchmark"] * 6
     assert (rows[0]["requirement"], rows[0]["verdict"]) == ("update.zeroed", "pass")
     assert float(rows[-1]["median_s"]) == pytest.approx(RUN["benchmarks"][-1]["stats"]["median"])
     assert float(rows[-1]["low_s"]) < float(rows[-1]["median_s"]) < float(rows[-1]["high_s"])

@@ -1,10 +1,13 @@
-"""The catalogue is complete, well formed, and cites threads in one spelling."""
+"""The catalogue is collected from the tests, complete, well formed, and cites threads in one spelling."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
-from suite.requirements import _ALL, REQUIREMENTS
+from suite import requirements
+from suite.requirements import MUST, Requirement, catalogue, requirement
 
 pytestmark = pytest.mark.selftest
 
@@ -19,17 +22,70 @@ IDS = [
 ]  # fmt: skip
 
 
-def test_every_id_is_there_once():
-    assert sorted(requirement.id for requirement in _ALL) == sorted(IDS)
+def test_every_id_is_there():
+    assert sorted(catalogue()) == sorted(IDS)
 
 
-@pytest.mark.parametrize("requirement", REQUIREMENTS.values(), ids=REQUIREMENTS)
-def test_is_well_formed(requirement):
-    assert requirement.level in ("MUST", "SHOULD")
-    assert requirement.kind in ("cpu", "gpu", "both")
-    assert re.fullmatch(r"[a-z]+\.[a-z0-9_]+", requirement.id)
-    for sentence in (requirement.text, requirement.reason):
+@pytest.mark.parametrize("clause", catalogue().values(), ids=catalogue())
+def test_is_well_formed(clause: Requirement):
+    assert clause.level in ("MUST", "SHOULD")
+    assert clause.on in ("cpu", "gpu", "both")
+    assert re.fullmatch(r"[a-z]+\.[a-z0-9_]+", clause.id)
+    for sentence in (clause.text, clause.because):
         assert re.fullmatch(r"(vLLM|[A-Z])(?!.*  ).*\.", sentence), sentence
-    odd = [thread for thread in requirement.threads if not re.fullmatch(r"[A-Za-z-]+#\d+", thread)]
+    odd = [thread for thread in clause.seen_in if not re.fullmatch(r"[A-Za-z-]+#\d+", thread)]
     assert not odd, f"expected threads like vllm#42821, found {odd}"
-    assert len(set(requirement.threads)) == len(requirement.threads)
+    assert len(set(clause.seen_in)) == len(clause.seen_in)
+
+
+@pytest.mark.parametrize("clause", catalogue().values(), ids=catalogue())
+def test_stands_in_the_file_of_its_family(clause: Requirement):
+    family = clause.id.partition(".")[0]
+    (place,) = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith(f"{requirements.CONFORMANCE}.test_{family}")
+        for test in vars(module).values()
+        if getattr(test, "requirement", None) is clause
+    ]
+    assert f"{family}." in place.__doc__.partition(":")[0]
+
+
+def test_a_declaration_marks_its_test():
+    @requirement("a.b", MUST, text="It does.", because="It did not.", on="gpu", models=["one"])
+    def judges() -> None: ...
+
+    (mark,) = judges.pytestmark
+    assert (mark.name, mark.args, mark.kwargs) == ("requirement", ("a.b",), {"models": ["one"]})
+    assert judges.requirement == Requirement("a.b", "MUST", "It does.", "It did not.", (), "gpu")
+
+
+DECLARES = """
+from suite.requirements import MUST, requirement
+
+@requirement("a.b", MUST, text="It does.", because="It did not.")
+def test_{name}(): ...
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands in for the package of conformance tests."""
+    directory = tmp_path / f"declaring_{tmp_path.name.replace('-', '_')}"
+    directory.mkdir()
+    (directory / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(requirements, "CONFORMANCE", directory.name)
+    return directory
+
+
+def test_the_catalogue_is_what_the_package_declares(package: Path):
+    (package / "test_one.py").write_text(DECLARES.format(name="one") + "test_again = pytest = None\n")
+    assert [*catalogue.__wrapped__()] == ["a.b"]
+
+
+def test_an_id_that_two_tests_declare_is_refused(package: Path):
+    for name in ("one", "two"):
+        (package / f"test_{name}.py").write_text(DECLARES.format(name=name))
+    with pytest.raises(ValueError, match=r"test_two.test_two declares a.b, as another test does; mark one of the two"):
+        catalogue.__wrapped__()

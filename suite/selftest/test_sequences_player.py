@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from suite import sequences
-from suite.models import MODELS, tensors
+from suite.models import MODELS, TIED, tensors
 from suite.processes import RemoteError
 from suite.sequences import Player, Step
 
 pytestmark = pytest.mark.selftest
 
-SPEC = MODELS["qwen3-tied-tiny"]
+SPEC = MODELS[TIED]
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 EFFECTIVE = (EMBEDDING, "lm_head.weight (applied)", "model.layers.1.mlp.down_proj.weight", NORM)
 ROW = torch.tensor([1.0, -1.0])
@@ -139,7 +139,7 @@ def player(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     )
     handle = SimpleNamespace(key=None, ranks=1)
     subject = SimpleNamespace(load=lambda: Extension)
-    return Player(Sync(pool, Trainer(), [handle], subject, None, "qwen3-tied-tiny"), (0, 1), Trainer)
+    return Player(Sync(pool, Trainer(), [handle], subject, None, TIED), (0, 1), Trainer)
 
 
 def take(player: Player, *steps: Step) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from suite import checkpoint, models
 from suite.driver import CLEAR_GAP, LOGPROB_TOLERANCE
-from suite.models import MODELS
+from suite.models import MODELS, TIED
 from suite.processes import Process, Run, gather, launch
 from suite.trainer import LoadError, Trainer
 
@@ -208,7 +208,7 @@ def test_alterations(trainer, written):
 
 @pytest.mark.parametrize("kind", ["drop", "rename"])
 def test_altering_nothing_is_an_error(trainer, written, kind):
-    trainer.load(str(written["qwen3-tied-tiny"]))
+    trainer.load(str(written[TIED]))
     alter = {"drop": {"drop": ["lm_head.weight"]}, "rename": {"rename": {"lm_head.weight": "x"}}}[kind]
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
         list(trainer.named_tensors(alter=alter))
@@ -233,7 +233,7 @@ def test_random_weights_without_a_model(trainer, tmp_path):
 
 
 def test_a_checkpoint_with_a_missing_tensor_is_refused(trainer, tmp_path):
-    spec = MODELS["qwen3-tied-tiny"]
+    spec = MODELS[TIED]
     weights = expected(spec.name, 1)
     del weights["model.layers.1.mlp.up_proj.weight"]
     models.save(spec, weights, tmp_path)
@@ -260,7 +260,7 @@ def test_fused_experts_are_split_by_name():
     assert torch.equal(views[3][1], gate_up[1, 2:])
 
 
-@pytest.mark.parametrize("name", ["qwen3-tied-tiny", "qwen3-moe-tiny"])
+@pytest.mark.parametrize("name", [TIED, "qwen3-moe-tiny"])
 def test_two_ranks_hold_and_train_one_model(pair, trainer, written, name, tmp_path):
     sizes = on_all(pair, "load", str(written[name]))
     trainer.load(str(written[name]))

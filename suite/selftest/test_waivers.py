@@ -464,7 +464,7 @@ def test_a_test_without_stage_is_not_covered_by_a_waiver_of_one_stage():
         (toml({"stage": ""}), "stage: expected a text that is not empty, found ''"),
         ("waiver = [{requirement = 7}]", "waiver 1: expected the keys"),
         (toml({"model": None}) + "model = 7\n", "model: expected a text that is not empty, found 7"),
-        (toml({"requirement": "update.exakt"}), "requirement: expected one of update.zeroed, ... found 'update.exakt'"),
+        (toml({"requirement": "update.exakt"}), "requirement: expected one of cache.prefix, ... found 'update.exakt'"),
         (toml({"vllm": "0.27"}), "vllm: expected a PEP 440 specifier set such as >=0.27,<0.30, found '0.27'"),
         (toml({"vllm": "==0.32.0+cpu"}), "vllm: expected ... without a local suffix"),
         (toml({"vllm": ","}), "vllm: expected ... found ',', which is no limit"),

@@ -9,7 +9,7 @@ import torch
 from extensions.loading import new_load
 from extensions.manifest import parse
 from suite import stages
-from suite.requirements import REQUIREMENTS
+from suite.requirements import catalogue
 from suite.subjects import SUBJECTS, subject_from
 
 PACKAGE = __package__
@@ -63,7 +63,7 @@ class Mutant:
     @property
     def threads(self) -> tuple[str, ...]:
         """The real bugs that it stands for."""
-        return (self.thread,) if self.thread else REQUIREMENTS[self.requirement].threads
+        return (self.thread,) if self.thread else catalogue()[self.requirement].seen_in
 
     def stage(self, kind: str) -> str | None:
         """Where it is judged on machines of this kind; this one may have a single GPU."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from suite.requirements import REQUIREMENTS
+from suite.requirements import catalogue
 from suite.selftest.mutants.registry import MUTANTS, Mutant
 from suite.subjects import SUBJECTS
 
@@ -25,7 +25,7 @@ def select(names: Sequence[str], kind: str, sample: int = 0, seed: int = 0) -> l
     found = [mutant for mutant in MUTANTS.values() if mutant.stage(kind) and (not names or mutant.name in names)]
     if lacking := set(names) - {mutant.name for mutant in found}:
         raise ValueError(f"{min(lacking)} can't be judged with --kind {kind}")
-    found.sort(key=lambda mutant: [*REQUIREMENTS].index(mutant.requirement))
+    found.sort(key=lambda mutant: [*catalogue()].index(mutant.requirement))
     return _sampled([mutant for mutant in found if not mutant.patient], sample, seed) if sample else found
 
 
@@ -97,7 +97,7 @@ def lacking_controls(outcomes: Iterable[Outcome], entries: Iterable[Entry]) -> l
 def without_mutant(mutants: Iterable[Mutant], kind: str) -> list[str]:
     """Requirements that no mutant fails: of a CPU run all that can be judged there, of a GPU run those only there."""
     covered = {mutant.requirement for mutant in mutants}
-    judged = [r.id for r in REQUIREMENTS.values() if (r.kind != "gpu" if kind == "cpu" else r.kind == "gpu")]
+    judged = [r.id for r in catalogue().values() if (r.on != "gpu" if kind == "cpu" else r.on == "gpu")]
     return [requirement for requirement in judged if requirement not in covered]
 
 

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from suite.driver import Sync
+from suite.models import TIED
 from suite.plugin import TRIED, announce
+from suite.requirements import MUST, requirement
 from suite.sequences import MALFORMED, UNKNOWN_DEVICE, Player, Step, parse
 from suite.stages import GPU_OF_ONE_RANK
 from suite.trainers import Trainers
 from suite.trial import Trial
 
-TIED = "qwen3-tied-tiny"
 SECONDS_A_STEP = 0.25  # of the budget; about twice what a step takes on 2 quiet cores
 SHRINKING_S = 60.0
 ORDERS = ("checkpoint", "reversed", "shuffled:1", "shuffled:2")
@@ -107,7 +108,16 @@ def playing(trainers: Trainers, sync: Sync, target: int, request: pytest.Fixture
     return play
 
 
-@pytest.mark.requirement("update.sequence", models={"cpu-tp1": [TIED]})
+@requirement(
+    "update.sequence",
+    MUST,
+    text="After any sequence of whole updates, tensors sent alone, updates that are refused, called off, nested or "
+    "lost with their trainer, generations, cache resets and sleeps, the engine computes with the last "
+    "acknowledged weights, or has said that it is inconsistent.",
+    because="What an update leaves behind meets the next one: each may be right on its own.",
+    seen_in=("vllm#42821", "vllm#57853", "vllm#57854", "vllm#48284"),
+    models={"cpu-tp1": [TIED]},
+)
 def test_sequence(playing: Callable[[], None]) -> None:
     playing()
 

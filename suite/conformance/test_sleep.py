@@ -1,0 +1,49 @@
+"""sleep.*: an engine that gave its GPU memory up and took it back is updated as if it had not."""
+
+import pytest
+
+from suite.driver import Sync
+from suite.models import TIED
+from suite.requirements import MUST, requirement
+from suite.stages import GPU_OF_ONE_RANK
+
+MODELS = dict.fromkeys(GPU_OF_ONE_RANK, (TIED,))
+
+
+@pytest.mark.engine(enable_sleep_mode=True)
+@requirement(
+    "sleep.level1",
+    MUST,
+    text="An engine that slept at level 1 and woke is updated exactly.",
+    because="Weights return to memory that may be mapped anew, under addresses and handles taken before.",
+    seen_in=("trl#5312", "vllm#57853", "vllm#52950"),
+    on="gpu",
+    models=MODELS,
+)
+def test_level1(sync: Sync, target: int) -> None:
+    _exact_after_sleep(sync, target, level=1)
+
+
+@pytest.mark.engine(enable_sleep_mode=True)
+@requirement(
+    "sleep.level2",
+    MUST,
+    text="An engine that slept at level 2, which discards the weights, is exact after it woke and was updated: buffers"
+    " too.",
+    because="What no update sends, such as rotary tables, is not restored by one.",
+    seen_in=("vllm#16564", "vllm#29341", "trl#5312", "vllm#57853"),
+    on="gpu",
+    models=MODELS,
+)
+def test_level2(sync: Sync, target: int) -> None:
+    _exact_after_sleep(sync, target, level=2)
+
+
+def _exact_after_sleep(sync: Sync, target: int, level: int) -> None:
+    sync.load(sync.seed)
+    sync.update()
+    sync.sleep_and_wake(level)
+    sync.load(target)
+    sync.update()
+    sync.expect_exact(target)
+    sync.expect_same_behaviour()

@@ -1,0 +1,52 @@
+"""update.graphs, update.fp8: the engine's own optimisations meet new weights."""
+
+import pytest
+
+from suite.driver import Sync
+from suite.models import TIED
+from suite.requirements import MUST, requirement
+from suite.stages import GPU_OF_ONE_RANK
+
+MODELS = dict.fromkeys(GPU_OF_ONE_RANK, (TIED,))
+
+
+@pytest.mark.engine(enforce_eager=False)
+@requirement(
+    "update.graphs",
+    MUST,
+    text="An engine that captured CUDA graphs computes with the updated weights, and the addresses of its parameters "
+    "are those from before the update.",
+    because="A graph replays addresses: a parameter that was replaced leaves it computing with the old one.",
+    seen_in=("vllm#41670",),
+    on="gpu",
+    models=MODELS,
+)
+def test_graphs(sync: Sync, target: int) -> None:
+    addresses = sync.call_engines("probe_addresses")
+    for seed in (target, sync.seed):
+        sync.load(seed)
+        sync.update()
+        sync.expect_exact(seed)
+        sync.expect_same_behaviour()
+    found = sync.call_engines("probe_addresses")
+    moved = [name for name, address in addresses[0][0].items() if found[0][0].get(name) != address]
+    assert not moved, f"expected every parameter at its address, found {len(moved)} moved: {moved[:5]} {sync.where}"
+
+
+@pytest.mark.engine(quantization="fp8")
+@requirement(
+    "update.fp8",
+    MUST,
+    text="An engine with online FP8 quantisation, updated from bfloat16 tensors, equals one that quantised the same "
+    "checkpoint when it loaded it: weights and scales.",
+    because="Processing after loading drops loaders and changes layouts, and the second time it starts from its own "
+    "result.",
+    seen_in=("vllm#14266", "vllm#28425", "verl#7136", "vllm#41670"),
+    on="gpu",
+    models=MODELS,
+)
+def test_fp8(sync: Sync, target: int) -> None:
+    for seed in (target, sync.seed, target):
+        sync.load(seed)
+        sync.update()
+        sync.expect_exact(seed)
