@@ -205,7 +205,7 @@ class Rendezvous:
 
     def _await_left(self, ranks: float) -> None:
         deadline = time.monotonic() + LINGER_S
-        while self.store.add("left", 0) < min(ranks, self.world_size) and time.monotonic() < deadline:
+        while self.store.add("left", 0) < ranks and time.monotonic() < deadline:
             time.sleep(HANDSHAKE_POLL_S)
 
 
