@@ -85,7 +85,7 @@ def test_a_group_comes_up_and_again(ranks: list[Process]):
 @pytest.mark.parametrize("culprit", [0, 1])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_slow_rank_is_found_in_time_and_a_new_group_comes_up(ranks: list[Process], step: str, culprit: int):
-    calls = joining(ranks, culprit, (step, "slow", JOIN_S + LINGER_S + SLACK_S), join_timeout_s=JOIN_S)
+    calls = joining(ranks, culprit, (step, "slow", JOIN_S + 3), join_timeout_s=JOIN_S)
     kind, message, after_s = failure(calls.pop(1 - culprit))
     assert kind == "TimeoutError"
     assert f"within {JOIN_S:g} s" in message

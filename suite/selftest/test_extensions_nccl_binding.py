@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from extensions.group import GroupError, nccl, nccl_binding
+from extensions.group.basics import in_a_thread
 from extensions.group.nccl_binding import Comm, Config, Library, NcclError
 from extensions.group.rendezvous import Rendezvous
 from suite.driver import free_port
 
+SOON_S = 10.0
 FAILED = 3  # ncclInternalError
 HANDLE = 4711
 ID = bytes(range(128))
@@ -93,7 +95,8 @@ def connect(fake: FakeNccl, meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     meeting.store.set("begun to connect/1", "")
     meeting.store.set("connected/1", "NCCL")
-    return nccl.connect(Library(fake.library), meeting, torch.device("cpu"))
+    joining = in_a_thread(lambda: nccl.connect(Library(fake.library), meeting, torch.device("cpu")))
+    return joining.result(SOON_S)
 
 
 def test_a_communicator_is_asked_for_as_nccl_2_14_had_it(fake: FakeNccl):
