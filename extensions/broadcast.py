@@ -74,12 +74,15 @@ class BroadcastSender:
         world_size: int,
         device: "torch.device | str | int",
         timeout_s: float | None = None,
+        join_timeout_s: float | None = None,
     ) -> None:
         """Serve the group at `master_address:master_port` and wait for `world_size - 1` workers.
 
-        `timeout_s` as in `stateless_init_process_group`.
+        `timeout_s` and `join_timeout_s` as in `stateless_init_process_group`.
         """
-        self._group = stateless_init_process_group(master_address, master_port, 0, world_size, device, timeout_s)
+        self._group = stateless_init_process_group(
+            master_address, master_port, 0, world_size, device, timeout_s, join_timeout_s
+        )
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Broadcast every tensor, in the order of the workers' `update_weight` calls. Returns the bytes sent.
@@ -93,6 +96,10 @@ class BroadcastSender:
             sent += tensor.numel() * tensor.element_size()
         self._group.wait()
         return sent
+
+    def abort(self, reason: str) -> None:
+        """Give the group up, from any thread: a send() in another one raises GroupError with `reason` within 2 s."""
+        self._group.abort(reason)
 
     def close(self) -> None:
         """Leave the group."""

@@ -22,6 +22,7 @@ class Communicator(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    timeout_s: float  # how long a broadcast may take
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
         """Send `tensor` from rank `src`, or receive into it; contiguous, any dtype, on the communicator's device.
@@ -33,8 +34,17 @@ class Communicator(Protocol):
     def wait(self) -> None:
         """Wait until all broadcasts have ended. Raises GroupError where one can't: a rank is gone, or too slow."""
 
+    def abort(self, reason: str) -> None:
+        """Give the group up, from any thread: who is inside broadcast() or wait() raises GroupError with `reason`.
+
+        Within 2 s; so does every later broadcast. The other ranks notice that this one has left.
+        """
+
     def close(self) -> None:
-        """Give back sockets and device memory. The communicator can't be used afterwards."""
+        """Give back sockets and device memory; `wait` first, or broadcasts are lost that have not ended.
+
+        The communicator can't be used afterwards.
+        """
 
 
 def in_a_thread(function: Callable[[], T]) -> "futures.Future[T]":
@@ -51,11 +61,13 @@ def in_a_thread(function: Callable[[], T]) -> "futures.Future[T]":
     return future
 
 
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def first_line(error: BaseException) -> str:
+    """What an error says, without the stack that torch adds; its type where it says nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def as_bytes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor's memory as bytes, shared with it. Raises ValueError where it can't be broadcast in place."""
     if tensor.device != device:
         raise ValueError(f"the communicator is on {device}, the tensor on {tensor.device}")
     if not tensor.is_contiguous():

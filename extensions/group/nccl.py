@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import socket
 import threading
 import time
 from collections import deque
@@ -11,30 +10,29 @@ from concurrent import futures
 import torch
 
 from extensions.group.basics import GroupError, as_bytes, first_line, in_a_thread
-from extensions.group.rendezvous import Meeting
+from extensions.group.nccl_binding import ID_BYTES, Comm, Library, NcclError
+from extensions.group.rendezvous import HANDSHAKE_POLL_S, Rendezvous, listens
 
 WATCH_POLL_S = 0.5
+SPIN_S = 0.005  # how long to ask NCCL without a pause: most calls end in less than a pause takes
+SETTLE_POLL_S = 0.001
 CALL_S = 1.0  # how long an abort waits for a call into NCCL to return
 ABORT_S = 5.0  # how long aborting may hold up whoever closes
 
 
 class NcclCommunicator:
-    """Broadcasts of CUDA tensors, through vLLM's own binding of NCCL.
+    """Broadcasts of CUDA tensors.
 
     NCCL waits for a peer for ever, and so does whoever waits for the device. A thread watches the broadcasts: where
     rank 0 is gone, or one takes longer than the timeout, it aborts them all. So does a broadcast that NCCL refuses, as
     over sockets, where it notices itself that a peer is gone: those before it would stay on the device for ever.
     """
 
-    def __init__(self, meeting: Meeting, rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
-        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-
-        self.rank, self.world_size, self.device = rank, world_size, device
-        self._store, self._server, self._timeout_s = meeting.store, meeting.server, timeout_s
-        with torch.cuda.device(device):
-            self._comm = PyNcclCommunicator(plain_group(meeting.store, rank, world_size), device=device)
-        if self._comm.disabled or not self._comm.available:
-            raise GroupError("vLLM's NCCL communicator came up disabled: is NCCL there, and VLLM_DISABLE_PYNCCL unset?")
+    def __init__(self, meeting: Rendezvous, device: torch.device) -> None:
+        self.rank, self.world_size, self.device = meeting.rank, meeting.world_size, device
+        self.timeout_s = max(1.0, meeting.left_s)
+        self._store, self._server = meeting.store, meeting.server  # rank 0 serves the others through the store
+        self._comm: Comm | None = connect(load_library(), meeting, device)
         self._begin_watching()
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
@@ -54,23 +52,33 @@ class NcclCommunicator:
         torch.cuda.synchronize(self.device)
         self._expect_whole()
 
+    def abort(self, reason: str) -> None:
+        self._give_up(reason)
+
     def close(self) -> None:
         self._closed.set()
         self._watcher.join(ABORT_S)
         with self._aborting:
             comm, self._comm, self._store = self._comm, None, None
-        if self._lost:
+        if comm is not None and not self._lost:
+            self._abort = in_a_thread(functools.partial(self._end, comm))
+        if self._abort is not None:
             futures.wait([self._abort], ABORT_S)
-        elif hasattr(comm, "destroy"):  # since vLLM 0.19
-            comm.destroy()
 
     def _refusal(self, data: torch.Tensor, src: int, stream: "torch.cuda.Stream") -> str:
-        """Hand a broadcast to NCCL. Returns what it says where it refuses, which is empty where it does not."""
+        """Hand a broadcast to NCCL, and say why it was not taken; empty where it was."""
+        began_s = time.monotonic()
         try:
-            self._comm.broadcast(data, src=src, stream=stream)
-        except RuntimeError as error:  # NCCL's own
-            return first_line(error) or "NCCL refused the broadcast"
-        return ""
+            settled = self._comm.broadcast(data.data_ptr(), data.numel(), src, stream.cuda_stream)
+            while not settled and not self._lost:
+                waited_s = time.monotonic() - began_s
+                if waited_s > self.timeout_s:
+                    return f"NCCL has not taken a broadcast within {self.timeout_s:g} s"
+                time.sleep(0 if waited_s < SPIN_S else SETTLE_POLL_S)
+                settled = self._comm.settled()
+        except NcclError as error:
+            return first_line(error)
+        return "" if settled else self._lost
 
     def _begin_watching(self) -> None:
         self._lost = ""  # why the group was given up
@@ -110,7 +118,7 @@ class NcclCommunicator:
                 self._lost = reason  # first: whoever waits for the device goes on when it is aborted
                 self._abort = in_a_thread(functools.partial(self._end, self._comm))
 
-    def _end(self, comm: object) -> None:
+    def _end(self, comm: Comm) -> None:
         """Abort once no call is in NCCL; after that none comes any more. One that does not return is not waited for."""
         if self._calling.acquire(timeout=CALL_S):
             self._calling.release()
@@ -126,8 +134,8 @@ class NcclCommunicator:
         except IndexError:  # they have all ended meanwhile
             return ""
         waited_s = time.monotonic() - max(began_s, self._progress_s)
-        if waited_s > self._timeout_s:
-            return f"a broadcast has not ended within {self._timeout_s:g} s"
+        if waited_s > self.timeout_s:
+            return f"a broadcast has not ended within {self.timeout_s:g} s"
         if self.rank != 0 and waited_s > WATCH_POLL_S and not listens(self._server):
             self._ask()  # rank 0 may leave as soon as its own have ended
             return "rank 0 is gone in the middle of a broadcast" if self._under_way else ""
@@ -151,38 +159,46 @@ class NcclCommunicator:
                 self._progress_s = time.monotonic()
 
 
-def _abort(comm: object, device: torch.device) -> None:
-    """ncclCommAbort, which vLLM does not bind before 0.22."""
+def connect(library: Library, meeting: Rendezvous, device: torch.device) -> Comm:
+    """Join the ranks by NCCL. Raises as `meeting` does; what has begun is aborted then, and nobody is left inside."""
+    told = meeting.gather("begun to connect", library.unique_id().hex() if meeting.rank == 0 else "")
     with torch.cuda.device(device):
-        nccl_abort = comm.nccl.lib.ncclCommAbort
-        nccl_abort.argtypes = [ctypes.c_void_p]
-        nccl_abort(comm.comm)
-
-
-def listens(server: tuple[str, int]) -> bool:
+        comm = Comm(library, meeting.world_size, meeting.rank, identifier(told[0]))
     try:
-        socket.create_connection(server, timeout=WATCH_POLL_S).close()
-    except ConnectionRefusedError:
-        return False
-    except OSError:  # too busy to answer is not gone
-        return True
-    return True
+        while not comm.settled():
+            meeting.look("connected")
+            time.sleep(HANDSHAKE_POLL_S)
+        meeting.meet("connected", "NCCL")
+    except BaseException:
+        futures.wait([in_a_thread(functools.partial(_abort, comm, device))], ABORT_S)
+        raise
+    return comm
 
 
-def plain_group(store: torch.distributed.TCPStore, rank: int, world_size: int):
-    """vLLM's StatelessProcessGroup, with its one message, NCCL's identifier, as bytes instead of a pickle."""
-    from vllm.distributed.utils import StatelessProcessGroup
+def identifier(told: str) -> bytes:
+    """What rank 0 has told, as NCCL's identifier: nothing but bytes, and as many as there have to be."""
+    try:
+        found = bytes.fromhex(told)
+    except ValueError:
+        found = b""
+    if len(found) != ID_BYTES:
+        raise GroupError(f"NCCL's identifier is {ID_BYTES} bytes in hexadecimal digits, found {told!r:.80}")
+    return found
 
-    class PlainGroup(StatelessProcessGroup):
-        def broadcast_obj(self, obj, src):
-            if self.rank == src:
-                self.store.set("nccl_unique_id", bytes(bytearray(obj.internal)))
-                return obj
-            received = self.store.get("nccl_unique_id")
-            if len(received) != len(obj.internal):
-                raise GroupError(f"NCCL's identifier has {len(obj.internal)} bytes, found {len(received)}")
-            for index, byte in enumerate(received):
-                obj.internal[index] = byte - 256 if byte > 127 else byte
-            return obj
 
-    return PlainGroup(rank=rank, world_size=world_size, store=store)
+@functools.cache
+def load_library() -> Library:
+    """NCCL, found as vLLM finds it. Raises GroupError where it is not there."""
+    try:
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+        name = NCCLLibrary().lib._name
+    except (ImportError, OSError, ValueError) as error:
+        hint = "is it installed with vLLM, or VLLM_NCCL_SO_PATH set?"
+        raise GroupError(f"vLLM finds no NCCL; {hint} ({first_line(error)})") from error
+    return Library(ctypes.CDLL(name))  # a handle of its own: vLLM declares the same functions in its own way
+
+
+def _abort(comm: Comm, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        comm.abort()

@@ -1,17 +1,22 @@
 """Objects that the selftests of the extensions put into processes: the ranks of a group."""
 
 import contextlib
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 from extensions import group
-from extensions.group import stateless_init_process_group
+from extensions.group import nccl_binding, stateless_init_process_group
 from suite.processes import Process, Run, launch
 
 ADDRESS = "127.0.0.1"
+STEPS = ("arrived", "taken", "joined", "begun to connect", "connected", "seen the first broadcast", "finished")
 EXTENTS = ((), (0,), (0, 3), (1,), (3, 5), (1, 1))
 
 
@@ -47,14 +52,37 @@ class Rank:
 
     def __init__(self) -> None:
         self._group: group.Communicator | None = None
+        self._aside: group.Communicator | None = None
 
-    def join(self, rank: int, world_size: int, port: int, timeout_s: float = 10, fake: str | None = None) -> float:
-        """Join and return the seconds that it took; an error says them too. `fake` is one of `_fakes`."""
+    def prepare(self, device: str) -> None:
+        """Have ready what a group needs."""
+        group.prepare(device)
+
+    def join(
+        self,
+        rank: int,
+        world_size: int,
+        port: int,
+        join_timeout_s: float = 10,
+        fake: str | None = None,
+        timeout_s: float = 10,
+        slip: "tuple[str, str, float] | None" = None,
+        device: str = "cpu",
+        address: str = ADDRESS,
+    ) -> float:
+        """Join and return the seconds that it took; an error says them too.
+
+        `fake` is one of `_fakes`. `slip` is a step at which this rank slips, how (see `slipping`), and seconds.
+        """
         original = group.GlooCommunicator
+        group.prepare(device)
         started = time.monotonic()
         try:
             group.GlooCommunicator = _fakes(original)[fake]
-            self._group = stateless_init_process_group(ADDRESS, port, rank, world_size, "cpu", timeout_s)
+            with slipping(*(slip or ("", "", 0))):
+                self._group = stateless_init_process_group(
+                    address, port, rank, world_size, device, timeout_s, join_timeout_s
+                )
         except Exception as error:
             error.args = (f"{error} (after {time.monotonic() - started:.2f} s)",)
             raise
@@ -68,16 +96,49 @@ class Rank:
         for seed, shape in enumerate(EXTENTS):
             wanted = seeded(getattr(torch, dtype), shape, seed)
             tensor = wanted.clone() if self._group.rank == src else seeded(wanted.dtype, shape, seed + 100)
+            tensor = tensor.to(self._group.device)
             if shape == (1, 1):
                 tensor = tensor.as_strided(shape, (7, 5))  # contiguous: these strides mean nothing
             self._group.broadcast(tensor, src=src)
-            arrived.append(same_bits(tensor, wanted))
+            self._group.wait()
+            arrived.append(same_bits(tensor.cpu(), wanted))
         return arrived
 
     def broadcast_wrong(self, what: str) -> None:
         """Try to send what can't be sent in place."""
         tensors = {"strided": torch.ones(4, 4).t(), "elsewhere": torch.ones(4, device="meta")}
         self._group.broadcast(tensors[what], src=0)
+
+    def broadcast_aborted(self, abort_after_s: float, nbytes: int = 1 << 26) -> tuple[str, float]:
+        """Send what nobody takes, abort from another thread, and return the error and the seconds from one to other."""
+        aborted_s: list[float] = []
+
+        def abort() -> None:
+            aborted_s.append(time.monotonic())
+            self._group.abort("the test says so")
+
+        timer = threading.Timer(abort_after_s, abort)
+        timer.start()
+        error = self.broadcast_failing(nbytes)
+        timer.join()
+        return error, time.monotonic() - aborted_s[0]
+
+    def broadcast_failing(self, nbytes: int = 1 << 26) -> str:
+        """Send bytes, or receive them, from rank 0, which fails; the error."""
+        try:
+            self._group.broadcast(torch.zeros(nbytes, dtype=torch.uint8, device=self._group.device), src=0)
+            self._group.wait()
+        except group.GroupError as error:
+            return str(error)
+        return "no error"
+
+    def swap_groups(self) -> None:
+        """Use the group that was put aside, and put this one there."""
+        self._group, self._aside = self._aside, self._group
+
+    def threads(self) -> int:
+        """How many threads this process has, torch's included."""
+        return len(os.listdir("/proc/self/task"))
 
     def close(self) -> None:
         if self._group is not None:
@@ -103,6 +164,34 @@ class Rank:
 
     def close_default_group(self) -> None:
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def slipping(step: str, how: str, seconds: float) -> Iterator[None]:
+    """Have this process be slow, raise, or be killed before a step of the join: of STEPS, "NCCL", or "" for none."""
+
+    def before(method: Callable, step_of: Callable[..., str]) -> Callable:
+        def slip(self: object, *args: object) -> object:
+            if step_of(*args) == step:
+                time.sleep(seconds if how == "slow" else 0)
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "raises":
+                    raise ValueError("on purpose")
+            return method(self, *args)
+
+        return slip
+
+    with pytest.MonkeyPatch.context() as patches:
+        for owner, name, step_of in (
+            (group.Rendezvous, "__init__", lambda *_: "arrived"),
+            (group.Rendezvous, "join", lambda *_: "taken"),
+            (group.Rendezvous, "meet", lambda *args: args[0]),
+            (group.Rendezvous, "gather", lambda *args: args[0]),
+            (nccl_binding.Comm, "__init__", lambda *_: "NCCL"),
+        ):
+            patches.setattr(owner, name, before(getattr(owner, name), step_of))
+        yield
 
 
 def _fakes(original: type) -> dict[str | None, type]:

@@ -13,6 +13,7 @@ import torch
 
 from extensions.group import GroupError, nccl
 from extensions.group.nccl import NcclCommunicator
+from extensions.group.nccl_binding import NcclError
 
 SOON_S = 5.0
 
@@ -41,19 +42,15 @@ class Device:
         self.numbers = itertools.count()
         self.ended = 0  # so many broadcasts, without all being at an end
         self.broken = False
-        self.destroyed = 0
         self.aborted: list[object] = []
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "a stream")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
         monkeypatch.setattr(torch.cuda, "Event", lambda blocking: Event(self))
         monkeypatch.setattr(torch.cuda, "synchronize", self._synchronize)
 
     def abort(self, comm: object) -> None:
         self.aborted.append(comm)
         self.idle.set()
-
-    def destroy(self) -> None:
-        self.destroyed += 1
 
     def _synchronize(self, device: object) -> None:
         assert self.idle.wait(SOON_S), "the device waited for ever"
@@ -75,13 +72,9 @@ def communicator(device: Device, server: socket.socket, rank: int, timeout_s: fl
     """As the constructor leaves it, without vLLM."""
     made = object.__new__(NcclCommunicator)
     made.rank, made.world_size, made.device = rank, 2, torch.device("cpu")
-    made._store, made._server, made._timeout_s = None, server.getsockname(), timeout_s
-    library = SimpleNamespace(ncclCommAbort=lambda comm: device.abort(comm))
+    made._store, made._server, made.timeout_s = None, server.getsockname(), timeout_s
     made._comm = SimpleNamespace(
-        comm="a comm",
-        nccl=SimpleNamespace(lib=library),
-        broadcast=lambda tensor, src, stream: None,
-        destroy=device.destroy,
+        broadcast=lambda pointer, nbytes, src, stream: True, abort=lambda: device.abort("a comm")
     )
     made._begin_watching()
     return made
@@ -122,7 +115,7 @@ def test_what_nccl_refuses_is_aborted_at_once(device: Device, server: socket.soc
     with pytest.raises(GroupError, match="remote process exited"):
         group.wait()
     group.close()
-    assert (device.aborted, device.destroyed) == (["a comm"], 0), "once, and not destroyed too"
+    assert device.aborted == ["a comm"], "once"
     assert not group._watcher.is_alive()
 
 
@@ -135,9 +128,10 @@ def test_an_abort_waits_for_a_call_into_nccl_but_not_for_ever(
     group.broadcast(torch.zeros(1), src=0)
     seen: list[bool] = []
 
-    def slow(*_: object, **__: object) -> None:
+    def slow(*_: object) -> bool:
         time.sleep(call_s)
         seen.append(bool(device.aborted))
+        return True
 
     group._comm.broadcast = slow
     group.broadcast(torch.zeros(1), src=0)
@@ -205,21 +199,21 @@ def test_rank_0_does_not_look_for_itself(device: Device, server: socket.socket):
     assert not device.aborted
     device.idle.set()
     group.close()
-    assert device.destroyed == 1
+    assert device.aborted == ["a comm"]
 
 
 def test_an_abort_that_does_not_return_keeps_nobody(device: Device, server: socket.socket, monkeypatch):
     monkeypatch.setattr(nccl, "ABORT_S", 0.3)
-    release = threading.Event()
+    release, aborts = threading.Event(), []
     group = communicator(device, server, rank=1, timeout_s=100)
-    group._comm.nccl.lib.ncclCommAbort = lambda comm: release.wait(SOON_S)
+    group._comm.abort = lambda: (aborts.append(1), release.wait(SOON_S))
     group._comm.broadcast = refused
     started = time.monotonic()
     with pytest.raises(GroupError, match="remote process exited"):
         group.broadcast(torch.zeros(1), src=0)
     group.close()
     assert time.monotonic() - started < SOON_S / 2
-    assert device.destroyed == 0, "it is being aborted"
+    assert aborts == [1], "it is being aborted"
     release.set()
 
 
@@ -260,7 +254,7 @@ def test_a_group_at_rest_starts_no_threads(device: Device, server: socket.socket
 
 def test_who_is_told_of_a_loss_finds_the_device_free(device: Device, server: socket.socket):
     group = communicator(device, server, rank=1, timeout_s=0.2)
-    group._comm.nccl.lib.ncclCommAbort = lambda comm: (time.sleep(0.5), device.abort(comm))
+    group._comm.abort = lambda: (time.sleep(0.5), device.abort("a comm"))
     group.broadcast(torch.zeros(1), src=0)
     while not group._lost:
         time.sleep(0.01)
@@ -270,8 +264,50 @@ def test_who_is_told_of_a_loss_finds_the_device_free(device: Device, server: soc
     group.close()
 
 
-def refused(tensor: torch.Tensor, src: int, stream: object) -> None:
-    raise RuntimeError("NCCL error: remote process exited")
+def refused(pointer: int, nbytes: int, src: int, stream: int) -> bool:
+    raise NcclError("NCCL error: remote process exited")
+
+
+def test_a_call_that_nccl_leaves_in_progress_is_waited_for(device: Device, server: socket.socket):
+    group = communicator(device, server, rank=1, timeout_s=100)
+    answers = [False] * 20
+    group._comm.broadcast = lambda pointer, nbytes, src, stream: False
+    group._comm.settled = lambda: not answers or answers.pop()
+    group.broadcast(torch.zeros(1), src=0)
+    assert (answers, device.aborted) == ([], [])
+    device.idle.set()
+    group.wait()
+    group.close()
+
+
+def test_a_call_that_nccl_never_ends_is_given_up(device: Device, server: socket.socket):
+    group = communicator(device, server, rank=1, timeout_s=0.3)
+    group._comm.broadcast = lambda pointer, nbytes, src, stream: False
+    group._comm.settled = lambda: False
+    with pytest.raises(GroupError, match=r"NCCL has not taken a broadcast within 0\.3 s"):
+        group.broadcast(torch.zeros(1), src=0)
+    assert device.aborted == ["a comm"]
+    group.close()
+
+
+@pytest.mark.parametrize("inside", ["the call", "wait"])
+def test_an_abort_from_another_thread_ends_a_call_and_a_wait(device: Device, server: socket.socket, inside: str):
+    group = communicator(device, server, rank=0, timeout_s=100)
+    if inside == "the call":
+        group._comm.broadcast = lambda pointer, nbytes, src, stream: False
+        group._comm.settled = lambda: False
+    threading.Timer(0.2, group.abort, ["the optimiser failed"]).start()
+    began_s = time.monotonic()
+    if inside == "wait":
+        group.broadcast(torch.zeros(1), src=0)
+    blocked = group.wait if inside == "wait" else lambda: group.broadcast(torch.zeros(1), src=0)
+    with pytest.raises(GroupError, match="rank 0: the optimiser failed; the group was aborted, make a new one"):
+        blocked()
+    assert 0.2 <= time.monotonic() - began_s < 2
+    assert device.aborted == ["a comm"]
+    group.close()
+    group.abort("too late")
+    assert device.aborted == ["a comm"]
 
 
 def test_what_ends_in_time_is_left_alone_however_long_the_group_lives(device: Device, server: socket.socket):
@@ -283,7 +319,7 @@ def test_what_ends_in_time_is_left_alone_however_long_the_group_lives(device: De
         time.sleep(0.15)
     assert not device.aborted
     group.close()
-    assert device.destroyed == 1
+    assert device.aborted == ["a comm"], "expected close() to give back what NCCL has"
     assert not group._watcher.is_alive()
     with pytest.raises(GroupError, match="closed"):
         group.broadcast(torch.zeros(1), src=0)

@@ -3,18 +3,16 @@
 import contextlib
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from extensions.group import LINGER_S, GroupError
-from extensions.group.nccl import plain_group
+from extensions.group.nccl import identifier
 from suite.driver import free_port
 from suite.processes import Process, RemoteError, gather
 from suite.selftest.ranks import started
@@ -129,24 +127,10 @@ def put(port: int, key: str, says: bytes) -> None:
     torch.distributed.TCPStore(LOOPBACK, port, is_master=False, wait_for_workers=False).set(key, says)
 
 
-class Identifier:
-    """NCCL's ncclUniqueId, as vLLM has it by ctypes."""
-
-    def __init__(self) -> None:
-        self.internal = [0] * 128
-
-
-@pytest.mark.parametrize("padded", [True, False])
-def test_nccls_identifier_is_only_bytes(bait: Bait, monkeypatch: pytest.MonkeyPatch, padded: bool):
+@pytest.mark.parametrize("form", ["pickle", "short", "long", "no digits"])
+def test_nccls_identifier_is_only_bytes(bait: Bait, form: str):
     """vLLM would unpickle it."""
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "vllm.distributed", SimpleNamespace())
-    group = type("StatelessProcessGroup", (SimpleNamespace,), {})
-    monkeypatch.setitem(sys.modules, "vllm.distributed.utils", SimpleNamespace(StatelessProcessGroup=group))
-    says = bait.pickled.ljust(128, b"\xff")[:128] if padded else bait.pickled + bytes(200)
-    worker = plain_group(SimpleNamespace(get=lambda key: says), rank=1, world_size=2)
-    if padded:
-        assert bytes(byte % 256 for byte in worker.broadcast_obj(Identifier(), src=0).internal) == says
-    else:
-        with pytest.raises(GroupError, match=r"^NCCL's identifier has 128 bytes, found \d+$"):
-            worker.broadcast_obj(Identifier(), src=0)
+    assert identifier(bait.pickled.ljust(128, b"\xff")[:128].hex()) == bait.pickled.ljust(128, b"\xff")[:128]
+    says = {"pickle": bait.pickled.decode("latin-1"), "short": "00" * 127, "long": "00" * 129, "no digits": "zz" * 128}
+    with pytest.raises(GroupError, match=r"^NCCL's identifier is 128 bytes in hexadecimal digits, found "):
+        identifier(says[form])

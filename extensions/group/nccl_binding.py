@@ -1,0 +1,108 @@
+"""The few functions of NCCL that a group needs, on communicators whose calls return before they have ended.
+
+vLLM's own binding makes communicators that block: where a rank is missing, nothing ends their making.
+"""
+
+import ctypes
+import os
+
+SUCCESS, IN_PROGRESS = 0, 7
+INT8 = 0  # ncclInt8, which moves bytes
+ID_BYTES = 128
+BLOCKING_VARIABLE = "NCCL_COMM_BLOCKING"
+
+
+class UniqueId(ctypes.Structure):
+    """ncclUniqueId."""
+
+    _fields_ = (("internal", ctypes.c_byte * ID_BYTES),)
+
+
+class Config(ctypes.Structure):
+    """ncclConfig_t as NCCL 2.14 had it. Later ones take it: they fill in what its version and size do not cover."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t), ("magic", ctypes.c_uint), ("version", ctypes.c_uint), ("blocking", ctypes.c_int),
+    )  # fmt: skip
+
+
+SIGNATURES = {
+    "ncclGetUniqueId": [ctypes.POINTER(UniqueId)],
+    "ncclCommInitRankConfig": [
+        ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, UniqueId, ctypes.c_int, ctypes.POINTER(Config)
+    ],
+    "ncclCommGetAsyncError": [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)],
+    "ncclBroadcast": [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
+    ],
+    "ncclCommAbort": [ctypes.c_void_p],
+}  # fmt: skip
+TEXTS = {"ncclGetErrorString": [ctypes.c_int], "ncclGetLastError": [ctypes.c_void_p]}
+
+
+class NcclError(RuntimeError):
+    """What NCCL says of a call that failed."""
+
+
+class Library:
+    """NCCL's functions. Failures of all of them raise NcclError."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Declare the functions of `library`, which is a handle of this class alone."""
+        self._functions = library
+        for name, arguments in SIGNATURES.items():
+            getattr(library, name).argtypes, getattr(library, name).restype = arguments, ctypes.c_int
+        for name, arguments in TEXTS.items():
+            getattr(library, name).argtypes, getattr(library, name).restype = arguments, ctypes.c_char_p
+
+    def unique_id(self) -> bytes:
+        """Open a meeting place for the ranks of one communicator: what all of them need to find it."""
+        made = UniqueId()
+        self.settled("ncclGetUniqueId", self._functions.ncclGetUniqueId(made))
+        return bytes(made)
+
+    def call(self, name: str, *arguments: object) -> int:
+        """Call a function, without the interpreter's lock, and return its ncclResult_t."""
+        return getattr(self._functions, name)(*arguments)
+
+    def settled(self, name: str, result: int) -> bool:
+        """Whether a call has succeeded, by its result; False while it is in progress. Raises NcclError otherwise."""
+        if result in (SUCCESS, IN_PROGRESS):
+            return result == SUCCESS
+        says = [self._functions.ncclGetErrorString(result), self._functions.ncclGetLastError(None)]
+        raise NcclError("; ".join([f"{name} failed", *(text.decode(errors="replace") for text in says if text)]))
+
+
+class Comm:
+    """One rank's ncclComm_t. After every call that returns False, `settled` is asked until it is True."""
+
+    def __init__(self, library: Library, world_size: int, rank: int, unique_id: bytes) -> None:
+        """Begin to join the other ranks, on the current CUDA device. Raises NcclError."""
+        if os.environ.get(BLOCKING_VARIABLE) == "1":
+            raise NcclError(f"with {BLOCKING_VARIABLE}=1 no deadline would end a call into NCCL; unset it")
+        self._library, self._comm = library, ctypes.c_void_p()
+        config = Config(size=ctypes.sizeof(Config), magic=0xCAFEBEEF, version=21400, blocking=0)
+        name, place = "ncclCommInitRankConfig", UniqueId.from_buffer_copy(unique_id)
+        try:
+            library.settled(name, library.call(name, ctypes.byref(self._comm), world_size, place, rank, config))
+        except NcclError:
+            self.abort()
+            raise
+
+    def settled(self) -> bool:
+        """Whether the call before has succeeded; False while it is in progress. Raises NcclError where it failed."""
+        state = ctypes.c_int(IN_PROGRESS)
+        name = "ncclCommGetAsyncError"
+        self._library.settled(name, self._library.call(name, self._comm, ctypes.byref(state)))
+        return self._library.settled("the call before", state.value)
+
+    def broadcast(self, pointer: int, nbytes: int, src: int, stream: int) -> bool:
+        """Broadcast the memory at `pointer` in place, on a CUDA stream. Returns whether NCCL has taken it."""
+        name = "ncclBroadcast"
+        result = self._library.call(name, pointer, pointer, nbytes, INT8, src, self._comm, stream)
+        return self._library.settled(name, result)
+
+    def abort(self) -> None:
+        """End every call, and what runs on the device, without the other ranks. Nothing may be called afterwards."""
+        if self._comm:
+            self._library.call("ncclCommAbort", self._comm)
