@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from extensions.devices import device_id
+from extensions.group import prepare
 from suite import checkpoint, memory, models, oracles
 from suite.sending import Sending
 
@@ -48,8 +49,7 @@ class Trainer(Sending):
 
     def warm_up(self) -> None:
         """Import what updates need and make the CUDA context, which takes seconds, before anyone waits for it."""
-        if self.device.type == "cuda":
-            importlib.import_module("vllm.distributed.device_communicators.pynccl")
+        prepare(self.device)
 
     def warm_up_computing(self) -> None:
         """The same for what `load` needs."""
