@@ -18,7 +18,7 @@ from suite.subjects import Subject
 from suite.trainers import TrainerGroup, Trainers
 
 FSDP_RANKS = 2
-SPARE_TRAINERS, CORES_A_SPARE = 3, 8  # kept ready at the most; one for so many cores
+SPARE_TRAINERS, CORES_A_SPARE = 6, 5  # kept ready at the most; one for so many cores
 POOL = pytest.StashKey[Pool]()
 ENDED = pytest.StashKey[set[str]]()  # tests, by their ids
 

@@ -24,9 +24,9 @@ from suite.subjects import Subject
 
 START_DEADLINE_S = 300.0
 BECOME_DEADLINE_S = 15.0
-CORES_A_START = 2  # an engine that starts keeps one to three cores busy
+CORES_A_START = 4  # an engine that starts keeps one to three cores busy, more where it compiles bytecode
 MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
-ENGINE_BYTES = 2.5e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
+ENGINE_BYTES = 2.0e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
 GPU_FRACTION = 0.9  # of a GPU's memory may be planned for
 GB = 1e9
 HOST_BYTES = 4e9  # of host memory, for an engine and what it loads
@@ -98,6 +98,7 @@ class Pool:
         self._starting: set[EngineKey] = set()
         self._stopping: list[EngineKey] = []
         self._wanted: EngineKey | None = None
+        self._served: EngineKey | None = None  # the one that a test got last: its stage's trainer may hold its model
         self.patience = Patience()
         self._changed = threading.Condition()
         self._quiet = False
@@ -123,14 +124,14 @@ class Pool:
     def too_large(self, key: EngineKey) -> str:
         """Why an engine and the trainer of its stage have no room even alone; empty where they have."""
         for device in {*self._devices_of(key), *self._stages[key.stage].trainer_devices}:
-            wanted, found = self._wanted_bytes(device, [key]), self._gpu_memory.get(device, math.inf)
+            wanted, found = self._wanted_bytes(device, [key], key), self._gpu_memory.get(device, math.inf)
             if wanted > GPU_FRACTION * found:
                 share = f"the GPU has {found / GB:.1f} GB, of which {GPU_FRACTION:.0%} may be planned for"
                 return f"{key.model} on {key.stage}: {self._sum(device, key)}; {share}"
         return ""
 
     def get(self, key: EngineKey) -> EngineHandle:
-        """The engine, waiting for it to start. Raises what its start raised."""
+        """The engine, waiting for it to start and for room for its trainer. Raises what its start raised."""
         deadline = time.monotonic() + START_DEADLINE_S + 60
         with self._changed:
             self._needs[key] = max(1, self._needs[key])
@@ -141,10 +142,30 @@ class Pool:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no engine {key} after {START_DEADLINE_S + 60:g} s: {self._why_not(key)}")
                 self._changed.wait(POLL_S)
-            self._wanted = None
             if key in self._failed:
+                self._wanted = None
                 raise self._failed[key]
+            self._make_room(key, deadline)
+            self._wanted, self._served = None, key
             return self._started[key]
+
+    def _make_room(self, key: EngineKey, deadline: float) -> None:
+        """Have a trainer's model fit beside the engines on its GPUs: those started ahead give way, the last one first.
+
+        Called with the lock held.
+        """
+        while not self._fits(key):
+            ahead = [other for other in self._started if other != key and self._shares_a_gpu(other, key)]
+            if ahead and not self._stopping:
+                self._announce(f"engine {ahead[-1]}: ended, since the trainer of {key} needs its room")
+                self.discard(self._started[ahead[-1]])
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no room for the trainer of {key} beside {', '.join(map(str, self._started))}")
+            self._changed.wait(POLL_S)
+
+    def _shares_a_gpu(self, one: EngineKey, other: EngineKey) -> bool:
+        taken = {*self._devices_of(other), *self._stages[other.stage].trainer_devices}
+        return not taken.isdisjoint(self._devices_of(one))
 
     def _why_not(self, key: EngineKey) -> str:
         others = ", ".join(map(str, [*self._started, *self._starting, *self._stopping])) or "no other"
@@ -302,22 +323,24 @@ class Pool:
         return max(3, int(psutil.virtual_memory().available / HOST_BYTES) + len(self._started))
 
     def _fits(self, key: EngineKey) -> bool:
-        """Whether the GPUs of an engine and of its trainer have room beside the engines that are there.
+        """Whether the GPUs of an engine have room beside the engines that are there, and those of a trainer at work.
 
-        Engines add up. A trainer is one process for all engines and holds one model at a time.
+        Engines add up. A trainer is one process for all engines and holds one model at a time: that of the engine which
+        a test waits for, or else got last.
         """
-        there = [*self._started, *self._starting, *self._stopping]
+        there = [other for other in (*self._started, *self._starting, *self._stopping) if other != key]
         for device in {*self._devices_of(key), *self._stages[key.stage].trainer_devices}:
-            wanted = self._wanted_bytes(device, [key, *there])
+            wanted = self._wanted_bytes(device, [key, *there], trained=self._wanted or self._served)
             if there and wanted > GPU_FRACTION * self._gpu_memory.get(device, math.inf):
                 return False
         return True
 
-    def _wanted_bytes(self, device: str, keys: list[EngineKey]) -> float:
+    def _wanted_bytes(self, device: str, keys: list[EngineKey], trained: EngineKey | None) -> float:
         engines = [key for key in keys if device in self._devices_of(key)]
-        trained = [key for key in keys if device in self._stages[key.stage].trainer_devices]
         wanted = sum(ENGINE_BYTES + self._bytes(k, self._stages[k.stage].engine_ranks) for k in engines)
-        return wanted + max((self._bytes(k, self._stages[k.stage].trainer_world_size) for k in trained), default=0)
+        if trained is None or device not in self._stages[trained.stage].trainer_devices:
+            return wanted
+        return wanted + self._bytes(trained, self._stages[trained.stage].trainer_world_size)
 
     def _sum(self, device: str, key: EngineKey) -> str:
         """What makes up `_wanted_bytes` of one engine, in words."""
@@ -327,7 +350,7 @@ class Pool:
             parts += [f"{weights / GB:.1f} GB of the engine's weights", f"{ENGINE_BYTES / GB:.1f} GB beside them"]
         if device in stage.trainer_devices:
             parts.append(f"{self._bytes(key, stage.trainer_world_size) / GB:.1f} GB of the trainer's weights")
-        return f"{' + '.join(parts)} = {self._wanted_bytes(device, [key]) / GB:.1f} GB on one GPU"
+        return f"{' + '.join(parts)} = {self._wanted_bytes(device, [key], key) / GB:.1f} GB on one GPU"
 
     def _bytes(self, key: EngineKey, ranks: int) -> float:
         """The weights of an engine's model in bfloat16, on one of so many ranks."""

@@ -12,7 +12,7 @@ from pathlib import Path
 NVIDIA_SMI_DEADLINE_S = 30
 # How long a reference extension and the trainer wait for a peer that has stopped in the middle of a tensor, by kind of
 # stage: GPUs move the largest in less than a second; gloo on cores that others use too may take several.
-UPDATE_TIMEOUT_S = {"cpu": 15.0, "gpu": 10.0}
+UPDATE_TIMEOUT_S = {"cpu": 15.0, "gpu": 6.0}
 CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 # Lines of `nvidia-smi -L`: "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-...)" and, below it, the slices it is cut into.

@@ -88,8 +88,8 @@ class Trainer(Sending):
         self._spec, self._model = models.read_spec(path), self._placed(model.eval())
         return self._sizes()
 
-    def load_random(self, path: str, dtype: str, seed: int) -> dict[str, int]:
-        """Hold seeded tensors of the names and shapes that the config.json in `path` asks for, without a model."""
+    def load_random(self, path: str, dtype: str, seed: int | None) -> dict[str, int]:
+        """Hold tensors, as `fill(seed)` does, of the names and shapes in `path`'s config.json, without a model."""
         self._forget()
         self._spec = models.read_spec(path)
         self._tensors = {name: self._empty(shape, getattr(torch, dtype)) for name, shape in models.tensors(self._spec)}

@@ -111,8 +111,8 @@ class TrainerGroup:
             self._to_restore = wanted
         self.restore()
 
-    def hold_random(self, config: str, seed: int) -> None:
-        """Hold seeded tensors of a model's names and shapes, without the model."""
+    def hold_random(self, config: str, seed: int | None) -> None:
+        """Hold seeded tensors of a model's names and shapes, or zeros, without the model."""
         self._to_restore = [("load_random", (config, "bfloat16", seed))]
         self.restore()
 
@@ -151,6 +151,10 @@ class TrainerGroup:
         for process in self.processes:
             process.stop()
 
+    def stop_soon(self) -> None:
+        """Begin to end all ranks, and return at once: a rank that ends its CUDA context takes seconds."""
+        threading.Thread(target=self.stop, name="trainer-stopper", daemon=True).start()
+
     def _change(self, method: str, *args: object) -> list:
         answers = self.call(method, *args)
         self._holds.append((method, args))
@@ -180,7 +184,6 @@ class Trainers:
                 group.expect_computing()
                 group.replacement = partial(self.spare, stage, world_size)
                 self._kept[place] = group
-                self._fill(stage, world_size)
             return self._kept[place]
 
     def of(self, stage: Stage, world_size: int) -> TrainerGroup:
@@ -189,6 +192,8 @@ class Trainers:
         if not group.alive:
             group.renew()
         group.ready()
+        with self._lock:
+            self._fill(stage, world_size)
         return group
 
     def spare(self, stage: Stage, world_size: int = 1) -> TrainerGroup:

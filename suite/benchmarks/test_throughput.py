@@ -32,27 +32,31 @@ def test_update(benchmark: BenchmarkFixture, sync: Sync, target: int, pool: Pool
 @UPDATE
 @pytest.mark.models(**{"gpu-split": PUBLISHED, "gpu-colocate-tp1": PUBLISHED})
 def test_update_published(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, pytestconfig: pytest.Config) -> None:
-    sync.trainer.hold_random(pool.config(sync.model), SEED)
-    sync.trainer.fill(None)
+    sync.trainer.hold_random(pool.config(sync.model), None)  # zeros
     sync.update()
     sync.expect_zero()
     sync.trainer.fill(SEED)
     sync.update()
     sync.expect_no_zero()
     before = sync.tokens_per_s(GENERATED_TOKENS)
-    _measure(benchmark, sync, pool, pytestconfig)
+    rounds = _measure(benchmark, sync, pool, pytestconfig, pause=True)
     sync.expect_no_zero()
-    pauses_s = [sync.update(pause=True).pause_s for _ in range(ROUNDS // 2)]
+    pauses_s = [moved.pause_s for moved in rounds]
     after = sync.tokens_per_s(GENERATED_TOKENS)
     benchmark.extra_info.update(tokens_per_s_before=before, tokens_per_s_after=after, pause_samples_s=pauses_s)
 
 
-def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, config: pytest.Config) -> None:
-    """Time updates, the roofline, the host's pace and peak memory, and put them beside pytest-benchmark's samples."""
+def _measure(
+    benchmark: BenchmarkFixture, sync: Sync, pool: Pool, config: pytest.Config, pause: bool = False
+) -> list[Moved]:
+    """Time updates, the roofline, the host's pace and peak memory, and put them beside pytest-benchmark's samples.
+
+    `pause` has the engine generate before and after each update, outside of what is timed. Returns the updates.
+    """
     rounds: list[Moved] = []
 
     def one_update() -> None:
-        rounds.append(sync.update())
+        rounds.append(sync.update(pause=pause))
         moved_clock.add(rounds[-1].elapsed_s)
 
     with pool.quiet():
@@ -78,3 +82,4 @@ def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, config: pytest
         trainer_peak_extra_bytes=trainer_bytes,
         steps_s={step: [r.steps_s[step] for r in rounds] for step in rounds[0].steps_s},
     )
+    return rounds

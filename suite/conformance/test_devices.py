@@ -99,7 +99,7 @@ def remapped(
             return lent.enter_context(contextmanager(lend)(pool, trainer, request))
 
         yield started
-    trainer.stop()
+    trainer.stop_soon()
 
 
 @requirement(

@@ -33,7 +33,7 @@ def doomed(trainers: Trainers, stage: Stage, sync: Sync) -> Callable:
             doomed.expect_exact(sync.seed)
             yield doomed
         finally:
-            group.stop()
+            group.stop_soon()
 
     return trainer
 

@@ -7,15 +7,16 @@ from suite.pool import Pool
 from suite.processes import Run, launch
 from suite.requirements import MUST, requirement
 from suite.subjects import Subject
+from suite.trainers import Trainers
 
 IMPORT_DEADLINE_S = 120.0
 
 
 @pytest.fixture(scope="session")
-def worker_names(run: Run, pool: Pool) -> list[str]:
+def worker_names(run: Run, pool: Pool, trainers: Trainers) -> list[str]:
     """Every attribute of the installed vLLM's worker classes, asked of a process that has no extension in it.
 
-    The pool is asked for so that engines start meanwhile.
+    Pool and trainers are asked for so that engines and trainers start meanwhile.
     """
     with timeline("starting", "worker names"):
         process = launch(

@@ -456,10 +456,24 @@ def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started,
     assert started.stays_at(int(fits))
     assert pool.too_large(small) == ""
     says = (
-        "qwen3-32b on gpu: 65.5 GB of the engine's weights + 2.5 GB beside them + 65.5 GB of the trainer's weights"
-        " = 133.5 GB on one GPU; the GPU has 86.0 GB, of which 90% may be planned for"
+        "qwen3-32b on gpu: 65.5 GB of the engine's weights + 2.0 GB beside them + 65.5 GB of the trainer's weights"
+        " = 133.0 GB on one GPU; the GPU has 86.0 GB, of which 90% may be planned for"
     )
     assert pool.too_large(large) == ("" if fits else says)
+
+
+def test_an_engine_that_was_started_ahead_gives_way_to_a_trainer(
+    pool: Pool, started: Started, monkeypatch: pytest.MonkeyPatch
+):
+    """14B and 8B fit beside each other, but not with a trainer's copy of 14B."""
+    monkeypatch.setattr(module, "_expect_on", lambda *_: None)
+    pool._gpu_memory = {"GPU-1": 86e9}
+    first, later = (EngineKey(model, "gpu", "colocate", None) for model in ("qwen3-14b", "qwen3-8b"))
+    plan(pool, [first], [later])
+    for key in (first, later):
+        started.of(key).let()
+    assert pool.get(first).process is started.of(first)
+    assert started.of(later).stopped.wait(SOON_S), "expected the engine that was started ahead to end"
 
 
 def test_engines_that_share_a_gpu_pass_for_hosts_of_their_own():

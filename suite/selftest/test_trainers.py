@@ -103,13 +103,15 @@ CPU = Stage("cpu-tp1", "cpu", 1, 1, True)
 def test_spare_trainers_start_before_one_is_asked_for(ranks: list[Rank]):
     given = Trainers(None, ahead=2)
     given.start(CPU, 1)
+    assert len(ranks) == 1, "expected the spare ones to start once a test has its trainer"
+    given.of(CPU, 1)
     assert [rank.name for rank in ranks] == ["trainer-of-1-cpu-tp1-rank0", *["spare-cpu-tp1-rank0"] * 2]
     assert given.spare(CPU).processes == [ranks[1]]
     assert len(ranks) == 4, "expected another spare one to have been started"
 
 
 def test_none_is_kept_ready_for_trainers_of_several_ranks(ranks: list[Rank]):
-    Trainers(None, ahead=2).start(CPU, 2)
+    Trainers(None, ahead=2).of(CPU, 2)
     assert len(ranks) == 2
 
 
