@@ -3,11 +3,11 @@
 Runs inside vLLM's workers and inside trainers. Importing it needs neither CUDA nor vLLM: both are reached when used.
 """
 
+from extensions.bracket import UpdateError
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension, HandleSender
 from extensions.group import stateless_init_process_group
 from extensions.manifest import ManifestError, manifest_of
-from extensions.updating import UpdateError
 
 __all__ = [
     "BroadcastSender",

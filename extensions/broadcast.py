@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 import torch
 
-from extensions.dtypes import dtype_of, is_shape
+from extensions.bracket import UpdateBracket
 from extensions.group import Communicator, GroupError, stateless_init_process_group
 from extensions.manifest import ManifestError
-from extensions.updating import UpdateBracket
+from extensions.tensors import dtype_of, is_shape
 
 
 class WorkerExtension(UpdateBracket):

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import torch
 
+from extensions.bracket import UpdateBracket
 from extensions.devices import HandleError, SharedSegment, device_id, export_tensor, open_handle
 from extensions.manifest import SHOWN, ManifestError, require_name
-from extensions.updating import UpdateBracket
 
 
 class ColocateWorkerExtension(UpdateBracket):

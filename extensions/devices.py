@@ -15,7 +15,7 @@ from types import BuiltinFunctionType, FunctionType
 
 import torch
 
-from extensions.dtypes import MAX_ELEMENTS, dtype_name, dtype_of, flat_bytes, is_shape
+from extensions.tensors import MAX_ELEMENTS, dtype_name, dtype_of, flat_bytes, is_shape
 
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENT_NAME = re.compile(r"weight-sync-[A-Za-z0-9-]{1,80}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from extensions.dtypes import FLOATING_SOURCES, dtype_name, dtype_of, is_shape
+from extensions.tensors import FLOATING_SOURCES, dtype_name, dtype_of, is_shape
 
 Manifest = list[dict]
 SHOWN = 8  # names in a message; the rest is counted

@@ -7,15 +7,16 @@ from functools import cache
 
 import pytest
 
-from suite import pace, verdicts
-from suite.driver import Sync
+from suite.benchmarks import pace
+from suite.driver.pool import EngineHandle, EngineKey, Pool, seed_of
+from suite.driver.sync import Sync
+from suite.driver.trainers import TrainerGroup, Trainers
 from suite.models import MODELS
 from suite.plugin import announce, current_selection, timeline
-from suite.pool import EngineHandle, EngineKey, Pool, seed_of
-from suite.processes import DeadlineExceeded, Process, ProcessDied, Run
+from suite.processes.process import DeadlineExceeded, Process, ProcessDied, Run
+from suite.session import verdicts
 from suite.stages import Device, Stage, machine
 from suite.subjects import Subject
-from suite.trainers import TrainerGroup, Trainers
 
 FSDP_RANKS = 2
 SPARE_TRAINERS, CORES_A_SPARE = 6, 5  # kept ready at the most; one for so many cores

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from suite import environment, selection, verdicts
+from suite.driver.patience import GivenUp
 from suite.models import MODELS
-from suite.patience import GivenUp
-from suite.processes import Run
-from suite.record import JUNIT, LOGS, Record
-from suite.selection import NOTHING, MissingStage, Selection
+from suite.processes.process import Run
+from suite.session import environment, selection, verdicts
+from suite.session.record import JUNIT, LOGS, Record
+from suite.session.selection import NOTHING, MissingStage, Selection
+from suite.session.verdicts import Judgement
+from suite.session.waivers import Case, Ledger, Waiver
 from suite.stages import Stage
 from suite.subjects import Subject
-from suite.verdicts import Judgement
-from suite.waivers import Case, Ledger, Waiver
 
 SELFTESTS = Path(__file__).resolve().parent / "selftest"
 LOG_LINES = 40

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from extensions.dtypes import flat_bytes
+from extensions.tensors import flat_bytes
 
 T = TypeVar("T")
 

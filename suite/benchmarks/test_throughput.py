@@ -5,10 +5,10 @@ import statistics
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from suite import pace
-from suite.clock import moved_clock
-from suite.driver import Moved, Sync
-from suite.pool import Pool
+from suite.benchmarks import pace
+from suite.benchmarks.clock import moved_clock
+from suite.driver.pool import Pool
+from suite.driver.sync import Moved, Sync
 
 ROUNDS = 10
 GB = 1e9

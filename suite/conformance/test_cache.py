@@ -1,9 +1,9 @@
 """cache.*: what was cached under the old weights is not used under the new ones."""
 
-from suite.driver import Sync
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.sync import Sync
 from suite.models import TIED
-from suite.requirements import MUST, requirement
-from suite.sequences import LONG_PROMPT
+from suite.sequences.player import LONG_PROMPT
 
 
 @requirement(

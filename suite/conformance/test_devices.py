@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import pytest
 
-from suite import verdicts
-from suite.driver import Sync
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.pool import Pool
+from suite.driver.sync import Sync
+from suite.driver.trainers import TrainerGroup
 from suite.fixtures import lend
 from suite.models import TIED
-from suite.pool import Pool
-from suite.processes import Run
-from suite.requirements import MUST, requirement
-from suite.sequences import UNKNOWN_DEVICE
+from suite.processes.process import Run
+from suite.sequences.player import UNKNOWN_DEVICE
+from suite.session import verdicts
 from suite.stages import Device, Stage, machine
 from suite.subjects import Subject
-from suite.trainers import TrainerGroup
 
 DEADLINE_S = 30.0
 

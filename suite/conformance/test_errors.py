@@ -2,11 +2,11 @@
 
 import pytest
 
-from suite import verdicts
-from suite.driver import Sync
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.sync import Sync
 from suite.models import TIED
-from suite.processes import RemoteError
-from suite.requirements import MUST, requirement
+from suite.processes.process import RemoteError
+from suite.session import verdicts
 
 DEADLINE_S = 30.0
 WEIGHT = "model.layers.1.mlp.down_proj.weight"

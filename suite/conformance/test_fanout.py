@@ -1,8 +1,8 @@
 """fanout.*: one trainer feeds several engines."""
 
-from suite.driver import Sync
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.sync import Sync
 from suite.models import TIED
-from suite.requirements import MUST, requirement
 
 
 @requirement(

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from suite.driver import Outcome, Sync
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.sync import Outcome, Sync
+from suite.driver.trainers import Trainers
 from suite.models import TIED
 from suite.plugin import timeline
-from suite.requirements import MUST, requirement
 from suite.stages import GPU_OF_ONE_RANK, Stage
-from suite.trainers import Trainers
 
 ONE_RANK = dict.fromkeys(("cpu-tp1", *GPU_OF_ONE_RANK), (TIED,))
 WORKERS = dict.fromkeys(("cpu-tp2", *GPU_OF_ONE_RANK), (TIED,))  # cpu-tp1's worker is its engine

@@ -4,11 +4,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from suite.driver import Sync
+from suite.conformance.requirements import SHOULD, requirement
+from suite.driver.pool import Pool
+from suite.driver.sync import Sync
+from suite.driver.trainers import Trainers
 from suite.models import TIED
-from suite.pool import Pool
-from suite.requirements import SHOULD, requirement
-from suite.trainers import Trainers
 
 UPDATES, WARM_UP = 50, 10
 BUFFERS = UPDATES / 4  # one in four updates that keeps its tensors is found

@@ -2,12 +2,12 @@
 
 import pytest
 
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.pool import Pool
+from suite.driver.trainers import Trainers
 from suite.plugin import timeline
-from suite.pool import Pool
-from suite.processes import Run, launch
-from suite.requirements import MUST, requirement
+from suite.processes.process import Run, launch
 from suite.subjects import Subject
-from suite.trainers import Trainers
 
 IMPORT_DEADLINE_S = 120.0
 
@@ -20,7 +20,12 @@ def worker_names(run: Run, pool: Pool, trainers: Trainers) -> list[str]:
     """
     with timeline("starting", "worker names"):
         process = launch(
-            run, "worker-names", "suite.workers:WorkerNames", {}, {"CUDA_VISIBLE_DEVICES": ""}, IMPORT_DEADLINE_S
+            run,
+            "worker-names",
+            "suite.actors.worker_names:WorkerNames",
+            {},
+            {"CUDA_VISIBLE_DEVICES": ""},
+            IMPORT_DEADLINE_S,
         )
         names = process.ready(IMPORT_DEADLINE_S)["names"]
     process.stop()

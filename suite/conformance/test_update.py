@@ -2,9 +2,9 @@
 
 import math
 
-from suite.driver import MAX_TOKENS, Sync
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.sync import MAX_TOKENS, Sync
 from suite.models import TIED
-from suite.requirements import MUST, requirement
 
 LEARNING_RATE = 0.002
 

@@ -1,8 +1,8 @@
 """update.tied, update.untied, update.moe: models whose tensors are not simply those of the checkpoint."""
 
-from suite.driver import Moved, Sync
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.sync import Moved, Sync
 from suite.models import TIED
-from suite.requirements import MUST, requirement
 
 HEAD = "lm_head.weight"
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from suite.driver import Sync
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.sync import Sync
 from suite.models import TIED
-from suite.requirements import MUST, requirement
 from suite.stages import GPU_OF_ONE_RANK
 
 MODELS = dict.fromkeys(GPU_OF_ONE_RANK, (TIED,))

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from suite.driver import Sync
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.sync import Sync
+from suite.driver.trainers import Trainers
 from suite.models import TIED
 from suite.plugin import TRIED, announce
-from suite.requirements import MUST, requirement
-from suite.sequences import MALFORMED, UNKNOWN_DEVICE, Player, Step, parse
+from suite.sequences.player import MALFORMED, UNKNOWN_DEVICE, Player, Step, parse
+from suite.sequences.trial import Trial
 from suite.stages import GPU_OF_ONE_RANK
-from suite.trainers import Trainers
-from suite.trial import Trial
 
 SECONDS_A_STEP = 0.25  # of the budget; about twice what a step takes on 2 quiet cores
 SHRINKING_S = 60.0

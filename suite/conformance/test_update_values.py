@@ -1,8 +1,8 @@
 """update.dtype, update.nonfinite: numbers arrive bit by bit, or rounded as torch rounds them."""
 
-from suite.driver import Sync
+from suite.conformance.requirements import MUST, requirement
+from suite.driver.sync import Sync
 from suite.models import TIED
-from suite.requirements import MUST, requirement
 
 WHOLE_EVERYWHERE = ("model.norm.weight", "model.layers.0.input_layernorm.weight")  # not sharded, packed or quantised
 BFLOAT16_BITS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from suite.link import Listener
+from suite.actors.link import Listener
 from suite.selftest.strangers import Bait
 
 PASSING = re.compile(r"(\d+) passing")  # in what Hypothesis says of each of its phases

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from extensions import updating
+from extensions import bracket as updating
 from extensions.broadcast import WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
 from extensions.manifest import manifest_of

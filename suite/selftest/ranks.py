@@ -13,7 +13,7 @@ import torch
 
 from extensions import group
 from extensions.group import nccl_binding, stateless_init_process_group
-from suite.processes import Process, Run, launch
+from suite.processes.process import Process, Run, launch
 
 ADDRESS = "127.0.0.1"
 STEPS = ("arrived", "taken", "joined", "begun to connect", "connected", "seen the first broadcast", "finished")

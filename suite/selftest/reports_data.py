@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from suite.requirements import catalogue
+from suite.conformance.requirements import catalogue
 
 SUBJECTS = ("broadcast", "colocate")
 GPU_STAGES = ("gpu-split", "gpu-colocate-tp2")

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from suite import wire
-from suite.link import GREETING
+from suite.actors.link import GREETING
+from suite.processes import wire
 
 STORE_GREETING = b"\0" + struct.pack("<I", 0x3C85F7CE)  # the first thing that a client says to torch's TCPStore
 
@@ -32,7 +32,7 @@ class Bait:
 
 
 def framed(payload: bytes) -> bytes:
-    """A frame of suite.wire."""
+    """A frame of suite.processes.wire."""
     return struct.pack(">QI", len(payload), zlib.crc32(payload)) + payload
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from suite.attending import TOLD_S, Refused, send_attended
-from suite.link import Link, LinkError
+from suite.actors.attending import TOLD_S, Refused, send_attended
+from suite.actors.link import Link, LinkError
 
 DEADLINE_S = 20.0
 

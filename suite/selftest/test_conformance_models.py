@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from suite.actors.probe import Probe
 from suite.conformance import test_update_models as judging
 from suite.models import MODELS, TIED, tensors
-from suite.probe import Probe
 from suite.selftest.test_extensions_weights import Packed, model
 
 EXPERTS, UNTIED = "qwen3-moe-tiny", "qwen3-untied-tiny"

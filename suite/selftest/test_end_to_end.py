@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from suite import environment, janitor, processes
+from suite.processes import janitor
+from suite.processes import process as processes
 from suite.selftest.test_plugin import hear_ctrl_c
+from suite.session import environment
 
 JUDGING_S, STARTING_S, ENDING_S = 300, 150, 30
 GONE_WITHIN_S = 10

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from extensions.group import LINGER_S, GroupError, stateless_init_process_group
-from suite.driver import free_port
-from suite.processes import Call, Process, RemoteError, Run, gather, launch
+from suite.driver.sync import free_port
+from suite.processes.process import Call, Process, RemoteError, Run, gather, launch
 from suite.selftest.ranks import started
 
 DEADLINE_S = 30

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from extensions.group import LINGER_S
-from suite.processes import Call, Process, ProcessDied, RemoteError, Run, gather, launch
+from suite.processes.process import Call, Process, ProcessDied, RemoteError, Run, gather, launch
 from suite.selftest.ranks import STEPS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

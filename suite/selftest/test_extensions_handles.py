@@ -24,7 +24,7 @@ from extensions.devices import (
     device_id,
     open_handle,
 )
-from suite import wire
+from suite.processes import wire
 from suite.selftest.properties import examples
 from suite.selftest.ranks import same_bits, seeded
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extensions.dtypes import FLOATING_SOURCES, dtype_name, dtype_of
 from extensions.manifest import SHOWN, ManifestError, check, parse
+from extensions.tensors import FLOATING_SOURCES, dtype_name, dtype_of
 
 DTYPES = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
 MODEL = {"embed": (8, 4), "norm": (4,), "odd": None}

@@ -5,10 +5,11 @@ from functools import cache
 
 import pytest
 
-from suite import environment, models
-from suite.driver import free_port
+from suite import models
+from suite.driver.sync import free_port
 from suite.models import TIED
-from suite.processes import Process, RemoteError, Run, launch
+from suite.processes.process import Process, RemoteError, Run, launch
+from suite.session import environment
 
 DEADLINE_S = 60
 STARTING_S = 120

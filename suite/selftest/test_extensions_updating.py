@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from extensions.bracket import UpdateError
 from extensions.devices import HandleError, SharedSegment, device_id
 from extensions.group import GroupError
 from extensions.manifest import ManifestError, manifest_of
-from extensions.updating import UpdateError
 from suite.selftest.fakes import CPU, SHAPES, Worker, begin, fitted, tensors, untouched
 
 

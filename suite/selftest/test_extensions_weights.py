@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from extensions import weights
-from extensions.weights import IDENTITY_ROWS, all_zero, effective_weights
+from extensions.model import weights
+from extensions.model.weights import IDENTITY_ROWS, all_zero, effective_weights
 
 
 class Packed(torch.nn.Module):

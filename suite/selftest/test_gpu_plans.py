@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from suite.processes import ROOT
+from suite.processes.process import ROOT
 
 DEADLINE_S = 60
 PLANNING = """
 import json
 import os
 from pathlib import Path
-from suite import environment, fixtures
+from suite.session import environment
+from suite import fixtures
 
 environment.lacks_engine = lambda kind: None
 

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import reduce_tensor
 
+from extensions.bracket import UpdateError
 from extensions.devices import HandleError, SharedSegment, device_id
 from extensions.manifest import ManifestError, manifest_of
-from extensions.updating import UpdateError
-from suite import link
-from suite.engine import Cancelled, Engine, WorkerError
-from suite.link import GREETING, LinkError, Listener
-from suite.probe import Probe
+from suite.actors import link
+from suite.actors.engine import Cancelled, Engine, WorkerError
+from suite.actors.link import GREETING, LinkError, Listener
+from suite.actors.probe import Probe
 from suite.selftest.fakes import CPU, Worker, fitted, tensors, untouched
 from suite.selftest.properties import examples
 from suite.selftest.strangers import Bait, data_as, hostile_bytes

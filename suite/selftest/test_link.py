@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from suite import link
-from suite.link import Link, LinkError, Listener
+from suite.actors import link
+from suite.actors.link import Link, LinkError, Listener
 
 DEADLINE_S, SHORT_S = 10.0, 0.3
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from extensions.broadcast import WorkerExtension
-from suite import driver, probe, processes
-from suite.requirements import catalogue
+from suite.actors import probe
+from suite.conformance.requirements import catalogue
+from suite.driver import sync as driver
+from suite.processes import process as processes
 from suite.selftest import fakes
 from suite.selftest.mutants import MUTANTS, Mutant, plugin, registry, verdicts
 from suite.selftest.mutants.__main__ import _stages, main

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from suite import fixtures, models, pace
-from suite.benchmarks import test_throughput
-from suite.engine import Engine
-from suite.probe import Probe
-from suite.processes import DeadlineExceeded
-from suite.record import PACES
+from suite import fixtures, models
+from suite.actors.engine import Engine
+from suite.actors.probe import Probe
+from suite.benchmarks import pace, test_throughput
+from suite.processes.process import DeadlineExceeded
 from suite.selftest.test_plugin import ONE_CASE, examine
+from suite.session.record import PACES
 
 MANIFEST = [{"name": "a.weight", "dtype": "bfloat16", "shape": [2, 3]}]
 LOG = SimpleNamespace(name="engine", log_path="engine.log", tail=lambda: "the last line")
@@ -31,7 +31,7 @@ class Called(Engine):
 
 def test_an_engine_times_every_call_and_leaves_the_first_out(monkeypatch: pytest.MonkeyPatch):
     engine = Called([9.0, 1.0, 2.0, 8.0, 3.0, 4.0])
-    monkeypatch.setattr("suite.engine.time", SimpleNamespace(monotonic=lambda: engine.now_s))
+    monkeypatch.setattr("suite.actors.engine.time", SimpleNamespace(monotonic=lambda: engine.now_s))
     found = engine.pace(MANIFEST, 1, 2)
     assert found == {"empty_call_samples_s": [1.0, 2.0], "manifest_call_samples_s": [3.0, 4.0]}
     assert engine.calls == [("probe_nothing",)] * 3 + [("probe_nothing", MANIFEST)] * 3
@@ -148,7 +148,7 @@ def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.Mon
 
 
 MEASURED = """
-from suite.record import PACES
+from suite.session.record import PACES
 
 @judged()
 def test_first(subject, stage, model, pytestconfig):

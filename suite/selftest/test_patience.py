@@ -2,8 +2,8 @@
 
 import pytest
 
-from suite.patience import LOST_S, NEVER_WELL, ONCE_WELL, GivenUp, Patience
-from suite.verdicts import FAIL, judge
+from suite.driver.patience import LOST_S, NEVER_WELL, ONCE_WELL, GivenUp, Patience
+from suite.session.verdicts import FAIL, judge
 
 CAUSE = "DeadlineExceeded: update()"
 

@@ -15,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from suite import environment, janitor, processes, selection
+from suite.processes import janitor
+from suite.processes import process as processes
+from suite.session import environment, selection
 
 DEADLINE_S = 60
 
@@ -23,7 +25,7 @@ DEADLINE_S = 60
 CONFTEST = """
 import dataclasses
 import pytest
-from suite import environment, selection
+from suite.session import environment, selection
 from suite.stages import Stage
 from suite.subjects import SUBJECTS
 
@@ -47,8 +49,9 @@ SUBJECTS["lacking"] = dataclasses.replace(
 TESTS = """
 import time
 import pytest
-from suite import plugin, verdicts
-from suite.processes import launch
+from suite import plugin
+from suite.session import verdicts
+from suite.processes.process import launch
 
 ECHO = "suite.selftest.targets:Echo"
 

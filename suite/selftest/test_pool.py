@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from suite import pool as module
+from suite.driver import pool as module
+from suite.driver.pool import EngineKey, Pool
 from suite.models import MODELS, TIED
-from suite.pool import EngineKey, Pool
 from suite.stages import Stage
 from suite.subjects import SUBJECTS
 
@@ -66,7 +66,7 @@ class Started:
         self.said: list[str] = []
 
     def launch(self, run: object, name: str, target: str, arguments: dict, env: dict, deadline_s: float) -> Engine:
-        assert target == "suite.engine:Engine"
+        assert target == "suite.actors.engine:Engine"
         self.engines.append(Engine(name, arguments))
         return self.engines[-1]
 

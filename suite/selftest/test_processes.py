@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from suite import janitor, processes
-from suite.processes import DeadlineExceeded, NotBegun, Process, ProcessDied, RemoteError, Run, gather, launch
+from suite.processes import janitor
+from suite.processes import process as processes
+from suite.processes.process import DeadlineExceeded, NotBegun, Process, ProcessDied, RemoteError, Run, gather, launch
 
 ECHO = "suite.selftest.targets:Echo"
 GONE_WITHIN_S = 10
@@ -356,7 +357,7 @@ def test_a_log_that_cannot_be_created_is_no_reason_to_fail(run: Run):
 HOST = """
 import json, sys, time
 from pathlib import Path
-from suite.processes import Run, launch
+from suite.processes.process import Run, launch
 
 run = Run(Path(sys.argv[1]))
 stuck, busy = (launch(run, name, "suite.selftest.targets:Echo") for name in ("stuck", "busy"))
@@ -386,7 +387,7 @@ def test_nothing_is_left_when_pytest_is_killed(tmp_path: Path):
 LONELY = """
 import sys, time
 from pathlib import Path
-from suite.processes import Run, launch
+from suite.processes.process import Run, launch
 
 run = Run(Path(sys.argv[1]))
 run.janitor.kill()
@@ -412,8 +413,8 @@ STUCK = """
 import sys
 import threading
 from pathlib import Path
-from suite import janitor
-from suite.processes import Run
+from suite.processes import janitor
+from suite.processes.process import Run
 
 class Stuck:
     pid = 0

@@ -19,7 +19,7 @@ from extensions import colocate, devices
 from extensions.colocate import HandleSender
 from extensions.devices import CUDA_FIELDS, device_id
 from extensions.manifest import ManifestError
-from suite import wire
+from suite.processes import wire
 from suite.selftest.cuda_rules import Gpu, Physical, enumerated, listing, physical_devices
 from suite.selftest.fakes import Worker, begin, fitted, tensors, untouched
 from suite.selftest.properties import examples

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch.multiprocessing import reductions
 
+from extensions.bracket import UpdateError
 from extensions.devices import CUDA_FIELDS, HandleError, SharedSegment, _plain_cuda, device_id, open_handle
-from extensions.dtypes import dtype_name, dtype_of
 from extensions.manifest import ManifestError, check, manifest_of, parse
-from extensions.updating import UpdateError
-from suite import wire
-from suite.link import Link, LinkError
+from extensions.tensors import dtype_name, dtype_of
+from suite.actors.link import Link, LinkError
+from suite.processes import wire
 from suite.selftest.fakes import CPU, SHAPES, Worker, fitted, tensors, untouched
 from suite.selftest.properties import examples
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from suite import requirements
-from suite.requirements import MUST, Requirement, catalogue, requirement
+from suite.conformance import requirements
+from suite.conformance.requirements import MUST, Requirement, catalogue, requirement
 
 pytestmark = pytest.mark.selftest
 
@@ -61,7 +61,7 @@ def test_a_declaration_marks_its_test():
 
 
 DECLARES = """
-from suite.requirements import MUST, requirement
+from suite.conformance.requirements import MUST, requirement
 
 @requirement("a.b", MUST, text="It does.", because="It did not.")
 def test_{name}(): ...

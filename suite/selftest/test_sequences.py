@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suite.sequences import STEPS, Sequence, Step, parse, text
-from suite.trial import PLAYED_CHARACTERS, Trial, shrink
-from suite.verdicts import DETAIL_CHARACTERS
+from suite.sequences.player import STEPS, Sequence, Step, parse, text
+from suite.sequences.trial import PLAYED_CHARACTERS, Trial, shrink
+from suite.session.verdicts import DETAIL_CHARACTERS
 
 pytestmark = pytest.mark.selftest
 
@@ -20,7 +20,7 @@ GENERATE, NESTED, CALLED_OFF, RESET = (Step(name) for name in ("generate", "nest
 
 
 class Player:
-    """As suite.sequences.Player: `fails` says of the steps since the last update whether the last one fails."""
+    """As suite.sequences.player.Player: `fails` says of the steps since the last update whether the last one fails."""
 
     start = START
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from suite import sequences
 from suite.models import MODELS, TIED, tensors
-from suite.processes import RemoteError
-from suite.sequences import Player, Step
+from suite.processes.process import RemoteError
+from suite.sequences import player as sequences
+from suite.sequences.player import Player, Step
 
 pytestmark = pytest.mark.selftest
 
@@ -67,7 +67,7 @@ class Engine:
 
 
 class Sync:
-    """As suite.driver.Sync, for the Engine of the test."""
+    """As suite.driver.sync.Sync, for the Engine of the test."""
 
     engine: Engine
 

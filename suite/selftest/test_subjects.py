@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from suite import processes
+from suite.processes import process as processes
 from suite.subjects import SUBJECTS, TRANSPORT_METHODS, load, subject_from
 
 MODULE = """

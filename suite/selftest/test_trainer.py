@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from suite import checkpoint, models
-from suite.driver import CLEAR_GAP, LOGPROB_TOLERANCE
+from suite import models
+from suite.actors import checkpoint
+from suite.actors.trainer import LoadError, Trainer
+from suite.driver.sync import CLEAR_GAP, LOGPROB_TOLERANCE
 from suite.models import MODELS, TIED
-from suite.processes import Process, Run, gather, launch
-from suite.trainer import LoadError, Trainer
+from suite.processes.process import Process, Run, gather, launch
 
 pytestmark = pytest.mark.selftest
 
@@ -47,7 +48,10 @@ def pair(tmp_path_factory) -> Iterator[list[Process]]:
     with Run(tmp_path_factory.mktemp("pair") / "logs") as run:
         both = [
             launch(
-                run, f"trainer-{rank}", "suite.trainer:Trainer", {"rank": rank, "world_size": 2, "master_port": port}
+                run,
+                f"trainer-{rank}",
+                "suite.actors.trainer:Trainer",
+                {"rank": rank, "world_size": 2, "master_port": port},
             )
             for rank in range(2)
         ]

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from suite import trainers
-from suite.processes import Call, RemoteError
+from suite.driver import trainers
+from suite.driver.trainers import PORTS, TrainerFailed, TrainerGroup, Trainers, free_port
+from suite.processes.process import Call, RemoteError
+from suite.session.verdicts import ERROR, judge
 from suite.stages import Stage
-from suite.trainers import PORTS, TrainerFailed, TrainerGroup, Trainers, free_port
-from suite.verdicts import ERROR, judge
 
 SHARED = Stage(
     "gpu-shared", "gpu", 1, 1, True, ("GPU-1",) * 2, ("GPU-1",), ("3", "3"), ("3",), engines=2, hosts_apart=True
@@ -23,7 +23,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict, dict]]:
     found: list[tuple[str, dict, dict]] = []
 
     def launch(run: object, name: str, target: str, arguments: dict, env: dict, deadline_s: float) -> SimpleNamespace:
-        assert target == "suite.trainer:Trainer"
+        assert target == "suite.actors.trainer:Trainer"
         found.append((name, arguments, env))
         return SimpleNamespace(prepare=lambda method: None)
 

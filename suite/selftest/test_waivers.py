@@ -10,9 +10,10 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from reports.__main__ import main
-from suite import environment, processes
+from suite.processes import process as processes
 from suite.selftest.test_plugin import CONFTEST, Finished, examine
-from suite.waivers import Case, Ledger, Waiver, read
+from suite.session import environment
+from suite.session.waivers import Case, Ledger, Waiver, read
 
 ISSUE = "https://example.org/issues/7"
 WAIVER = {

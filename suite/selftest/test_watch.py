@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from suite import watch
-from suite.watch import Watch, WorkerDied
+from suite.actors import watch
+from suite.actors.watch import Watch, WorkerDied
 
 SOON_S = 10.0
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from extensions import loading
 from extensions.colocate import ColocateWorkerExtension
-from extensions.expected import expected_weights
-from extensions.loading import processed_layers
 from extensions.manifest import manifest_of
-from extensions.weights import effective_weights
+from extensions.model import loading
+from extensions.model.expected import expected_weights
+from extensions.model.loading import processed_layers
+from extensions.model.weights import effective_weights
 from suite import models
 
 TOKENS = 3

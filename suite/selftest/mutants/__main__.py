@@ -15,9 +15,9 @@ import threading
 from pathlib import Path
 from typing import TextIO
 
-from suite.processes import ROOT
-from suite.record import RUN
+from suite.processes.process import ROOT
 from suite.selftest.mutants import Mutant, verdicts
+from suite.session.record import RUN
 from suite.stages import machine, unavailable
 from suite.subjects import SUBJECTS
 

@@ -2,9 +2,9 @@
 
 import threading
 
+from extensions.bracket import UpdateBracket
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.group import GroupError, stateless_init_process_group
-from extensions.updating import UpdateBracket
 from suite.selftest.mutants.registry import BROADCAST, DIFFER, PACKAGE, Named, mutant
 
 AN_HOUR_S = 3600.0

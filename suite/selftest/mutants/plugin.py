@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from suite import driver
+from suite.driver import sync as driver
 from suite.plugin import current_selection
-from suite.selection import requirement_of
 from suite.selftest.mutants import MUTANTS, Mutant
+from suite.session.selection import requirement_of
 from suite.subjects import SUBJECTS
 
 PATIENCE_S = 40.0  # a mutant that hangs costs this; what does not hang takes a few seconds

@@ -4,11 +4,11 @@ import contextlib
 
 import torch
 
+from extensions.bracket import UpdateError
 from extensions.broadcast import WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
-from extensions.expected import Shapes, expected_weights
 from extensions.manifest import ManifestError
-from extensions.updating import UpdateError
+from extensions.model.expected import Shapes, expected_weights
 from suite.selftest.mutants.registry import ACCEPTED, BROADCAST, HANDLES, Loader, Meddles, Unchecked, mutant
 
 

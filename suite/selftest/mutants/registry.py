@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from extensions.loading import new_load
 from extensions.manifest import parse
+from extensions.model.loading import new_load
 from suite import stages
-from suite.requirements import catalogue
+from suite.conformance.requirements import catalogue
 from suite.subjects import SUBJECTS, subject_from
 
 PACKAGE = __package__

@@ -3,8 +3,8 @@
 import torch
 
 from extensions.broadcast import WorkerExtension
-from extensions.dtypes import dtype_of
 from extensions.manifest import ManifestError
+from extensions.tensors import dtype_of
 from suite.selftest.mutants.registry import BROADCAST, DIFFER, Loader, Meddles, Unchecked, mutant
 
 

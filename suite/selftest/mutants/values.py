@@ -4,10 +4,10 @@ import re
 
 import torch
 
-from extensions import loading
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
-from extensions.dtypes import dtype_of
+from extensions.model import loading
+from extensions.tensors import dtype_of
 from suite.selftest.mutants.registry import (
     ANSWERS,
     BROADCAST,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from suite.requirements import catalogue
+from suite.conformance.requirements import catalogue
 from suite.selftest.mutants.registry import MUTANTS, Mutant
 from suite.subjects import SUBJECTS
 

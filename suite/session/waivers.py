@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from suite.requirements import catalogue
-from suite.verdicts import ERROR, NOT_APPLICABLE, PASS, UNSUPPORTED, WAIVED
+from suite.conformance.requirements import catalogue
+from suite.session.verdicts import ERROR, NOT_APPLICABLE, PASS, UNSUPPORTED, WAIVED
 
 TABLE = "waiver"
 HEADER = re.compile(r"\s*\[\[\s*waiver\s*\]\]\s*(#.*)?")

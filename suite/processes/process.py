@@ -1,7 +1,8 @@
 """Starting, calling, timing out, logging and ending engine and trainer processes.
 
-Every process holds one object whose methods are called over a socket pair (suite.wire, suite.child). Every wait has a
-deadline. Whatever ends pytest, a janitor (suite.janitor) that outlives it ends the processes and their descendants.
+Every process holds one object whose methods are called over a socket pair (suite.processes.wire,
+suite.processes.child). Every wait has a deadline. Whatever ends pytest, a janitor (suite.processes.janitor) that
+outlives it ends the processes and their descendants.
 """
 
 import contextlib
@@ -23,10 +24,10 @@ from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
 from pathlib import Path
 from typing import Any
 
-from suite import janitor, wire
-from suite.child import READY, STACKS_SIGNAL
+from suite.processes import janitor, wire
+from suite.processes.child import READY, STACKS_SIGNAL
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _TAIL_BYTES = 1 << 16
 _WAIT_S = 0.5
 
@@ -127,7 +128,7 @@ class Run:
         return label
 
     def _start_janitor(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "suite.janitor"]
+        command = [sys.executable, "-m", "suite.processes.janitor"]
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True, bufsize=0,
@@ -259,7 +260,7 @@ class Process:
         """Start the process and send it its encoded task. Called once, by launch()."""
         self._sock, theirs = socket.socketpair()
         log = _open_log(self.log_path)
-        command = [sys.executable, "-m", "suite.child", str(theirs.fileno())]
+        command = [sys.executable, "-m", "suite.processes.child", str(theirs.fileno())]
         with theirs:
             try:
                 self._popen = subprocess.Popen(
@@ -455,7 +456,7 @@ def launch(
         run: the run it belongs to.
         name: for messages and the log file `<run.logs>/<name>.log`.
         target: the object's class, "pkg.module:Class".
-        kwargs: the constructor's arguments, plain data (suite.wire).
+        kwargs: the constructor's arguments, plain data (suite.processes.wire).
         env: environment variables to set, or to remove (None), over pytest's own.
         deadline_s: how long the constructor may take, from now.
     """

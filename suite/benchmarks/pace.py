@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from suite import models
+from suite.driver.pool import EngineHandle
 from suite.plugin import announce
-from suite.pool import EngineHandle
-from suite.processes import DeadlineExceeded, ProcessDied, RemoteError
-from suite.record import PACES
+from suite.processes.process import DeadlineExceeded, ProcessDied, RemoteError
+from suite.session.record import PACES
 
 MODEL = "qwen3-8b"  # of whose tensors the manifest is that a call carries
 WARM_UPS, SAMPLES = 3, 50

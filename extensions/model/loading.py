@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from extensions.expected import HEAD
+from extensions.model.expected import HEAD
 
 
 class Load(Protocol):

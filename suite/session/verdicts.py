@@ -3,7 +3,7 @@
 pass, fail, unsupported (the subject declares that it lacks it), not-applicable (the machine lacks it) or error (the
 suite itself could not tell); waived is a fail that a waiver of --waivers covers. Only what is raised in a test's own
 call, and only an assertion or the failure of an examined process, is a fail; a set-up or tear-down that breaks is an
-error, never a skip and never a pass. A subject that is given up, see suite.patience, fails wherever that shows.
+error, never a skip and never a pass. A subject that is given up, see suite.driver.patience, fails wherever that shows.
 """
 
 import re
@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import pytest
 
-from suite.patience import GivenUp
-from suite.processes import DeadlineExceeded, ProcessDied, RemoteError
+from suite.driver.patience import GivenUp
+from suite.processes.process import DeadlineExceeded, ProcessDied, RemoteError
 
 PASS, FAIL, ERROR = "pass", "fail", "error"
 UNSUPPORTED, NOT_APPLICABLE = "unsupported", "not-applicable"

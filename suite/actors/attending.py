@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from suite.link import Link, LinkError
+from suite.actors.link import Link, LinkError
 
 TOLD_S = 2.0  # how long a side that was told of the other's failure has to end its own half
 

@@ -122,7 +122,7 @@ def _cpu_model() -> str:
 
 def _commit() -> str | None:
     """The checkout's commit, with + where it has been changed; None outside a checkout of the suite."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD").strip()

@@ -15,8 +15,9 @@ import torch
 
 from extensions.devices import device_id
 from extensions.group import prepare
-from suite import checkpoint, memory, models, oracles
-from suite.sending import Sending
+from suite import models
+from suite.actors import checkpoint, memory, oracles
+from suite.actors.sending import Sending
 
 GROUP_TIMEOUT = timedelta(seconds=120)
 BATCH = (8, 64)  # sequences and tokens of one training step on one rank

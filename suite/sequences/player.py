@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from suite import models
-from suite.driver import MAX_TOKENS, Sync
-from suite.link import CALLED_OFF
-from suite.processes import RemoteError
-from suite.trainers import TrainerGroup
+from suite.actors.link import CALLED_OFF
+from suite.driver.sync import MAX_TOKENS, Sync
+from suite.driver.trainers import TrainerGroup
+from suite.processes.process import RemoteError
 
 DEADLINE_S = 60.0
 LONG_PROMPT = 200  # tokens: more than one block of the prefix cache on every backend

@@ -1,8 +1,8 @@
 """Ends processes for good: kills every descendant and unlinks the shared memory they leave behind.
 
-Run as ``python -m suite.janitor`` it is the process that outlives pytest: it reads one JSON line from standard input
-(what to sweep), waits until the other end of that pipe is gone, for whatever reason, and then sweeps. `Process.stop`
-sweeps with the same functions, for one process and its descendants.
+Run as ``python -m suite.processes.janitor`` it is the process that outlives pytest: it reads one JSON line from
+standard input (what to sweep), waits until the other end of that pipe is gone, for whatever reason, and then sweeps.
+`Process.stop` sweeps with the same functions, for one process and its descendants.
 
 Linux only: processes, their memory maps and open files are read from /proc.
 """

@@ -4,10 +4,10 @@ import os
 import time
 from typing import Any
 
-from suite.link import CALLED_OFF, Link, LinkError, Listener, Silent
-from suite.probe import EXTENSION, PROBED
+from suite.actors.link import CALLED_OFF, Link, LinkError, Listener, Silent
+from suite.actors.probe import EXTENSION, PROBED
+from suite.actors.watch import Watch
 from suite.subjects import Subject, load
-from suite.watch import Watch
 
 LINK_WAIT_S = 60.0
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from suite import environment, models
-from suite.patience import Patience
-from suite.processes import Process, Run, launch
+from suite import models
+from suite.driver.patience import Patience
+from suite.processes.process import Process, Run, launch
+from suite.session import environment
 from suite.stages import UPDATE_TIMEOUT_S, Stage
 from suite.subjects import Subject
 
@@ -377,7 +378,7 @@ class Pool:
         if key.visible != "":
             variables["CUDA_VISIBLE_DEVICES"] = key.visible
         name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
-        process = launch(self._run, name, "suite.engine:Engine", arguments, variables, START_DEADLINE_S)
+        process = launch(self._run, name, "suite.actors.engine:Engine", arguments, variables, START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
             if stage.kind == "gpu" and key.visible == "":

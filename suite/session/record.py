@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from suite import environment
+from suite.session import environment
 
 SCHEMA = 1
 PACES = pytest.StashKey[dict[str, dict[str, Any]]]()  # by stage: the host's pace, once an engine has measured it

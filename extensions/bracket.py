@@ -10,10 +10,10 @@ begun to write; only a whole new update makes the weights right again).
 
 import torch
 
-from extensions.expected import expected_weights
-from extensions.loading import Load, new_load, processed_layers
 from extensions.manifest import ManifestError, check, parse, require_name
-from extensions.weights import all_zero
+from extensions.model.expected import expected_weights
+from extensions.model.loading import Load, new_load, processed_layers
+from extensions.model.weights import all_zero
 
 
 class UpdateError(RuntimeError):

@@ -1,7 +1,7 @@
 """The line between a trainer and an engine: what a real training loop would send by Ray or HTTP.
 
 Manifests, acknowledgements and handles go from trainer to engine directly, over a Unix socket, as plain data
-(suite.wire). pytest is not on the way, so what is measured has no hop that a training loop would not have.
+(suite.processes.wire). pytest is not on the way, so what is measured has no hop that a training loop would not have.
 """
 
 import os
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from suite import wire
+from suite.processes import wire
 
 CALLED_OFF = "the trainer called the update off"
 GREETING = b"weight-sync 1\n"  # the first thing that a trainer's rank says: a peer that does not is none

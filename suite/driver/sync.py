@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 
 from suite import models
+from suite.driver.pool import EngineHandle, Pool
+from suite.driver.trainers import ADDRESS, CALL_DEADLINE_S, TrainerGroup, free_port
 from suite.plugin import timeline
-from suite.pool import EngineHandle, Pool
-from suite.processes import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
+from suite.processes.process import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
 from suite.stages import Stage
 from suite.subjects import Subject
-from suite.trainers import ADDRESS, CALL_DEADLINE_S, TrainerGroup, free_port
 
 CALL_MARGIN_S = 5.0  # for an answer to arrive that was given just in time
 JOIN_DEADLINE_S = 130.0  # for a group to come up: extensions and senders give up by themselves after 120 s

@@ -17,12 +17,12 @@ import torch
 
 from extensions.devices import device_id
 from extensions.group import Communicator, stateless_init_process_group
-from extensions.weights import applied_weight, effective_weights
-from suite import memory
+from extensions.model.weights import applied_weight, effective_weights
+from suite.actors import memory
 from suite.subjects import load
 
 EXTENSION = "WEIGHT_SYNC_EXTENSION"
-PROBED = "suite.probe.ProbedExtension"
+PROBED = "suite.actors.probe.ProbedExtension"
 STATE = ("_weight_sync_", "_mutant_")  # what the attributes begin with that the suite's own extensions leave on workers
 SHOWN = 5
 

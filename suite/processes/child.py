@@ -1,8 +1,9 @@
 """What runs in a started process: builds one object and serves calls on it, one at a time.
 
-Started by suite.processes as ``python -m suite.child FD``, FD being its end of a socket pair. The first frame names
-the class and its arguments; each later frame is a call. Every answer is a result or an error as text. When the other
-end goes away, the janitor ends this process; where there is no janitor, it ends itself, whatever it is doing.
+Started by suite.processes.process as ``python -m suite.processes.child FD``, FD being its end of a socket pair. The
+first frame names the class and its arguments; each later frame is a call. Every answer is a result or an error as text.
+When the other end goes away, the janitor ends this process; where there is no janitor, it ends itself, whatever it is
+doing.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from suite import wire
+from suite.processes import wire
 
 STACKS_SIGNAL = signal.SIGUSR2  # makes this process write the stacks of its threads to its log
 READY = 0  # the call number of the constructor

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from suite.processes import NoAnswer, Process, RemoteError, Run, gather, launch
+from suite.processes.process import NoAnswer, Process, RemoteError, Run, gather, launch
 from suite.stages import UPDATE_TIMEOUT_S, Stage
 
 CALL_DEADLINE_S = 120.0
@@ -63,7 +63,7 @@ class TrainerGroup:
                 "WEIGHT_UPDATE_TIMEOUT_S": str(UPDATE_TIMEOUT_S["cpu" if device == "cpu" else "gpu"]),
                 **(stage.nccl_environment(f"trainer-{rank}") if stage else {}),
             }
-            process = launch(run, f"{name}-rank{rank}", "suite.trainer:Trainer", arguments, env, CALL_DEADLINE_S)
+            process = launch(run, f"{name}-rank{rank}", "suite.actors.trainer:Trainer", arguments, env, CALL_DEADLINE_S)
             self.processes.append(process)
         self._warmed = [process.prepare("warm_up") for process in self.processes]
         self.connected: tuple[int, ...] = ()

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from suite import environment, models, stages, waivers
-from suite.requirements import Requirement, catalogue
+from suite import models, stages
+from suite.conformance.requirements import Requirement, catalogue
+from suite.session import environment, waivers
+from suite.session.waivers import Case, Ledger
 from suite.stages import Stage
 from suite.subjects import SUBJECTS, Subject, subject_from
-from suite.waivers import Case, Ledger
 
 KINDS = ("cpu", "gpu")
 NOTHING = object()

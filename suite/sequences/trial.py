@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable
 
-from suite.processes import DeadlineExceeded, ProcessDied
-from suite.sequences import Player, Sequence, Step, text
-from suite.verdicts import FAILURES
+from suite.processes.process import DeadlineExceeded, ProcessDied
+from suite.sequences.player import Player, Sequence, Step, text
+from suite.session.verdicts import FAILURES
 
 SAID_CHARACTERS, PLAYED_CHARACTERS = 300, 800  # that a failure's message has of what was raised, and of the sequence
 REPLAYS = 3  # of a sequence before it counts as one that does not fail again: what is hidden may go by turns

@@ -15,8 +15,8 @@ from extensions.broadcast import BroadcastSender
 from extensions.colocate import HandleSender
 from extensions.group import Communicator, stateless_init_process_group
 from extensions.manifest import manifest_of
-from suite import link, memory
-from suite.attending import TOLD_S, Refused, expect_ended, send_attended
+from suite.actors import link, memory
+from suite.actors.attending import TOLD_S, Refused, expect_ended, send_attended
 from suite.subjects import SENDERS, load
 
 

@@ -1,0 +1,1 @@
+"""Loading into a live model, and reading what it computes with."""

@@ -1,0 +1,1 @@
+"""What starts, calls and ends a process, and what it says."""

@@ -1,0 +1,1 @@
+"""Sequences of updates and of what disturbs them: steps, player, shrinking."""

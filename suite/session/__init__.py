@@ -1,0 +1,1 @@
+"""What one run of pytest holds: selection, record, verdicts, waivers, environment."""
