@@ -39,6 +39,7 @@ def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
     """The engines of this run; those that the collected tests need are started ahead."""
     selection = current_selection()
     pool = request.session.stash[POOL] = Pool(run, selection.stages, selection.subjects, announce)
+    pool.timeline = timeline
     ended = request.session.stash.get(ENDED, set())
     items = [item for item in request.session.items if item.nodeid not in ended]
     own = {item.nodeid: _engines_of(item) for item in items}

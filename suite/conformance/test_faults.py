@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import pytest
 
 from suite.conformance.requirements import MUST, requirement
-from suite.driver.sync import Outcome, Sync
+from suite.driver.moving import Outcome
+from suite.driver.sync import Sync
 from suite.driver.trainers import Trainers
 from suite.models import TIED
 from suite.plugin import timeline

@@ -3,7 +3,8 @@
 import math
 
 from suite.conformance.requirements import MUST, requirement
-from suite.driver.sync import MAX_TOKENS, Sync
+from suite.driver.sync import Sync
+from suite.driver.together import MAX_TOKENS
 from suite.models import TIED
 
 LEARNING_RATE = 0.002

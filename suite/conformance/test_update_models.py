@@ -1,7 +1,8 @@
 """update.tied, update.untied, update.moe: models whose tensors are not simply those of the checkpoint."""
 
 from suite.conformance.requirements import MUST, requirement
-from suite.driver.sync import Moved, Sync
+from suite.driver.moving import Moved
+from suite.driver.sync import Sync
 from suite.models import TIED
 
 HEAD = "lm_head.weight"

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -101,6 +101,7 @@ class Pool:
         self._wanted: EngineKey | None = None
         self._served: EngineKey | None = None  # the one that a test got last: its stage's trainer may hold its model
         self.patience = Patience()
+        self.timeline: Callable[[str, str], AbstractContextManager[None]] = lambda what, name: nullcontext()
         self._changed = threading.Condition()
         self._quiet = False
         self._closed = False

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from extensions.group import LINGER_S, GroupError, stateless_init_process_group
-from suite.driver.sync import free_port
+from suite.driver.trainers import free_port
 from suite.processes.process import Call, Process, ProcessDied, RemoteError, Run, gather, launch
 from suite.selftest.ranks import STEPS, started
 

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from suite import models
-from suite.driver.sync import free_port
+from suite.driver.trainers import free_port
 from suite.models import TIED
 from suite.processes.process import Process, RemoteError, Run, launch
 from suite.session import environment

@@ -15,7 +15,7 @@ import torch
 from extensions.broadcast import WorkerExtension
 from suite.actors import probe
 from suite.conformance.requirements import catalogue
-from suite.driver import sync as driver
+from suite.driver.together import Together
 from suite.processes import process as processes
 from suite.selftest import fakes
 from suite.selftest.mutants import MUTANTS, Mutant, plugin, registry, verdicts
@@ -204,7 +204,7 @@ def test_the_cases_that_are_left(item: SimpleNamespace, left: bool):
 def test_mutants_borrow_engines_and_patience_is_less(monkeypatch: pytest.MonkeyPatch):
     subjects = {name: subject_from(f"suite.selftest.mutants:{name}") for name in ("LoadsNothing", "ReadsFreedHandles")}
     monkeypatch.setattr(plugin, "current_selection", lambda: SimpleNamespace(subjects=subjects))
-    monkeypatch.setattr(driver, "CALL_DEADLINE_S", 120.0)
+    monkeypatch.setattr(Together, "call_deadline_s", 120.0)
     hook = plugin.pytest_sessionstart(None)
     next(hook)
     assert {subject.host for subject in subjects.values()} == {""}, "expected the suite's own plugin to come first"
@@ -213,7 +213,7 @@ def test_mutants_borrow_engines_and_patience_is_less(monkeypatch: pytest.MonkeyP
     assert {name: subject.host for name, subject in subjects.items()} == {
         "LoadsNothing": "broadcast", "ReadsFreedHandles": "colocate"
     }  # fmt: skip
-    assert driver.CALL_DEADLINE_S == plugin.PATIENCE_S
+    assert Together.call_deadline_s == plugin.PATIENCE_S
 
 
 # ---- what a run has shown

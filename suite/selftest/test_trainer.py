@@ -11,7 +11,7 @@ import torch
 from suite import models
 from suite.actors import checkpoint
 from suite.actors.trainer import LoadError, Trainer
-from suite.driver.sync import CLEAR_GAP, LOGPROB_TOLERANCE
+from suite.driver.expecting import CLEAR_GAP, LOGPROB_TOLERANCE
 from suite.models import MODELS, TIED
 from suite.processes.process import Process, Run, gather, launch
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 
 from suite import models
 from suite.actors.link import CALLED_OFF
-from suite.driver.sync import MAX_TOKENS, Sync
+from suite.driver.sync import Sync
+from suite.driver.together import MAX_TOKENS
 from suite.driver.trainers import TrainerGroup
 from suite.processes.process import RemoteError
 
