@@ -12,6 +12,8 @@ from extensions.manifest import SHOWN, ManifestError, require_name
 class ColocateWorkerExtension(UpdateBracket):
     """Maps the trainer's tensors where they lie; give it to vLLM as `worker_extension_cls`."""
 
+    weight_sync_sender, weight_sync_handles = "extensions.colocate:HandleSender", "plain"
+
     def report_device_id(self) -> str:
         """The device of this worker, by an id that every process gives it: the key of its handles."""
         return device_id(self.device)

@@ -168,7 +168,7 @@ def _engines_of(item: pytest.Item) -> list[EngineKey]:
     subject, stage, model = (params.get(name) for name in ("subject", "stage", "model"))
     if not isinstance(stage, Stage) or not isinstance(subject, Subject) or model is None:
         return []
-    if stage.refuses(subject.transport):
+    if subject.unfit(stage):
         return []
     names = set(item.fixturenames)
     marker = item.get_closest_marker("engine")

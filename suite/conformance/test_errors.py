@@ -6,7 +6,6 @@ from suite.conformance.requirements import MUST, requirement
 from suite.driver.sync import Sync
 from suite.models import TIED
 from suite.processes.process import RemoteError
-from suite.session import verdicts
 
 DEADLINE_S = 30.0
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
@@ -78,16 +77,14 @@ def test_dtype(sync: Sync, target: int) -> None:
     models=[TIED],
 )
 def test_nested(sync: Sync, target: int) -> None:
-    if not hasattr(sync.subject.load(), "begin_update"):
-        verdicts.unsupported(f"{sync.subject.name} has no begin_update(): its updates have no beginning")
     sync.load(sync.seed)
     sync.update()
     answers, weights = sync.generate(sync.prompts()), sync.snapshot()
-    sync.call_engines("begin_update", sync.manifest)
+    sync.half("begin", sync.manifest)
     with pytest.raises(RemoteError) as refused:
-        sync.call_engines("begin_update", sync.manifest)
+        sync.half("begin", sync.manifest)
     assert "update" in refused.value.message, f"expected a refusal that says why, found {refused.value} {sync.where}"
-    sync.call_engines("abort_update")
+    sync.half("abort")
     sync.expect_equal_to(weights, "the weights from before the two updates")
     assert sync.generate(sync.prompts()) == answers, f"expected the answers from before the two updates {sync.where}"
     sync.load(target)

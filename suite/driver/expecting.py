@@ -29,9 +29,7 @@ class Expecting(Together):
 
     def says_inconsistent(self) -> bool:
         """Whether the extension says of itself, by `update_state()`, that its weights are not to be used."""
-        if not hasattr(self.subject.load(), "update_state"):
-            return False
-        return all("inconsistent" in states for states in self.call_engines("update_state"))
+        return all("inconsistent" in states for states in self.half("state"))
 
     def differing_from_zero(self) -> int:
         """How many weights have an element that is not zero."""

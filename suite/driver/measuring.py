@@ -11,18 +11,21 @@ class Measuring(Moving):
     def roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
         """What this run's hardware takes to move `nbytes` once: (how, seconds of every sample).
 
-        For a broadcast, one broadcast of one tensor in a group like the update's; for handles, one copy on the
-        engine's device, on all ranks at once, of which the slowest counts.
+        The subject says which: one broadcast of one tensor in a group like the update's, or one copy on the engine's
+        device, on all ranks at once, of which the slowest counts.
         """
-        on_gpu, engine = self.stage.kind == "gpu", self.engines[0]
-        if self.subject.transport == "broadcast":
-            self._join_roofline()
-            return "NCCL broadcast" if on_gpu else "gloo broadcast", self._broadcasts(nbytes, samples)
-        copies = [
-            engine.call("rpc", "probe_copy", nbytes, deadline_s=self.call_deadline_s) for _ in range(samples + 1)
-        ][1:]
-        engine.call("rpc", "probe_forget", deadline_s=self.call_deadline_s)
-        return "device copy" if on_gpu else "memory copy", [max(ranks) for ranks in copies]
+        measured = {"broadcast": self._broadcast_roofline, "copy": self._copy_roofline}[self.subject.roofline]
+        return measured(nbytes, samples)
+
+    def _broadcast_roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
+        self._join_roofline()
+        kind = "NCCL broadcast" if self.stage.kind == "gpu" else "gloo broadcast"
+        return kind, self._broadcasts(nbytes, samples)
+
+    def _copy_roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
+        copies = [self._call(self.engines[0], "probe_copy", nbytes) for _ in range(samples + 1)][1:]
+        self._call(self.engines[0], "probe_forget")
+        return "device copy" if self.stage.kind == "gpu" else "memory copy", [max(ranks) for ranks in copies]
 
     def _join_roofline(self) -> None:
         port, world_size = free_port(), 1 + self.engines[0].ranks

@@ -42,24 +42,22 @@ class Moving(Together):
         if self.trainer.connected == wanted and all(e.connection == id(self.trainer) for e in self.engines):
             return
         self.trainer.connected = ()
-        by_broadcast = self.subject.transport == "broadcast"
-        ranks = self.trainer.processes[:1] if by_broadcast else self.trainer.processes
-        paths = [engine.link_path for engine in self.engines]
-        calls = [engine.process.submit("accept", len(ranks)) for engine in self.engines]
-        calls += [rank.submit("connect", paths, self.call_deadline_s, self.subject.sender) for rank in ranks]
+        subject, paths = self.subject.plain(), [engine.link_path for engine in self.engines]
+        speakers = self.subject.speakers(self.trainer.world_size)
+        calls = [engine.process.submit("accept", speakers) for engine in self.engines]
+        calls += [rank.submit("connect", subject, paths, self.call_deadline_s) for rank in self.trainer.processes]
         gather(calls, self.call_deadline_s)
-        if by_broadcast:
-            self._open_group()
+        self._meet()
         self.trainer.connected = wanted
         for engine in self.engines:
             engine.connection = id(self.trainer)
 
-    def _open_group(self) -> None:
+    def _meet(self) -> None:
         port, offset = free_port(), 1
         world_size = 1 + sum(engine.ranks for engine in self.engines)
-        calls = [self.trainer.processes[0].submit("open_group", ADDRESS, port, world_size)]
+        calls = [rank.submit("invite", ADDRESS, port, world_size) for rank in self.trainer.processes]
         for engine in self.engines:
-            calls.append(engine.process.submit("join_group", ADDRESS, port, offset, world_size))
+            calls.append(engine.process.submit("connect", ADDRESS, port, offset, world_size))
             offset += engine.ranks
         self._gathered(calls, JOIN_DEADLINE_S)
 
@@ -86,7 +84,7 @@ class Moving(Together):
             else:
                 calls = [e.process.submit("update", deadline_s, reset_cache, bracket) for e in self.engines]
             ranks = self.trainer.processes
-            calls += [rank.submit("update", self.subject.transport, deadline_s, **how) for rank in ranks]
+            calls += [rank.submit("update", deadline_s, **how) for rank in ranks]
             halves = self._gathered(calls, deadline_s + CALL_MARGIN_S)
         self.pool.patience.succeeded(self.subject.name)
         started = min(half["started_s"] for half in halves)
@@ -105,9 +103,9 @@ class Moving(Together):
         raise AssertionError(f"expected an error for an update with {how}, found success {self.where}")
 
     def update_until(self, deadline_s: float, fault: dict) -> Outcome:
-        """One update with a fault, see `Sending.update`, of one engine; fails where the engine does not answer in time.
+        """One update of one engine with a fault, see suite.actors.sending.Fault.
 
-        A trainer that has been stopped is not waited for.
+        Fails where the engine does not answer in time. A trainer that has been stopped is not waited for.
         """
         self.pool.patience.expect_hope(self.subject.name)
         self.connect()
@@ -115,7 +113,7 @@ class Moving(Together):
         (engine,), (rank,) = self.engines, self.trainer.processes
         with self.pool.timeline("moving", str(engine.key)):
             updating = engine.process.submit("update", deadline_s)
-            sending = rank.submit("update", self.subject.transport, deadline_s, fault=fault)
+            sending = rank.submit("update", deadline_s, fault=fault)
             engine_error = _raised(updating, deadline_s + CALL_MARGIN_S)
             stopped = fault["signal"] == "STOP"
             trainer_error = "stopped" if stopped else _raised(sending, deadline_s + CALL_MARGIN_S)

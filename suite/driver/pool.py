@@ -375,7 +375,7 @@ class Pool:
             "oracle_path": str(self._oracle_path(key)) if key.seed is not None else None,
             "options": options,
         }
-        variables = engine_environment(stage, key.copy, eager=options["enforce_eager"])
+        variables = engine_environment(stage, key.copy, options["enforce_eager"]) | subject.engine_environment()
         if key.visible != "":
             variables["CUDA_VISIBLE_DEVICES"] = key.visible
         name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"

@@ -51,6 +51,10 @@ class Together:
         calls = [engine.process.submit("rpc", method, *args) for engine in self.engines]
         return gather(calls, self.call_deadline_s)
 
+    def half(self, step: str, *args: object) -> list:
+        """Have every engine take a single step of an update, see `Engine.half`; what each returns."""
+        return gather([engine.process.submit("half", step, *args) for engine in self.engines], self.call_deadline_s)
+
     def generate(self, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[dict]]:
         """Greedy continuations, for each engine."""
         calls = [engine.process.submit("generate", prompts, max_tokens) for engine in self.engines]

@@ -21,7 +21,7 @@ from suite.selftest import fakes
 from suite.selftest.mutants import MUTANTS, Mutant, plugin, registry, verdicts
 from suite.selftest.mutants.__main__ import _stages, main
 from suite.stages import STAGES
-from suite.subjects import SENDERS, SUBJECTS, load, subject_from
+from suite.subjects import SUBJECTS, load, subject_from
 
 STAGE_NAMES = {stage.name: stage for stage in STAGES}
 THREADS = {thread for requirement in catalogue().values() for thread in requirement.seen_in}
@@ -68,8 +68,7 @@ def test_a_mutant_is_well_formed(mutant: Mutant):
         assert mutant.thread in THREADS, (
             f"expected a thread that the catalogue or the notes cite, found {mutant.thread}"
         )
-    if subject.sender:
-        assert issubclass(load(subject.sender), load(SENDERS[subject.transport]))
+    assert issubclass(load(subject.sender), load(SUBJECTS[mutant.host].sender))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
@@ -80,7 +79,7 @@ def test_a_mutant_is_judged_where_its_requirement_is(mutant: Mutant):
     for kind in kinds:
         stage = STAGE_NAMES[mutant.stage(kind)]
         assert stage.kind == kind
-        assert not stage.refuses(subject_from(mutant.extension).transport)
+        assert not subject_from(mutant.extension).unfit(stage)
 
 
 def test_no_requirement_is_without_a_mutant():

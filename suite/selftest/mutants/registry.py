@@ -57,8 +57,8 @@ class Mutant:
     @property
     def host(self) -> str:
         """The reference subject that it is a broken version of, and that lends its engines."""
-        transport = subject_from(self.extension).transport
-        return next(name for name, subject in SUBJECTS.items() if subject.transport == transport)
+        kind = type(subject_from(self.extension))
+        return next(name for name, subject in SUBJECTS.items() if type(subject) is kind)
 
     @property
     def threads(self) -> tuple[str, ...]:
