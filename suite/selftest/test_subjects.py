@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,68 @@ def test_a_module_beside_the_user_is_found(modules: Path):
 def test_a_sender_of_its_own_is_taken_from_the_class(modules: Path):
     assert subject_from("ws_theirs:Sending").sender == "ws_theirs:Sender"
     assert subject_from("ws_theirs:Broadcasting").sender == ""
+
+
+# ---- what installed packages bring
+
+BRINGS = """
+from suite.subjects.broadcast import Broadcast
+
+SUBJECT = Broadcast("theirs", "ws_theirs:Broadcasting", sender="ws_theirs:Sender")
+TAKEN = Broadcast("broadcast", "ws_theirs:Broadcasting")
+NONE = "text"
+"""
+
+
+@pytest.fixture
+def install(modules: Path) -> Iterator[Callable[[str], Path]]:
+    """Install a package with one entry point."""
+
+    def install(entry: str) -> Path:
+        (modules / "ws_brings.py").write_text(BRINGS)
+        info = modules / "ws_theirs-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ws-theirs\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\ntheirs = {entry}\n")
+        registry._installed.cache_clear()
+        return modules
+
+    yield install
+    registry._installed.cache_clear()
+
+
+def test_an_installed_package_brings_a_subject(install: Callable[[str], Path]):
+    install("ws_brings:SUBJECT")
+    assert [*known_subjects()] == ["broadcast", "colocate", "example-broadcast", "example-colocate", "theirs"]
+    assert known_subjects()["theirs"].load().__name__ == "Broadcasting"
+    assert "theirs" not in SUBJECTS, "expected it to be examined where --subject names it"
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("ws_raising:SUBJECT", "cannot be loaded: RuntimeError: no GPU here"),
+        ("ws_brings:MISSING", "cannot be loaded: AttributeError"),
+        ("ws_brings:TAKEN", "there is a subject broadcast already"),
+        ("ws_brings:NONE", "expected a Subject, found a str"),
+    ],
+)
+def test_an_entry_point_that_brings_no_subject_is_refused_with_its_name(
+    install: Callable[[str], Path], entry: str, said: str
+):
+    install(entry)
+    with pytest.raises(ValueError, match=f"entry point theirs = {entry} of group weight_sync_subjects") as caught:
+        known_subjects()
+    assert said in str(caught.value)
+
+
+def test_an_entry_point_that_fails_is_an_error_of_usage_not_a_traceback(install: Callable[[str], Path]):
+    path = install("ws_raising:SUBJECT")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
+    ended = subprocess.run(
+        command, cwd=processes.ROOT, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(path)},
+        check=False,
+    )  # fmt: skip
+    assert ended.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "entry point theirs = ws_raising:SUBJECT" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
