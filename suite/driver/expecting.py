@@ -1,5 +1,6 @@
 """What tests expect of an engine after an update: its weights, and what it answers."""
 
+from suite.driver.expected import expect
 from suite.driver.together import MAX_TOKENS, Together
 
 # Two right computations in bfloat16 differ in a log-probability by less than this, and choose the same token where the
@@ -48,7 +49,7 @@ class Expecting(Together):
         """Not one weight is the checkpoint's yet: else finding it there after an update would prove nothing."""
         for result in self.compared(seed):
             same = result["weights"] - result["differing"]
-            assert same == 0, f"expected every weight to differ from checkpoint {seed}, found {same} equal {self.where}"
+            expect(same == 0, f"every weight to differ from checkpoint {seed}", f"{same} equal", self.where)
 
     def expect_equal_to(self, snapshot: str, what: str) -> None:
         """Every effective weight is bit-equal to a snapshot of the same engines."""
@@ -62,31 +63,35 @@ class Expecting(Together):
     def expect_moved_from(self, seed: int) -> None:
         """Hardly a weight is the checkpoint's any more, and none is zero."""
         for result in self.compared(seed):
-            assert result["differing"] == result["weights"], (
-                f"expected every weight to have moved from checkpoint {seed}, found"
-                f" {result['weights'] - result['differing']} of {result['weights']} as before {self.where}"
-            )
+            same = result["weights"] - result["differing"]
+            found = f"{same} of {result['weights']} as before"
+            expect(same == 0, f"every weight to have moved from checkpoint {seed}", found, self.where)
 
     def expect_no_zero(self) -> None:
         """Not one effective weight element is zero, and there are some."""
         for result in (result for ranks in self.call_engines("probe_nonzero") for result in ranks):
-            assert result["nonzero"] == result["elements"] > 0, (
-                f"expected no zero among the weights of rank {result['rank']}, found {result['nonzero']} elements of"
-                f" {result['elements']} that aren't {self.where}"
-            )
+            zeros = result["elements"] - result["nonzero"]
+            found = f"{zeros} zeros among {result['elements']} elements on rank {result['rank']}"
+            expect(zeros == 0 < result["elements"], "weights without a zero", found, self.where)
 
     def expect_reported_zero(self, expected: bool) -> None:
         """The extension's own check_weights_changed() says on every rank whether all weights are zero."""
         for engine, found in zip(self.engines, self.call_engines("check_weights_changed"), strict=True):
-            assert found == [expected] * engine.ranks, (
-                f"expected check_weights_changed() to say {expected} on every rank, found {found}"
-                f" after update {self.updates} {self.where}"
-            )
+            says = f"check_weights_changed() to say {expected} on every rank"
+            expect(found == [expected] * engine.ranks, says, found, self.where)
 
     def expect_same_behaviour(self, prompts: list[list[int]] | None = None) -> None:
         """Greedy tokens and log-probabilities are those of the trainer's own forward pass."""
         prompts = prompts or self.prompts()
         self.expect_answers(prompts, self.trainer.call("greedy", prompts, MAX_TOKENS)[0])
+
+    def expect_same_answers(self, answers: list[list[dict]], what: str) -> None:
+        """The engines answer as they did before `what`."""
+        found = self.generate(self.prompts())
+        differing = sum(
+            a != b for one, other in zip(answers, found, strict=True) for a, b in zip(one, other, strict=True)
+        )
+        expect(found == answers, f"the answers from before {what}", f"{differing} others", self.where)
 
     def expect_answers(self, prompts: list[list[int]], oracle: list[dict]) -> None:
         """Greedy tokens and log-probabilities are those of an oracle, as `oracles.greedy` gives them.
@@ -103,23 +108,15 @@ class Expecting(Together):
 
     def _expect_answer(self, expected: dict, found: dict, prompt: list[int], count: int) -> None:
         tokens, reference = found["tokens"][:count], expected["tokens"][:count]
-        assert tokens == reference, (
-            f"greedy tokens after {prompt}: expected the trainer's {reference}, found {tokens}"
-            f" after update {self.updates} {self.where}"
-        )
+        expect(tokens == reference, f"greedy tokens after {prompt}: the trainer's {reference}", tokens, self.where)
         pairs = zip(found["logprobs"][:count], expected["logprobs"][:count], strict=True)
         apart = max((abs(a - b) for a, b in pairs), default=0.0)
-        assert apart <= LOGPROB_TOLERANCE, (
-            f"log-probabilities after {prompt}: expected the trainer's within {LOGPROB_TOLERANCE}, found {apart:.3f}"
-            f" apart after update {self.updates} {self.where}"
-        )
+        within = f"log-probabilities after {prompt}: the trainer's within {LOGPROB_TOLERANCE}"
+        expect(apart <= LOGPROB_TOLERANCE, within, f"{apart:.3f} apart", self.where)
 
     def _expect_none(self, results: list[dict], expected: str) -> None:
         for result in results:
-            assert result["elements"] > 0, (
-                f"expected weights on rank {result['rank']}, found none to look at {self.where}"
-            )
-            assert result["differing"] == 0, (
-                f"expected {expected}, found {result['differing']} weights that differ on rank {result['rank']}:"
-                f" {'; '.join(result['first'])} after update {self.updates} {self.where}"
-            )
+            rank, differing = result["rank"], result["differing"]
+            expect(result["elements"] > 0, f"weights on rank {rank}", "none to look at", self.where)
+            found = f"{differing} weights that differ on rank {rank}: {'; '.join(result['first'])}"
+            expect(differing == 0, expected, found, self.where)

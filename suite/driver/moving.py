@@ -4,6 +4,7 @@ import contextlib
 import time
 from dataclasses import dataclass
 
+from suite.driver.expected import Differs
 from suite.driver.together import Together
 from suite.driver.trainers import ADDRESS, free_port
 from suite.processes.process import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
@@ -100,7 +101,7 @@ class Moving(Together):
             self.update(deadline_s, **how)
         except RemoteError as error:  # one that runs into its deadline is not refused: that goes to the test
             return "\n".join([error.said, *getattr(error, "__notes__", [])])
-        raise AssertionError(f"expected an error for an update with {how}, found success {self.where}")
+        raise Differs(f"an error for an update with {how}", "success", self.where)
 
     def update_until(self, deadline_s: float, fault: dict) -> Outcome:
         """One update of one engine with a fault, see suite.actors.sending.Fault.

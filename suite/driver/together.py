@@ -29,8 +29,12 @@ class Together:
         self.stage, self.model = stage, model
         self.spec = models.MODELS[model]
         self.seed = engines[0].key.seed
-        self.where = f"[subject={subject.name} stage={stage.name} model={model}]"
         self.updates = 0
+
+    @property
+    def where(self) -> str:
+        """What the line of a failure says that tells where."""
+        return f"after update {self.updates} [subject={self.subject.name} stage={self.stage.name} model={self.model}]"
 
     @property
     def deadline_s(self) -> float:

@@ -204,7 +204,7 @@ def test_an_update_that_should_be_refused_has_to_be(player):
         with pytest.raises(AssertionError, match="found success"):
             take(player, step)
     player.sync.refusal = lambda deadline_s, **how: "no reason"
-    with pytest.raises(AssertionError, match=f"names {NORM}, found: no reason"):
+    with pytest.raises(AssertionError, match=f"names {NORM}\nfound: no reason"):
         take(player, Step("malformed", {"how": "shape", "name": NORM, "seed": 1}))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from suite import models
 from suite.actors.dialogue import CALLED_OFF
+from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.driver.together import MAX_TOKENS
 from suite.driver.trainers import TrainerGroup
@@ -188,7 +189,8 @@ class Player:
             if ending != "end_update":
                 raise
         else:
-            assert ending != "end_update", f"expected an error from end_update() without tensors {self.sync.where}"
+            wrong = ending == "end_update"
+            expect(not wrong, "an error from end_update() without tensors", "success", self.sync.where)
 
     def generate(self) -> None:
         """Prompts that are cached; judged where the cache and the weights are of the same checkpoint."""
@@ -221,7 +223,7 @@ class Player:
 
     def _refused(self, named: str, **how: object) -> None:
         error = self.sync.refusal(DEADLINE_S, **how)
-        assert named in error, f"expected an error that names {named}, found: {error} {self.sync.where}"
+        expect(named in error, f"an error that names {named}", error, self.sync.where)
 
     def _strike(self, moment: str) -> None:
         """The engine has the new weights, or raises and has the old ones, or says that it is inconsistent."""
