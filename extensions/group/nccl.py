@@ -165,14 +165,21 @@ def connect(library: Library, meeting: Rendezvous, device: torch.device) -> Comm
     with torch.cuda.device(device):
         comm = Comm(library, meeting.world_size, meeting.rank, identifier(told[0]))
     try:
-        while not comm.settled():
-            meeting.look("connected")
-            time.sleep(HANDSHAKE_POLL_S)
+        _settle(comm, meeting)
+        with torch.cuda.device(device):
+            comm.split()
+        _settle(comm, meeting)
         meeting.meet("connected", "NCCL")
     except BaseException:
         futures.wait([in_a_thread(functools.partial(_abort, comm, device))], ABORT_S)
         raise
     return comm
+
+
+def _settle(comm: Comm, meeting: Rendezvous) -> None:
+    while not comm.settled():
+        meeting.look("connected")
+        time.sleep(HANDSHAKE_POLL_S)
 
 
 def identifier(told: str) -> bytes:
