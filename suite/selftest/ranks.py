@@ -214,7 +214,7 @@ def slipping(step: str, how: str, seconds: float) -> Iterator[None]:
     def before(method: Callable, step_of: Callable[..., str]) -> Callable:
         def slip(self: object, *args: object, **kwargs: object) -> object:
             if step_of(*args) == step:
-                time.sleep(seconds if how == "slow" else 0)
+                time.sleep(seconds)
                 if how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if how == "raises":

@@ -105,7 +105,7 @@ def test_a_killed_rank_is_found_by_the_deadline(ranks: list[Process], spare: Pro
     *others, died = joining([*ranks[:2], spare], 2, (step, "killed", 0), spare, join_timeout_s=JOIN_S)
     for kind, message, after_s in map(failure, others):
         assert kind in ("TimeoutError", "GroupError")
-        assert "ranks [2] have not" in message or "Connection closed by peer" in message
+        assert re.search(r"ranks \[2\] have not|a broadcast failed|Connection closed by peer", message)
         assert after_s < JOIN_S + LINGER_S + SLACK_S
     assert died.result(DEADLINE_S) == signal.SIGKILL
     gather(joining(ranks, 0, ("", "", 0)), DEADLINE_S)
@@ -114,10 +114,13 @@ def test_a_killed_rank_is_found_by_the_deadline(ranks: list[Process], spare: Pro
 
 @pytest.mark.parametrize("step", ["taken", *WAITS, INSIDE])
 def test_a_killed_trainer_is_found_at_once(ranks: list[Process], spare: Process, step: str):
-    *others, died = joining([spare, *ranks[1:]], 0, (step, "killed", 0), spare, join_timeout_s=20)
+    # Killed once the others have found it: they wait on for a trainer that has never been there.
+    *others, died = joining([spare, *ranks[1:]], 0, (step, "killed", 0.3), spare, join_timeout_s=20)
     for kind, message, after_s in map(failure, others):
         assert kind == "GroupError"
-        assert re.search(r"rank 0.* is gone|Connection closed by peer|the trainer's \(rank 0's\) own", message)
+        assert re.search(
+            r"rank 0.* is gone|Connection closed by peer|the trainer's \(rank 0's\) own|a broadcast failed", message
+        )
         assert after_s < 5 + SLACK_S
     assert died.result(DEADLINE_S) == signal.SIGKILL
 
