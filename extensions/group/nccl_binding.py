@@ -111,6 +111,8 @@ class Comm:
         NCCL starts a thread for every call on one that does not block: 130 to 600 microseconds instead of 20. NCCL
         before 2.18 can't split: there the first one broadcasts. Raises NcclError.
         """
+        # The first one is kept until the end, for 200 MiB of the device: where NCCL_COMM_SPLIT_SHARE_RESOURCES=1 is set
+        # it has its flag of an abort in common with the child, which would end with it.
         if self._library.splits:
             arguments = (self._joined, 0, self._rank, ctypes.byref(self._child), config(blocking=True))
             self._library.settled("ncclCommSplit", self._library.call("ncclCommSplit", *arguments))
