@@ -1,4 +1,4 @@
-"""What a case ends with is its subject's fail, or the suite's own error, and says what the same fault says elsewhere."""
+"""A case ends with its subject's fail or the suite's own error, and with a cause that other cases can share."""
 
 from types import SimpleNamespace
 
