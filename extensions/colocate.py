@@ -5,8 +5,10 @@ from collections.abc import Iterable
 import torch
 
 from extensions.bracket import UpdateBracket
-from extensions.devices import HandleError, SharedSegment, device_id, export_tensor, open_handle
+from extensions.devices import device_id
+from extensions.handles import HandleError, export_tensor, open_handle
 from extensions.manifest import SHOWN, ManifestError, require_name
+from extensions.segments import SharedSegment
 
 
 class ColocateWorkerExtension(UpdateBracket):

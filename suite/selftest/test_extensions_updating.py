@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from extensions.bracket import UpdateError
-from extensions.devices import HandleError, SharedSegment, device_id
+from extensions.devices import device_id
 from extensions.group import GroupError
+from extensions.handles import HandleError
 from extensions.manifest import ManifestError, manifest_of
+from extensions.segments import SharedSegment
 from suite.selftest.fakes import CPU, SHAPES, Worker, begin, fitted, tensors, untouched
 
 

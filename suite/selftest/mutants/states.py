@@ -9,8 +9,8 @@ import torch
 
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension, HandleSender
-from extensions.devices import open_handle
 from extensions.group import Communicator
+from extensions.handles import open_handle
 from suite.selftest.mutants.registry import (
     ANSWERS,
     BROADCAST,
