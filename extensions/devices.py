@@ -12,6 +12,12 @@ import torch
 CPU_DEVICE_ID = "WEIGHT_SYNC_CPU_DEVICE_ID"  # names host memory, where one machine is to stand for several devices
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that is queued. An update is acknowledged when the copies are made."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def device_id(device: torch.device) -> str:
     """The id of a device, the same in every process of the machine.
 

@@ -320,7 +320,7 @@ def test_a_tensor_is_received_by_dtype_and_shape_in_every_spelling(worker: Worke
     worker._weight_sync_group = Group(torch.full((2, 3), 7.0))
     begin(worker)
     worker.update_weight("a.weight", dtype, form([2, 3]))
-    assert worker._weight_sync_load._taken["a.weight"].tolist() == [[7.0] * 3] * 2
+    assert worker._weight_sync_state.update.load.taken["a.weight"].tolist() == [[7.0] * 3] * 2
 
 
 def test_a_wrong_tensor_is_received_before_it_is_refused(worker: Worker):
