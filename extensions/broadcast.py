@@ -1,4 +1,7 @@
-"""Weights by broadcast: the trainer is rank 0 of a group, the workers of one or several engines are the others."""
+"""Weights by broadcast. The trainer is rank 0 of a group; the workers of one or several engines are the other ranks.
+
+`WorkerExtension` is the engine's half and `BroadcastSender` the trainer's.
+"""
 
 from collections.abc import Iterable
 

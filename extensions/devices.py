@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-CPU_DEVICE_ID = "WEIGHT_SYNC_CPU_DEVICE_ID"  # names host memory, where one machine is to stand for several devices
+CPU_DEVICE_ID = "WEIGHT_SYNC_CPU_DEVICE_ID"  # another id for host memory: one machine stands for several
 
 
 def synchronize(device: torch.device) -> None:
@@ -21,10 +21,10 @@ def synchronize(device: torch.device) -> None:
 def device_id(device: torch.device) -> str:
     """The id of a device, the same in every process of the machine.
 
-    For CUDA `GPU-<uuid>` as nvidia-smi prints it (torch leaves the prefix out). For a slice that CUDA_VISIBLE_DEVICES
-    names `MIG-<uuid>`; where torch gives the UUID of its GPU instead, what CUDA_VISIBLE_DEVICES says, or all slices of
-    a GPU would be one. For the CPU, which vLLM gives no id, `CPU-` and this boot's id, or what
-    WEIGHT_SYNC_CPU_DEVICE_ID says.
+    A CUDA device has `GPU-<uuid>`, as nvidia-smi prints it; torch leaves the prefix out. A slice that
+    CUDA_VISIBLE_DEVICES names has `MIG-<uuid>`. Some drivers give a slice its GPU's UUID, which all its
+    slices share: the id is the entry in CUDA_VISIBLE_DEVICES then. The CPU has `CPU-<boot id>`, or the value of
+    WEIGHT_SYNC_CPU_DEVICE_ID.
     """
     if device.type == "cpu":
         return os.environ.get(CPU_DEVICE_ID) or "CPU-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,7 +1,7 @@
 """Handles to tensors in another process's memory.
 
-The ordinal inside a CUDA IPC handle is the sender's; it is replaced by the receiver's own for that device's UUID. A
-handle is plain data. It is rebuilt by functions named here, and nothing of it is called or unpickled.
+A handle is plain data. The functions that rebuild a tensor from it are named in this file: nothing in a handle is
+called or unpickled. The device ordinal inside a CUDA handle is the sender's, and is replaced by the receiver's own.
 """
 
 import re
@@ -12,9 +12,9 @@ import torch
 from extensions.segments import ALIGNMENT_BYTES, SEGMENT_NAME, SHARED_MEMORY
 from extensions.tensors import MAX_ELEMENTS, dtype_name, dtype_of, is_shape
 
-EVENT_BYTES = 64  # of a cudaIpcEventHandle_t, which torch reads whatever it is given
+EVENT_BYTES = 64  # the size of a cudaIpcEventHandle_t: torch reads as many bytes, whatever it is given
 COUNTER_BYTES = 8
-COUNTERS_PREFIX = b"/torch_"  # of the names in shared memory under which senders count what is still in use
+COUNTERS_PREFIX = b"/torch_"  # begins the names of the files where senders count the tensors still in use
 
 # The arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor after the tensor class, in order.
 CUDA_FIELDS = (
@@ -27,11 +27,11 @@ CUDA_COUNTS = ("storage_offset", "storage_bytes", "storage_offset_bytes", "ref_c
 
 
 class HandleError(ValueError):
-    """A handle that is none, or that can't be opened here."""
+    """A malformed handle, or one that cannot be opened in this process."""
 
 
 def export_tensor(tensor: torch.Tensor) -> dict:
-    """A handle to a CUDA tensor, which has to stay alive and unchanged until the receiver is done with it."""
+    """A handle to a CUDA tensor. The tensor has to stay alive and unchanged until the receiver is done with it."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     _, arguments = reduce_tensor(tensor)
@@ -39,7 +39,7 @@ def export_tensor(tensor: torch.Tensor) -> dict:
 
 
 def _plain_cuda(arguments: tuple) -> dict:
-    """torch's arguments as plain data. The classes among them are left out; there is one right value for each."""
+    """torch's arguments as plain data. Left out are the classes, which are always the same, and the ordinal."""
     if len(arguments) != len(CUDA_FIELDS) + 1:
         raise HandleError(f"expected {len(CUDA_FIELDS) + 1} arguments of a CUDA tensor, found {len(arguments)}")
     fields = dict(zip(CUDA_FIELDS, arguments[1:], strict=True))
@@ -51,9 +51,10 @@ def _plain_cuda(arguments: tuple) -> dict:
 
 
 def open_handle(handle: object, device: torch.device) -> torch.Tensor:
-    """The tensor behind a handle, mapped on `device` (the receiver's own), not copied.
+    """The tensor behind a handle. It is mapped on `device`, the receiver's own, and not copied.
 
-    Raises HandleError for anything that is not a well-formed handle of this device's kind.
+    `handle` is plain data, or the pair (function, arguments) that torch's `reduce_tensor` returns. Raises HandleError
+    where it is malformed, or is a handle to another kind of device.
     """
     if isinstance(handle, tuple | list) and len(handle) == 2 and callable(handle[0]):
         return _open_pair(handle[0], handle[1], device)
@@ -72,7 +73,7 @@ def _open_pair(function: object, arguments: object, device: torch.device) -> tor
 
     opens = {"cuda": reductions.rebuild_cuda_tensor, "cpu": reductions.rebuild_tensor}
     if function is not opens.get(device.type):
-        plain = isinstance(function, FunctionType | BuiltinFunctionType)  # of others, nothing is even asked
+        plain = isinstance(function, FunctionType | BuiltinFunctionType)  # an attribute of another object may be code
         name = f"{function.__module__}.{function.__qualname__}" if plain else f"a {type(function).__name__}"
         raise HandleError(f"{name:.120} is not torch's function for a tensor on {device.type}; it was not called")
     if not isinstance(arguments, tuple | list):
@@ -81,7 +82,7 @@ def _open_pair(function: object, arguments: object, device: torch.device) -> tor
 
 
 def _open_storage(arguments: tuple | list) -> torch.Tensor:
-    """What torch's `rebuild_tensor` makes of a CPU storage that came along as an object."""
+    """A tensor in a CPU storage that was handed over as an object, as torch's `rebuild_tensor` would make it."""
     try:
         _, storage, (offset, shape, stride, _) = arguments
     except (TypeError, ValueError):
@@ -109,7 +110,7 @@ def _open_cuda(handle: dict, device: torch.device) -> torch.Tensor:
     shape, stride, offset = _layout(handle, dtype)
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
-        # It imports the memory on the device that it is told: the receiver's own.
+        # Called with the receiver's own ordinal, it maps the memory on the receiver's device.
         return rebuild_cuda_tensor(
             torch.Tensor, torch.Size(shape), tuple(stride), offset, torch.UntypedStorage, dtype, index,
             handle["memory_handle"], handle["storage_bytes"], handle["storage_offset_bytes"], False,
@@ -122,7 +123,7 @@ def _open_cuda(handle: dict, device: torch.device) -> torch.Tensor:
 
 
 def _check_synchronisation(handle: dict) -> None:
-    """Refuse what torch would take as it comes: an event to read, a counter to write to in shared memory."""
+    """Refuse a malformed event or counter: torch would read the one and write to the other without a check."""
     if type(handle["event_sync_required"]) is not bool:
         raise HandleError(f"event_sync_required: expected True or False, found {handle['event_sync_required']!r:.80}")
     if len(handle["event_handle"]) != EVENT_BYTES:
@@ -132,7 +133,7 @@ def _check_synchronisation(handle: dict) -> None:
         raise HandleError(f"ref_counter_handle: expected a name such as {COUNTERS_PREFIX!r}..., found {name!r:.80}")
     counters = SHARED_MEMORY / name[1:].decode()
     end = (handle["ref_counter_offset"] + 1) * COUNTER_BYTES
-    if counters.is_file() and end > counters.stat().st_size:  # torch leaves a counter alone whose file is gone
+    if counters.is_file() and end > counters.stat().st_size:  # where the file is gone, torch writes nothing
         raise HandleError(f"ref_counter_offset: {handle['ref_counter_offset']} is outside {counters.name}")
 
 
@@ -183,14 +184,14 @@ def _sizes(handle: dict, name: str) -> list[int]:
 
 
 def _layout(handle: dict, dtype: torch.dtype) -> tuple[list[int], list[int], int]:
-    """Shape, stride and offset (in elements) of a tensor that lies inside its storage."""
+    """Shape, stride and offset, in elements. Raises HandleError where they reach outside the storage."""
     shape, stride, offset = _sizes(handle, "shape"), _sizes(handle, "stride"), _count(handle, "storage_offset")
     if len(shape) != len(stride):
         raise HandleError(f"shape and stride: expected as many strides as sizes, found {len(stride)} and {len(shape)}")
     if not is_shape(shape):
         raise HandleError(f"shape: expected that of a tensor, found {shape!r:.80}")
     if not all(shape):
-        return shape, stride, 0  # torch lets the offset of an empty tensor be anything
+        return shape, stride, 0  # in torch an empty tensor may have any offset
     reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if (offset + reach) * dtype.itemsize > _count(handle, "storage_bytes"):
         raise HandleError(f"shape {shape} with strides {stride} reaches outside its storage")

@@ -1,4 +1,4 @@
-"""Files in shared memory that hold the tensors of an update."""
+"""Shared memory for the tensors of an update, where trainer and engine compute on CPUs."""
 
 import os
 import re
@@ -12,21 +12,21 @@ from extensions.tensors import dtype_name, flat_bytes
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENT_NAME = re.compile(r"weight-sync-[A-Za-z0-9-]{1,80}")
 RUN_ID = "WEIGHT_SYNC_RUN_ID"
-ALIGNMENT_BYTES = 64
+ALIGNMENT_BYTES = 64  # tensors begin at multiples of this: a view in another dtype needs a multiple of its element size
 
 
 class SharedSegment:
-    """One file in shared memory that holds the tensors of an update."""
+    """One file in shared memory, which its user alone can read. Raises OSError where memory is short."""
 
     def __init__(self, nbytes: int) -> None:
-        # The run's id comes first, so that whoever ends a run can find what a killed trainer left.
+        # A killed trainer leaves its segment behind. Whoever ends the run finds it by the run's id.
         run = re.sub(r"[^A-Za-z0-9]", "", os.environ.get(RUN_ID, ""))[:40] or "x"
         self.name = f"weight-sync-{run}-{os.getpid()}-{secrets.token_hex(4)}"
         self.nbytes = nbytes
         path = SHARED_MEMORY / self.name
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, nbytes)  # fail here, not with SIGBUS, where memory is short
+            os.posix_fallocate(descriptor, 0, nbytes)  # raises where memory is short; a write would be a SIGBUS
         except OSError:
             path.unlink()
             raise
@@ -36,10 +36,11 @@ class SharedSegment:
 
     @staticmethod
     def size_for(tensors: list[torch.Tensor]) -> int:
+        """The bytes that a segment needs to hold these tensors."""
         return max(ALIGNMENT_BYTES, sum(_aligned(t.numel() * t.element_size()) for t in tensors))
 
     def fill(self, named_tensors: list[tuple[str, torch.Tensor]]) -> dict[str, dict]:
-        """Copy the tensors in, one after the other, and return their handles."""
+        """Copy the tensors in, one after the other. Returns `{name: handle}`, which `open_handle` takes."""
         handles, start = {}, 0
         for name, tensor in named_tensors:
             whole = tensor.detach().contiguous()
@@ -54,7 +55,7 @@ class SharedSegment:
         return handles
 
     def unlink(self) -> None:
-        """Free the name; the memory goes when the last process has let go of it."""
+        """Remove the file. The memory is freed when the last process has unmapped it."""
         self._bytes = None
         (SHARED_MEMORY / self.name).unlink(missing_ok=True)
 
