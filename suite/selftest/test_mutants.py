@@ -393,7 +393,7 @@ def test_a_worker_becomes_another_and_keeps_nothing(monkeypatch: pytest.MonkeyPa
     Worker.__bases__ = (Base, first)  # as vLLM does
     worker = Worker()
     worker.execute_model = worker._mutant_execute_model
-    worker._mutant_kept, worker._weight_sync_load, worker.vllms_own = 1, None, worker.probe_device
+    worker._mutant_kept, worker._weight_sync_state, worker.vllms_own = 1, None, worker.probe_device
     worker.probe_become("extensions.broadcast:WorkerExtension")
     assert isinstance(worker, WorkerExtension)
     assert not isinstance(worker, first)

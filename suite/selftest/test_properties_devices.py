@@ -17,7 +17,8 @@ from torch.multiprocessing import reductions
 
 from extensions import colocate, devices
 from extensions.colocate import HandleSender
-from extensions.devices import CUDA_FIELDS, device_id
+from extensions.devices import device_id
+from extensions.handles import CUDA_FIELDS, HandleError
 from extensions.manifest import ManifestError
 from suite.processes import wire
 from suite.selftest.cuda_rules import Gpu, Physical, enumerated, listing, physical_devices
@@ -369,7 +370,7 @@ def test_the_property_finds(break_it: Callable, found: type[AssertionError], mon
     def broken(both: tuple[Process, Process], form: str, explicit: bool) -> None:
         try:
             judge(*both, form, explicit)
-        except (AssertionError, RuntimeError, devices.HandleError) as error:
+        except (AssertionError, RuntimeError, HandleError) as error:
             if isinstance(error, found):
                 raise
 
