@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reports import export, text, versions
+from reports import export, text, trend
 from reports.compare import CAUSES, DEFAULT_CAUSES, compare, same_hardware
 from reports.load import Run, UnusableInput, labelled, only, read, read_all
 from reports.statistics import THRESHOLD
@@ -152,12 +152,12 @@ def _trend(options: argparse.Namespace) -> int:
         if sheet is None:
             raise UnusableInput(str(options.files[0]), "", "expected timings or failures to draw, found none")
         plots.save(sheet, path, "svg" if path == options.svg else "png")
-    print(versions.trend_text(runs, options.threshold))
+    print(trend.trend_text(runs, options.threshold))
     return 0
 
 
 def _table(options: argparse.Namespace) -> int:
-    print(versions.markdown_tables(_several(options), options.threshold))
+    print(trend.markdown_tables(_several(options), options.threshold))
     return 0
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reports import pace, plots, text, units, versions
+from reports import pace, plots, text, trend, units
 from reports.compare import DEFAULT_CAUSES, Change, Comparison, compare
 from reports.load import Run
 from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order, legend
@@ -89,9 +89,9 @@ def trend_page(runs: Sequence[Run], threshold: float) -> str:
         found=[cells(run.outcomes, "requirement") for run in runs],
         requirements=in_order(outcome.requirement for run in runs for outcome in run.outcomes),
         trend=_plots(plots.trend(runs), "trend", "Seconds over versions, with intervals"),
-        legend_of_times=versions.LEGEND,
-        timings=versions.seconds_rows(runs, threshold, intervals=True),
-        paces=versions.pace_rows(runs, threshold),
+        legend_of_times=trend.LEGEND,
+        timings=trend.seconds_rows(runs, threshold, intervals=True),
+        paces=trend.pace_rows(runs, threshold),
     )
 
 
