@@ -9,8 +9,8 @@ from reports import statistics, units
 from reports.compare import TimingChange, compare_timing
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, SYMBOL, Cell, cells
-from reports.table import markdown_table, text_table
-from reports.text import VERDICT_SYMBOL
+from reports.rows import VERDICT_SYMBOL
+from reports.table import markdown_table, text_table, wrapped
 
 PACE = "the host's pace"
 LEGEND = (
@@ -75,7 +75,7 @@ def trend_text(runs: Sequence[Run], threshold: float = statistics.THRESHOLD, wid
     parts += [text_table(head, rows, width, range(1, len(head)))] if rows else []
     paces = pace_rows(runs, threshold)
     parts += [text_table((PACE, *labels), paces, width, range(1, len(head)))] if paces else []
-    return "\n\n".join([*parts, *([LEGEND] if rows or paces else [])])
+    return "\n\n".join([*parts, *([wrapped(LEGEND, width, "")] if rows or paces else [])])
 
 
 def markdown_tables(runs: Sequence[Run], threshold: float = statistics.THRESHOLD) -> str:
