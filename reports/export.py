@@ -13,7 +13,7 @@ from reports.matrix import SYMBOL, headline, in_order
 from reports.table import markdown, markdown_table
 
 CASE = ("requirement", "level", "subject", "stage", "model", "verdict", "detail", "duration_s", "waiver_issue",
-        "waiver_reason")  # fmt: skip
+        "waiver_reason", "repeat")  # fmt: skip
 TIMING = ("group", "subject", "stage", "model", "name", "bytes_sent", "tensors", "parameters", "median_s", "gb_per_s",
           "roofline_kind", "roofline_gb_per_s", "fraction_of_roofline", "engine_peak_extra_bytes",
           "trainer_peak_extra_bytes")  # fmt: skip

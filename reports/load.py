@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from reports import message
 from reports.environment import Environment, environment
 from reports.node import Node, UnusableInput, refuse_non_finite
 from reports.pace import Pace
@@ -40,6 +41,7 @@ class Outcome:
     waiver_issue: str = ""
     waiver_reason: str = ""
     cause: str = ""
+    repeat: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -47,18 +49,26 @@ class Outcome:
 
     @property
     def known_cause(self) -> str:
-        """What the suite names as the cause, else the first line of the message; empty where there is neither."""
-        return self.cause or self.detail.partition("\n")[0]
+        """What the suite names as the cause, else the message's start; empty where there is neither.
+
+        That is what was expected and found, where the message says these, and its first line where it does not.
+        """
+        said = [message.labelled(self.detail, label) for label in ("expected", "found")]
+        return self.cause or "; ".join(filter(None, said)) or self.detail.partition("\n")[0]
 
     @property
     def told(self) -> str:
-        """What a reader is told: the cause, the message and, before them, why that failure is waived."""
-        named = self.cause if self.cause not in self.detail else ""
-        message = "\n".join(filter(None, [named, self.detail]))
-        if self.verdict != "waived":
-            return message
+        """What a reader is told: why a failure is waived, the cause, the message, and how to repeat the case."""
         waiver = ", ".join(filter(None, [self.waiver_reason, self.waiver_issue])) or "no reason given"
-        return f"waived: {waiver}\n{message}".rstrip()
+        lines = [f"waived: {waiver}" if self.verdict == "waived" else ""]
+        lines += [self.cause if self.cause not in self.detail else "", self.detail]
+        lines += [f"repeat: {self.repeat}" if self.repeat and self.verdict in ("fail", "error", "waived") else ""]
+        return "\n".join(filter(None, lines))
+
+    @property
+    def told_with_clause(self) -> str:
+        """The same below the requirement's text, for a place where that does not stand already."""
+        return "\n".join(filter(None, [f"clause: {self.text}" if self.text else "", self.told]))
 
 
 @dataclass(frozen=True)
@@ -242,6 +252,7 @@ def _outcome(node: Node) -> Outcome:
         waiver_issue=node["waiver_issue"].optional_text() or "",
         waiver_reason=node["waiver_reason"].optional_text() or "",
         cause=node["cause"].optional_text() or "",
+        repeat=node["repeat"].optional_text() or "",
     )
 
 

@@ -13,6 +13,7 @@ from reports import pace, plots, rows, trend, units
 from reports.compare import DEFAULT_CAUSES, Change, Comparison, compare
 from reports.load import Run
 from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order, legend
+from reports.message import parts
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -154,5 +155,11 @@ def _templates() -> Environment:
         "dark": plots.DARK,
         "light": plots.LIGHT,
     }
-    found.filters |= {"plain": units.plain, "dict": dict, "breakable": _breakable, "fact_names": _fact_names}
+    found.filters |= {
+        "plain": units.plain,
+        "parts": parts,
+        "dict": dict,
+        "breakable": _breakable,
+        "fact_names": _fact_names,
+    }
     return found

@@ -9,9 +9,8 @@ from reports import pace, rows, units
 from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, MEANING, SYMBOL, Cell, cells, headline, in_order, legend
+from reports.message import message_text
 from reports.table import text_table, wrapped
-
-LINES_OF_A_MESSAGE = 6
 
 
 def run_text(run: Run, width: int = 100) -> str:
@@ -67,8 +66,8 @@ def _reasons(run: Run, width: int) -> list[str]:
     for first, more in rows.failures(run):
         where = " ".join(filter(None, [first.subject, first.stage, first.model]))
         head = f"{SYMBOL[first.verdict]} {first.verdict} {first.level} {first.requirement}: {where}"
-        message = wrapped(first.told or "no message", width, lines=LINES_OF_A_MESSAGE)
-        parts.append("\n".join(filter(None, [wrapped(head, width, ""), message, wrapped(more, width) if more else ""])))
+        lines = [wrapped(head, width, ""), message_text(first.told_with_clause or "no message", width)]
+        parts.append("\n".join([*lines, *([wrapped(more, width)] if more else [])]))
     for verdict in ("unsupported", "not-applicable"):
         counted = Counter(outcome.detail or "no reason given" for outcome in run.outcomes if outcome.verdict == verdict)
         lines = [wrapped(f"{count} x {reason}", width, "    ", 2) for reason, count in counted.items()]
@@ -118,7 +117,7 @@ def _changes(told: list[Change], width: int) -> list[str]:
         for name, detail, more in rows.grouped([change for change in told if change.kind == kind]):
             lines += [
                 wrapped(name, width, "  "),
-                wrapped(detail, width, lines=LINES_OF_A_MESSAGE),
+                message_text(detail, width),
                 wrapped(more, width),
             ]
         parts.append("\n".join(filter(None, lines)))
