@@ -30,6 +30,12 @@ def requirement_rows(runs: Sequence[Run], all_of_them: bool = False) -> list[tup
     return rows
 
 
+def met_row(runs: Sequence[Run]) -> tuple[str, ...]:
+    """How many requirements each run meets, of how many that it knows."""
+    found = [[cell.verdict for cell in cells(run.outcomes, "requirement").values()] for run in runs]
+    return ("requirements met", *(f"{verdicts.count('pass')} of {len(verdicts)}" for verdicts in found))
+
+
 def seconds_rows(
     runs: Sequence[Run], threshold: float = statistics.THRESHOLD, intervals: bool = False
 ) -> list[tuple[str, ...]]:
@@ -79,14 +85,11 @@ def trend_text(runs: Sequence[Run], threshold: float = statistics.THRESHOLD, wid
 
 
 def markdown_tables(runs: Sequence[Run], threshold: float = statistics.THRESHOLD) -> str:
-    """The two tables for a README."""
+    """What fails, the times and the host's pace, as tables for a page of text."""
     labels = [run.label for run in runs]
     parts = []
     if any(run.outcomes for run in runs):
-        met = [sum(cell.verdict == "pass" for cell in cells(run.outcomes, "requirement").values()) for run in runs]
-        totals = [len(cells(run.outcomes, "requirement")) for run in runs]
-        summary = ("requirements met", *(f"{count} of {total}" for count, total in zip(met, totals, strict=True)))
-        parts.append(markdown_table(("requirement", *labels), [*requirement_rows(runs), summary]))
+        parts.append(markdown_table(("requirement", *labels), [*requirement_rows(runs), met_row(runs)]))
     if any(run.timings for run in runs):
         head = ("median time, GB/s, of roofline", *labels)
         parts += [markdown_table(head, seconds_rows(runs, threshold), range(1, len(head)))]
