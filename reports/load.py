@@ -22,6 +22,8 @@ SCHEMA = 1
 MAX_BYTES = 64_000_000
 VERDICTS = ("pass", "fail", "waived", "unsupported", "not-applicable", "error")
 LEVELS = ("MUST", "SHOULD")
+CASE = re.compile(r" \[subject=[^\]]*\]")  # what messages end with
+ERROR_TYPE = re.compile(r"^\w+: (?=.)")
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,15 @@ class Outcome:
         """What a reader is told: why a failure is waived, the cause, the message, and how to repeat the case."""
         waiver = ", ".join(filter(None, [self.waiver_reason, self.waiver_issue])) or "no reason given"
         lines = [f"waived: {waiver}" if self.verdict == "waived" else ""]
-        lines += [self.cause if self.cause not in self.detail else "", self.detail]
+        lines += ["" if self._says_its_cause else self.cause, self.detail]
         lines += [f"repeat: {self.repeat}" if self.repeat and self.verdict in ("fail", "error", "waived") else ""]
         return "\n".join(filter(None, lines))
+
+    @property
+    def _says_its_cause(self) -> bool:
+        """Whether the message has the cause in it, apart from the error's type and the name of the case."""
+        cause = ERROR_TYPE.sub("", self.cause)
+        return cause in self.detail or cause in CASE.sub("", self.detail)
 
     @property
     def told_with_clause(self) -> str:
