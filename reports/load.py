@@ -61,8 +61,16 @@ class Outcome:
     @property
     def told(self) -> str:
         """What a reader is told: why a failure is waived, the cause, the message, and how to repeat the case."""
+        return self._told("")
+
+    @property
+    def told_with_clause(self) -> str:
+        """The same with the requirement's text, for a place where that does not stand already."""
+        return self._told(f"clause: {self.text}" if self.text else "")
+
+    def _told(self, clause: str) -> str:
         waiver = ", ".join(filter(None, [self.waiver_reason, self.waiver_issue])) or "no reason given"
-        lines = [f"waived: {waiver}" if self.verdict == "waived" else ""]
+        lines = [f"waived: {waiver}" if self.verdict == "waived" else "", clause]
         lines += ["" if self._says_its_cause else self.cause, self.detail]
         lines += [f"repeat: {self.repeat}" if self.repeat and self.verdict in ("fail", "error", "waived") else ""]
         return "\n".join(filter(None, lines))
@@ -72,11 +80,6 @@ class Outcome:
         """Whether the message has the cause in it, apart from the error's type and the name of the case."""
         cause = ERROR_TYPE.sub("", self.cause)
         return cause in self.detail or cause in CASE.sub("", self.detail)
-
-    @property
-    def told_with_clause(self) -> str:
-        """The same below the requirement's text, for a place where that does not stand already."""
-        return "\n".join(filter(None, [f"clause: {self.text}" if self.text else "", self.told]))
 
 
 @dataclass(frozen=True)
