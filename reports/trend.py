@@ -9,8 +9,8 @@ from reports import statistics, units
 from reports.compare import TimingChange, compare_timing
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, SYMBOL, Cell, cells
-from reports.table import markdown_table, text_table
-from reports.text import VERDICT_SYMBOL
+from reports.rows import VERDICT_SYMBOL
+from reports.table import markdown_table, text_table, wrapped
 
 PACE = "the host's pace"
 LEGEND = (
@@ -28,6 +28,12 @@ def requirement_rows(runs: Sequence[Run], all_of_them: bool = False) -> list[tup
         if all_of_them or any(cell and cell.verdict in FOUND_WANTING for cell in row):
             rows.append((*key, *(_counted(cell) for cell in row)))
     return rows
+
+
+def met_row(runs: Sequence[Run]) -> tuple[str, ...]:
+    """How many requirements each run meets, of how many that it knows."""
+    found = [[cell.verdict for cell in cells(run.outcomes, "requirement").values()] for run in runs]
+    return ("requirements met", *(f"{verdicts.count('pass')} of {len(verdicts)}" for verdicts in found))
 
 
 def seconds_rows(
@@ -75,18 +81,15 @@ def trend_text(runs: Sequence[Run], threshold: float = statistics.THRESHOLD, wid
     parts += [text_table(head, rows, width, range(1, len(head)))] if rows else []
     paces = pace_rows(runs, threshold)
     parts += [text_table((PACE, *labels), paces, width, range(1, len(head)))] if paces else []
-    return "\n\n".join([*parts, *([LEGEND] if rows or paces else [])])
+    return "\n\n".join([*parts, *([wrapped(LEGEND, width, "")] if rows or paces else [])])
 
 
 def markdown_tables(runs: Sequence[Run], threshold: float = statistics.THRESHOLD) -> str:
-    """The two tables for a README."""
+    """What fails, the times and the host's pace, as tables for a page of text."""
     labels = [run.label for run in runs]
     parts = []
     if any(run.outcomes for run in runs):
-        met = [sum(cell.verdict == "pass" for cell in cells(run.outcomes, "requirement").values()) for run in runs]
-        totals = [len(cells(run.outcomes, "requirement")) for run in runs]
-        summary = ("requirements met", *(f"{count} of {total}" for count, total in zip(met, totals, strict=True)))
-        parts.append(markdown_table(("requirement", *labels), [*requirement_rows(runs), summary]))
+        parts.append(markdown_table(("requirement", *labels), [*requirement_rows(runs), met_row(runs)]))
     if any(run.timings for run in runs):
         head = ("median time, GB/s, of roofline", *labels)
         parts += [markdown_table(head, seconds_rows(runs, threshold), range(1, len(head)))]
