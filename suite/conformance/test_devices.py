@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from suite.conformance.requirements import MUST, requirement
-from suite.driver.pool import Pool
+from suite.driver.pool import EngineKey, Pool
 from suite.driver.sync import Sync
 from suite.driver.trainers import TrainerGroup
 from suite.fixtures import lend
@@ -102,6 +102,11 @@ def remapped(
     trainer.stop_soon()
 
 
+def _remapped_engines(key: EngineKey, params: dict) -> list[EngineKey]:
+    visibility, devices = params["visibility"], machine().devices
+    return [replace(key, visible=visibility.engine(devices))] if visibility.fits(devices) else []
+
+
 @requirement(
     "devices.remap",
     MUST,
@@ -112,6 +117,7 @@ def remapped(
     on="gpu",
     models={"gpu-colocate-tp1": [TIED]},
 )
+@pytest.mark.needs(engines=_remapped_engines)
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=lambda v: v.name)
 def test_remap(remapped: Callable[[], Sync], target: int, visibility: Visibility) -> None:
     sync = remapped()  # here, since an engine that does not start like this has not met the requirement

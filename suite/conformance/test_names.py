@@ -5,7 +5,6 @@ import pytest
 from suite.conformance.requirements import MUST, requirement
 from suite.driver.pool import Pool
 from suite.driver.trainers import Trainers
-from suite.plugin import timeline
 from suite.processes.process import Run, launch
 from suite.subjects import Subject
 
@@ -18,7 +17,7 @@ def worker_names(run: Run, pool: Pool, trainers: Trainers) -> list[str]:
 
     Pool and trainers are asked for so that engines and trainers start meanwhile.
     """
-    with timeline("starting", "worker names"):
+    with pool.timeline("starting", "worker names"):
         process = launch(
             run,
             "worker-names",

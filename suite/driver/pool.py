@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -84,12 +84,19 @@ class Pool:
         run: owns the processes.
         stages, subjects: by name.
         announce: called with a line of text when an engine starts, is ready, or fails.
+        timeline: puts down how long a block takes, "starting", "moving" or "judging", and what.
     """
 
     def __init__(
-        self, run: Run, stages: dict[str, Stage], subjects: dict[str, Subject], announce: Callable[[str], None]
+        self,
+        run: Run,
+        stages: dict[str, Stage],
+        subjects: dict[str, Subject],
+        announce: Callable[[str], None],
+        timeline: Callable[[str, str], AbstractContextManager[None]] = lambda what, name: nullcontext(),
     ) -> None:
-        self._run, self._stages, self._subjects, self._announce = run, stages, subjects, announce
+        self._run, self._stages, self._subjects = run, stages, subjects
+        self.announce, self.timeline = announce, timeline
         self._gpu_memory = environment.gpu_memory_bytes()
         self._needs: Counter[EngineKey] = Counter()
         self._by_test: dict[str, list[EngineKey]] = {}
@@ -158,7 +165,7 @@ class Pool:
         while not self._fits(key):
             ahead = [other for other in self._started if other != key and self._shares_a_gpu(other, key)]
             if ahead and not self._stopping:
-                self._announce(f"engine {ahead[-1]}: ended, since the trainer of {key} needs its room")
+                self.announce(f"engine {ahead[-1]}: ended, since the trainer of {key} needs its room")
                 self.discard(self._started[ahead[-1]])
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no room for the trainer of {key} beside {', '.join(map(str, self._started))}")
@@ -277,7 +284,7 @@ class Pool:
             try:
                 handle = self._start(key)
             except Exception as error:  # whatever it was, the test that needs the engine reports it
-                self._announce(f"engine {key}: failed to start ({type(error).__name__})")
+                self.announce(f"engine {key}: failed to start ({type(error).__name__})")
                 with self._changed:
                     self._failed[key] = error
             else:
@@ -363,7 +370,7 @@ class Pool:
     def _start(self, key: EngineKey) -> EngineHandle:
         stage, subject = self._stages[key.stage], self._subjects[key.subject]
         started = time.monotonic()
-        self._announce(f"engine {key}: starting")
+        self.announce(f"engine {key}: starting")
         link_path = str(self._run.directory / f"{self._run.label('link')}.sock")
         options = engine_options(stage) | ({"load_format": "dummy"} if key.seed is None else {}) | dict(key.options)
         arguments = {
@@ -386,7 +393,7 @@ class Pool:
         except Exception:
             process.stop()
             raise
-        self._announce(f"engine {key}: ready after {time.monotonic() - started:.0f} s")
+        self.announce(f"engine {key}: ready after {time.monotonic() - started:.0f} s")
         return EngineHandle(key, process, link_path, stage.engine_ranks, subject.extension, facts=facts)
 
 

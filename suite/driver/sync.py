@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from suite import models
 from suite.driver.pool import EngineHandle, Pool
 from suite.driver.trainers import ADDRESS, CALL_DEADLINE_S, TrainerGroup, free_port
-from suite.plugin import timeline
 from suite.processes.process import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
 from suite.stages import Stage
 from suite.subjects import Subject
@@ -122,7 +121,7 @@ class Sync:
         self.pool.patience.expect_hope(self.subject.name)
         self.connect()
         self.updates += 1
-        with timeline("moving", str(self.engines[0].key)):
+        with self.pool.timeline("moving", str(self.engines[0].key)):
             if pause:
                 calls = [e.process.submit("pause", self.prompts(1)[0], deadline_s) for e in self.engines]
             else:
@@ -231,7 +230,7 @@ class Sync:
         self.connect()
         self.updates += 1
         (engine,), (rank,) = self.engines, self.trainer.processes
-        with timeline("moving", str(engine.key)):
+        with self.pool.timeline("moving", str(engine.key)):
             updating = engine.process.submit("update", deadline_s)
             sending = rank.submit("update", self.subject.transport, deadline_s, fault=fault)
             engine_error = _raised(updating, deadline_s + CALL_MARGIN_S)

@@ -203,9 +203,9 @@ def test_the_cases_that_are_left(item: SimpleNamespace, left: bool):
 
 def test_mutants_borrow_engines_and_patience_is_less(monkeypatch: pytest.MonkeyPatch):
     subjects = {name: subject_from(f"suite.selftest.mutants:{name}") for name in ("LoadsNothing", "ReadsFreedHandles")}
-    monkeypatch.setattr(plugin, "current_selection", lambda: SimpleNamespace(subjects=subjects))
+    monkeypatch.setattr(plugin, "selection_of", lambda config: SimpleNamespace(subjects=subjects))
     monkeypatch.setattr(driver, "CALL_DEADLINE_S", 120.0)
-    hook = plugin.pytest_sessionstart(None)
+    hook = plugin.pytest_sessionstart(SimpleNamespace(config=None))
     next(hook)
     assert {subject.host for subject in subjects.values()} == {""}, "expected the suite's own plugin to come first"
     with pytest.raises(StopIteration):

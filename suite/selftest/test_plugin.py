@@ -49,14 +49,18 @@ SUBJECTS["lacking"] = dataclasses.replace(
 TESTS = """
 import time
 import pytest
-from suite import plugin
 from suite.session import verdicts
+from suite.session.state import state_of
 from suite.processes.process import launch
 
 ECHO = "suite.selftest.targets:Echo"
 
 def judged(requirement="update.exact", models=["qwen3-tied-tiny"]):
     return pytest.mark.requirement(requirement, models=models)
+
+@pytest.fixture
+def session(pytestconfig):
+    return state_of(pytestconfig)
 
 @pytest.fixture
 def failing_setup():
@@ -437,15 +441,15 @@ def test_what_judges_comes_first_and_what_measures_last_on_all_stages(tmp_path: 
 
 ENDING = """
 @pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
-def test_first(subject, stage, model, run):
-    with plugin.timeline("starting", "worker"):
+def test_first(subject, stage, model, run, session):
+    with session.timeline("starting", "worker"):
         pids = launch(run, "worker", ECHO).call("grandchildren", True, deadline_s=20)
     print("captured")
-    plugin.announce(f"started {' '.join(map(str, pids))}")
+    session.announce(f"started {' '.join(map(str, pids))}")
 
 @pytest.mark.requirement("update.zeroed", models=["qwen3-tied-tiny"])
-def test_second(subject, stage, model, run):
-    plugin.announce("now")
+def test_second(subject, stage, model, run, session):
+    session.announce("now")
     run.processes[0].call("sleep", 60, deadline_s=60)
 """
 
@@ -480,10 +484,10 @@ def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path, n
 
 UNINTERRUPTED = """
 @pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
-def test_it(subject, stage, model, run):
+def test_it(subject, stage, model, run, session):
     worker = launch(run, "worker", ECHO)
     worker.ready()
-    plugin.announce("waits")
+    session.announce("waits")
     number = signal.Signals[os.environ["SIGNAL"]]
     threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), number)).start()
     worker.call("sleep", 60, deadline_s=60)
