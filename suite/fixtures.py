@@ -6,10 +6,12 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from suite.benchmarks import pace
-from suite.driver.pool import EngineHandle, Pool, seed_of
+from suite.driver.engines import EngineHandle, seed_of
+from suite.driver.pool import Pool
 from suite.driver.sync import Sync
 from suite.driver.trainers import TrainerGroup, Trainers
-from suite.processes.process import DeadlineExceeded, Process, ProcessDied, Run
+from suite.processes.call import DeadlineExceeded, Process, ProcessDied
+from suite.processes.launcher import Launcher
 from suite.session import verdicts
 from suite.session.needs import engines_of, index_of
 from suite.session.state import selection_of, state_of
@@ -33,10 +35,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 @pytest.fixture(scope="session")
-def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
+def pool(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Pool]:
     """The engines of this run; those that the collected tests need are started ahead."""
     selection, state = selection_of(request.config), state_of(request.config)
-    pool = Pool(run, selection.stages, selection.subjects, state.announce, state.timeline)
+    pool = Pool(launcher, selection.stages, selection.subjects, state.announce, state.timeline)
     request.session.stash[POOL] = pool
     ended = request.session.stash.get(ENDED, set())
     items = [item for item in request.session.items if item.nodeid not in ended]
@@ -52,10 +54,10 @@ def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
-def trainers(run: Run, pytestconfig: pytest.Config) -> Iterator[Trainers]:
+def trainers(launcher: Launcher, pytestconfig: pytest.Config) -> Iterator[Trainers]:
     """The trainers of this run. Those on GPUs are started ahead."""
     ahead = max(1, min(SPARE_TRAINERS, len(os.sched_getaffinity(0)) // CORES_A_SPARE))
-    trainers = Trainers(run, ahead)
+    trainers = Trainers(launcher, ahead)
     for stage in selection_of(pytestconfig).stages.values():
         if stage.kind == "gpu":
             trainers.start(stage, stage.trainer_world_size)
@@ -110,7 +112,7 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     subject, stage, model = (request.getfixturevalue(name) for name in ("subject", "stage", "model"))
     pool.patience.expect_hope(subject.name)
     keys = engines_of(request.node)
-    if reason := next(filter(None, map(pool.too_large, keys)), ""):
+    if reason := next(filter(None, map(pool.room.too_large, keys)), ""):
         verdicts.not_applicable(reason)
     with pool.timeline("starting", str(keys[0])):
         engines = [pool.get(key) for key in keys]

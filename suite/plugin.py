@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from suite.processes.process import Run
+from suite.processes.launcher import Launcher
+from suite.processes.local import LocalLauncher
 from suite.session import environment, judging, options, selection, verdicts
 from suite.session.items import SELFTESTS, asked_for_nothing, case_of, examines, is_selftest, params_of, place_of
 from suite.session.record import JUNIT, LOGS, Record
@@ -63,8 +64,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if run := state_of(config).run:
-        run.close()
+    if launcher := state_of(config).launcher:
+        launcher.close()
 
 
 def _end(number: int, _: object) -> None:
@@ -144,13 +145,13 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Run]:
-    """The run that engine and trainer processes belong to; ended with the session."""
+def launcher(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Launcher]:
+    """Starts engine and trainer processes, which end with the session."""
     state = state_of(pytestconfig)
     logs = state.record.directory / LOGS if state.record else tmp_path_factory.mktemp("run") / LOGS
-    state.run = Run(logs)
-    yield state.run
-    state.run.close()
+    state.launcher = LocalLauncher(logs)
+    yield state.launcher
+    state.launcher.close()
 
 
 @pytest.hookimpl(tryfirst=True)

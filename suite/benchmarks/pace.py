@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from suite import models
-from suite.driver.pool import EngineHandle
-from suite.processes.process import DeadlineExceeded, ProcessDied, RemoteError
+from suite.driver.engines import EngineHandle
+from suite.processes.call import DeadlineExceeded, ProcessDied, RemoteError
 from suite.session.record import PACES
 from suite.session.state import state_of
 

@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass
 
 from suite import models
-from suite.driver.pool import EngineHandle, Pool
-from suite.driver.trainers import ADDRESS, CALL_DEADLINE_S, TrainerGroup, free_port
-from suite.processes.process import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
+from suite.driver.engines import EngineHandle
+from suite.driver.pool import Pool
+from suite.driver.trainers import CALL_DEADLINE_S, TrainerGroup
+from suite.processes.call import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
 from suite.stages import Stage
 from suite.subjects import Subject
 
@@ -96,11 +97,11 @@ class Sync:
             engine.connection = id(self.trainer)
 
     def _open_group(self) -> None:
-        port, offset = free_port(), 1
+        port, offset = self.pool.launcher.free_port(), 1
         world_size = 1 + sum(engine.ranks for engine in self.engines)
-        calls = [self.trainer.processes[0].submit("open_group", ADDRESS, port, world_size)]
+        calls = [self.trainer.processes[0].submit("open_group", self.pool.launcher.address, port, world_size)]
         for engine in self.engines:
-            calls.append(engine.process.submit("join_group", ADDRESS, port, offset, world_size))
+            calls.append(engine.process.submit("join_group", self.pool.launcher.address, port, offset, world_size))
             offset += engine.ranks
         self._gathered(calls, JOIN_DEADLINE_S)
 
@@ -184,9 +185,12 @@ class Sync:
         return "device copy" if on_gpu else "memory copy", [max(ranks) for ranks in copies]
 
     def _join_roofline(self) -> None:
-        port, world_size = free_port(), 1 + self.engines[0].ranks
-        calls = [self.trainer.processes[0].submit("join_roofline", ADDRESS, port, world_size)]
-        calls.append(self.engines[0].process.submit("rpc", "probe_join", ADDRESS, port, 1, world_size))
+        launcher = self.pool.launcher
+        port, world_size = launcher.free_port(), 1 + self.engines[0].ranks
+        calls = [self.trainer.processes[0].submit("join_roofline", self.pool.launcher.address, port, world_size)]
+        calls.append(
+            self.engines[0].process.submit("rpc", "probe_join", self.pool.launcher.address, port, 1, world_size)
+        )
         gather(calls, CALL_DEADLINE_S)
 
     def _broadcasts(self, nbytes: int, samples: int) -> list[float]:

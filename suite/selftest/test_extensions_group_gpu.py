@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from extensions.group import LINGER_S
-from suite.processes.process import Call, Process, ProcessDied, RemoteError, Run, gather, launch
+from suite.processes.call import Call, Process, ProcessDied, RemoteError, gather
+from suite.processes.local import LocalLauncher
 from suite.selftest.ranks import STEPS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -29,11 +30,11 @@ DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int64")
 def started(directory: Path, *ranks: int) -> Iterator[list[Process]]:
     """A process for each of these ranks, with all that it needs to join."""
     apart = torch.cuda.device_count() < 2
-    with Run(directory / "logs") as run:
+    with LocalLauncher(directory / "logs") as launcher:
         processes = []
         for rank in ranks:
             env = {"NCCL_HOSTID": f"host{rank}", "NCCL_NET": "Socket"} if apart else {}
-            processes.append(launch(run, f"rank{rank}", "suite.selftest.ranks:Rank", env=env))
+            processes.append(launcher.start(f"rank{rank}", "suite.selftest.ranks:Rank", env=env))
         for process in processes:
             process.ready(60)
         gather([process.submit("prepare", device(rank)) for process, rank in zip(processes, ranks, strict=True)], 120)

@@ -11,7 +11,8 @@ import pytest
 
 from extensions.group import LINGER_S, GroupError, stateless_init_process_group
 from suite.driver.sync import free_port
-from suite.processes.process import Call, Process, ProcessDied, RemoteError, Run, gather, launch
+from suite.processes.call import Call, Process, ProcessDied, RemoteError, gather
+from suite.processes.local import LocalLauncher
 from suite.selftest.ranks import STEPS, started
 
 DEADLINE_S = 30
@@ -88,8 +89,8 @@ def test_what_a_rank_raises_is_raised_on_all_at_once(ranks: list[Process], step:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_killed_rank_is_found_by_the_deadline(ranks: list[Process], tmp_path: Path, step: str):
-    with Run(tmp_path / "logs") as run:
-        victim = launch(run, "victim", "suite.selftest.ranks:Rank")
+    with LocalLauncher(tmp_path / "logs") as launcher:
+        victim = launcher.start("victim", "suite.selftest.ranks:Rank")
         victim.ready(60)
         *others, died = joining([*ranks[:2], victim], 2, (step, "killed", 0), join_timeout_s=JOIN_S)
         for kind, message, after_s in map(failure, others):
@@ -104,8 +105,8 @@ def test_a_killed_rank_is_found_by_the_deadline(ranks: list[Process], tmp_path: 
 
 @pytest.mark.parametrize("step", STEPS[1:])
 def test_a_killed_trainer_is_found_at_once(ranks: list[Process], tmp_path: Path, step: str):
-    with Run(tmp_path / "logs") as run:
-        victim = launch(run, "victim", "suite.selftest.ranks:Rank")
+    with LocalLauncher(tmp_path / "logs") as launcher:
+        victim = launcher.start("victim", "suite.selftest.ranks:Rank")
         victim.ready(60)
         *others, _ = joining([victim, *ranks[1:]], 0, (step, "killed", 0), join_timeout_s=20)
         for kind, message, after_s in map(failure, others):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from suite.processes.process import ROOT
+from suite import ROOT
 
 DEADLINE_S = 60
 PLANNING = """

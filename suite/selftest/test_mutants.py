@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from extensions.broadcast import WorkerExtension
+from suite import ROOT
 from suite.actors import probe
 from suite.conformance.requirements import catalogue
 from suite.driver import sync as driver
-from suite.processes import process as processes
 from suite.selftest import fakes
 from suite.selftest.mutants import MUTANTS, Mutant, plugin, registry, verdicts
 from suite.selftest.mutants.__main__ import _stages, main
@@ -359,7 +359,7 @@ def test_a_run_that_is_ended_ends_pytest(tmp_path: Path):
     run = "runpy.run_module('suite.selftest.mutants', run_name='__main__')"
     code = f"import runpy, sys; sys.executable = {str(program)!r}; {run}"
     runner = subprocess.Popen(
-        [sys.executable, "-c", code, ONE.name, "--report", str(tmp_path / "report")], cwd=processes.ROOT,
+        [sys.executable, "-c", code, ONE.name, "--report", str(tmp_path / "report")], cwd=ROOT,
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     with runner:

@@ -12,7 +12,7 @@ from suite.actors.engine import Engine
 from suite.actors.probe import Probe
 from suite.benchmarks import pace, test_throughput
 from suite.driver.patience import Patience
-from suite.processes.process import DeadlineExceeded
+from suite.processes.call import DeadlineExceeded
 from suite.selftest.test_plugin import ONE_CASE, examine
 from suite.session.record import PACES
 
@@ -121,10 +121,11 @@ def test_the_first_engine_that_a_test_is_lent_measures_it(monkeypatch: pytest.Mo
     engines = {name: SimpleNamespace(key=SimpleNamespace(seed=0), become=lambda subject: None) for name in
                ("first", "second")}  # fmt: skip
     pool = SimpleNamespace(
-        too_large=lambda key: "", get=engines.get, timeline=lambda what, name: contextlib.nullcontext(),
+        room=SimpleNamespace(too_large=lambda key: ""), get=engines.get,
+        timeline=lambda what, name: contextlib.nullcontext(),
         patience=Patience(),
     )  # fmt: skip
-    values = {"subject": SimpleNamespace(name="s"), "stage": SimpleNamespace(name="t"), "model": "qwen3-tied-tiny"}
+    values = {"subject": SimpleNamespace(name="s"), "stage": SimpleNamespace(name="t"), "model": models.TIED}
     request = SimpleNamespace(getfixturevalue=values.get, node=None, config=config)
     next(fixtures.lend(pool, SimpleNamespace(), request))
     assert measured == [(config, engines["first"])]
@@ -143,7 +144,7 @@ def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.Mon
     monkeypatch.setattr(pace, "measure", lambda *args, quiet: seen.append((*args, quiet, state["quiet"])))
     moved = SimpleNamespace(elapsed_s=1.0, bytes_sent=8, tensors=1, steps_s={})
     sync = SimpleNamespace(
-        update=lambda: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
+        update=lambda pause: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
         engines=["engine"], subject=SimpleNamespace(name="s"), stage=SimpleNamespace(name="t"), model="m",
         spec=SimpleNamespace(elements=4),
     )  # fmt: skip

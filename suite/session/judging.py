@@ -48,7 +48,7 @@ def _judgement(item: pytest.Item, call: pytest.CallInfo[None], state: State) -> 
 
 def _logs(state: State, progress: Progress) -> list[tuple[str, str]]:
     """The ends of the logs of the processes that a test has used."""
-    processes = state.run.processes if state.run else []
+    processes = state.launcher.processes if state.launcher else []
     return [(f"end of {p.log_path}", p.tail(LOG_LINES)) for p in processes if p.used_s >= progress.began_s]
 
 

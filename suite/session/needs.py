@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from suite.driver.pool import EngineKey, seed_of
+from suite.driver.engines import EngineKey, seed_of
 from suite.models import MODELS
 from suite.session.items import params_of
 from suite.session.selection import Selection

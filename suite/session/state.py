@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from suite.processes.process import Run
+from suite.processes.launcher import Launcher
 from suite.session.record import Record
 from suite.session.selection import Selection
 from suite.session.verdicts import Judgement
@@ -36,7 +36,7 @@ class State:
     config: pytest.Config
     examining: bool
     record: Record | None = None
-    run: Run | None = None
+    launcher: Launcher | None = None
     selection: Selection | None = None
     waivers: Ledger | None = None
     progress: dict[str, Progress] = field(default_factory=dict)
