@@ -13,7 +13,8 @@ import torch
 
 from extensions import group
 from extensions.group import gloo, nccl, nccl_binding, stateless_init_process_group
-from suite.processes.process import Process, Run, launch
+from suite.processes.call import Process
+from suite.processes.local import LocalLauncher
 
 ADDRESS = "127.0.0.1"
 APART_S = 20.0  # how long a fork may take to join
@@ -40,8 +41,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def started(directory: Path, count: int) -> Iterator[list[Process]]:
     """Processes that are up, each of which can join a group as a Rank."""
-    with Run(directory / "logs") as run:
-        processes = [launch(run, f"rank{rank}", f"{__name__}:Rank") for rank in range(count)]
+    with LocalLauncher(directory / "logs") as launcher:
+        processes = [launcher.start(f"rank{rank}", f"{__name__}:Rank") for rank in range(count)]
         for process in processes:
             process.ready(60)
         yield processes

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from suite import ROOT
 from suite.processes import janitor
-from suite.processes import process as processes
 from suite.selftest.test_plugin import hear_ctrl_c
 from suite.session import environment
 
@@ -35,7 +35,7 @@ class Session:
         self.report = report
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--report={report}", *arguments]
         self.process = subprocess.Popen(
-            command, cwd=processes.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True, preexec_fn=hear_ctrl_c,
         )  # fmt: skip
         self.output: list[str] = []

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from extensions.group import LINGER_S
-from suite.driver.trainers import free_port
-from suite.processes.process import Call, Process, ProcessDied, RemoteError, Run, gather, launch
+from suite.processes.call import Call, Process, ProcessDied, RemoteError, gather
+from suite.processes.local import LocalLauncher, free_port
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -31,11 +31,11 @@ KILLED = [(step, victim) for step in NCCL_STEPS for victim in (0, 1)] + [("broad
 def started(directory: Path, *ranks: int) -> Iterator[list[Process]]:
     """A process for each of these ranks, with all that it needs to join; all of them start at once."""
     apart = torch.cuda.device_count() < 2
-    with Run(directory / "logs") as run:
+    with LocalLauncher(directory / "logs") as launcher:
         processes = []
         for number, rank in enumerate(ranks):
             env = {"NCCL_HOSTID": f"host{rank}", "NCCL_NET": "Socket"} if apart else {}
-            processes.append(launch(run, f"process{number}-rank{rank}", "suite.selftest.ranks:Rank", env=env))
+            processes.append(launcher.start(f"process{number}-rank{rank}", "suite.selftest.ranks:Rank", env=env))
         for process in processes:
             process.ready(60)
         gather([process.submit("prepare", device(rank)) for process, rank in zip(processes, ranks, strict=True)], 120)

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from extensions.group import LINGER_S, GroupError, stateless_init_process_group
-from suite.driver.trainers import free_port
-from suite.processes.process import Call, Process, RemoteError, gather
+from suite.processes.call import Call, Process, RemoteError, gather
+from suite.processes.local import free_port
 from suite.selftest.ranks import started
 
 DEADLINE_S = 30

@@ -24,7 +24,8 @@ from suite.processes import wire
 from suite.selftest.cuda_rules import Gpu, Physical, enumerated, listing, physical_devices
 from suite.selftest.fakes import Worker, begin, fitted, tensors, untouched
 from suite.selftest.properties import examples
-from suite.stages import Machine, available_stages, parse_listing, visible_devices
+from suite.stages import available_stages
+from suite.stages.hardware import Machine, parse_listing, visible_devices
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICE_INDEX = CUDA_FIELDS.index("device_index") + 1
@@ -92,7 +93,7 @@ def test_a_stage_names_its_devices_so_that_cuda_shows_just_them(data: st.DataObj
     machine = data.draw(machines())
     listed = parse_listing(listing(machine))
     usable = visible_devices(data.draw(visibilities(machine)), listed)
-    for stage in available_stages(Machine(tuple(usable), cpu_cores=2, memory_bytes=2**34)):
+    for stage in available_stages(Machine(tuple(usable), cpu_cores=2)):
         if stage.kind == "cpu":
             continue
         assert set(stage.engine_devices + stage.trainer_devices) <= {device.uuid for device in usable}

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from suite.processes.process import DeadlineExceeded, NotBegun, ProcessDied, RemoteError
+from suite.processes.call import DeadlineExceeded, NotBegun, ProcessDied, RemoteError
 from suite.session.verdicts import ERROR, FAIL, Judgement, judge
 
 

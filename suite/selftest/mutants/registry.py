@@ -11,6 +11,7 @@ from extensions.manifest import parse
 from extensions.model.loading import new_load
 from suite import stages
 from suite.conformance.requirements import catalogue
+from suite.stages import hardware
 from suite.subjects import SUBJECTS, subject_from
 
 PACKAGE = __package__
@@ -80,7 +81,7 @@ class Mutant:
 
 @functools.cache
 def _one_gpu() -> bool:
-    return "gpu-shared" not in stages.unavailable(stages.machine())
+    return "gpu-shared" not in stages.unavailable(hardware.machine())
 
 
 MUTANTS: dict[str, Mutant] = {}
