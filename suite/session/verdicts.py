@@ -22,6 +22,7 @@ JUDGED = (PASS, FAIL, ERROR, WAIVED)
 SUITE_KINDS = ("NotAnnounced",)  # raised in other processes, by what is not examined
 FAILURES = (AssertionError, pytest.fail.Exception, RemoteError, DeadlineExceeded, ProcessDied)
 DETAIL_CHARACTERS, CAUSE_CHARACTERS = 2000, 300
+SAYS = ("expected: ", "found: ")
 CASE = re.compile(r" \[subject=[^\]]*\]")
 
 
@@ -75,8 +76,14 @@ def judge(phase: str, error: BaseException | None) -> Judgement:
 def cause_of(error: BaseException) -> str:
     """What is the same wherever the same fault shows: neither the case nor the process nor the time."""
     error = error.__cause__ if isinstance(error, AssertionError) and hasattr(error.__cause__, "cause") else error
-    said = getattr(error, "cause", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
+    said = getattr(error, "cause", None) or f"{type(error).__name__}: {_without_case(str(error))}"
     return CASE.sub("", said)[:CAUSE_CHARACTERS]
+
+
+def _without_case(message: str) -> str:
+    """The first line of a message, or what it says in lines that begin with "expected: " and "found: "."""
+    lines = message.splitlines() or [""]
+    return "; ".join(line for line in lines if line.startswith(SAYS)) or lines[0]
 
 
 def _is_failure(error: BaseException) -> bool:
