@@ -15,9 +15,11 @@ PYTESTS_SIDE = ("pytest", "suite.plugin", "suite.fixtures", "suite.session", "su
 WALLS = {
     "extensions": ("reports", "suite"),
     "reports": ("torch", "vllm"),
-    "suite.driver": ("suite.plugin", "suite.fixtures"),
+    "suite.driver": ("pytest", "suite.plugin", "suite.fixtures", "suite.session"),
     "suite.actors": PYTESTS_SIDE,
     "suite.processes": PYTESTS_SIDE,
+    "suite.stages": PYTESTS_SIDE,
+    "suite.models": PYTESTS_SIDE,
     "suite.subjects": PYTESTS_SIDE,
 }
 # Imports that cross a wall and wait to be mended: (importing module, imported module).
