@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Generator, Iterator
+from itertools import islice
 
 import pytest
 
@@ -13,13 +14,14 @@ from suite.driver.trainers import TrainerGroup, Trainers
 from suite.processes.call import DeadlineExceeded, Process, ProcessDied
 from suite.processes.launcher import Launcher
 from suite.session import verdicts
-from suite.session.needs import engines_of, index_of
+from suite.session.needs import engines_of, index_of, trainer_of
 from suite.session.state import selection_of, state_of
 from suite.stages import Stage
 from suite.subjects import Subject
 
 FSDP_RANKS = 2
 SPARE_TRAINERS, CORES_A_SPARE = 6, 5  # kept ready at the most; one for so many cores
+SEEING_TRAINERS = 5  # started ahead at the most, of those that see GPUs in their own way
 POOL = pytest.StashKey[Pool]()
 ENDED = pytest.StashKey[set[str]]()  # tests, by their ids
 
@@ -40,8 +42,7 @@ def pool(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Pool]:
     selection, state = selection_of(request.config), state_of(request.config)
     pool = Pool(launcher, selection.stages, selection.subjects, state.announce, state.timeline)
     request.session.stash[POOL] = pool
-    ended = request.session.stash.get(ENDED, set())
-    items = [item for item in request.session.items if item.nodeid not in ended]
+    items = _still_to_come(request.session)
     own = {item.nodeid: engines_of(item) for item in items}
     everything = [key for keys in own.values() for key in keys]
     compared = {item.nodeid: own[item.nodeid] for item in items if "target" in item.fixturenames}
@@ -53,14 +54,21 @@ def pool(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Pool]:
     pool.close()
 
 
+def _still_to_come(session: pytest.Session) -> list[pytest.Item]:
+    ended = session.stash.get(ENDED, set())
+    return [item for item in session.items if item.nodeid not in ended]
+
+
 @pytest.fixture(scope="session")
-def trainers(launcher: Launcher, pytestconfig: pytest.Config) -> Iterator[Trainers]:
+def trainers(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Trainers]:
     """The trainers of this run. Those on GPUs are started ahead."""
     ahead = max(1, min(SPARE_TRAINERS, len(os.sched_getaffinity(0)) // CORES_A_SPARE))
     trainers = Trainers(launcher, ahead)
-    for stage in selection_of(pytestconfig).stages.values():
+    for stage in selection_of(request.config).stages.values():
         if stage.kind == "gpu":
             trainers.start(stage, stage.trainer_world_size)
+    for seen in islice(filter(None, map(trainer_of, _still_to_come(request.session))), SEEING_TRAINERS):
+        trainers.start_seeing(*seen)
     yield trainers
     trainers.close()
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 
@@ -10,10 +11,9 @@ from suite.conformance.requirements import MUST, requirement
 from suite.driver.engines import EngineKey
 from suite.driver.pool import Pool
 from suite.driver.sync import Sync
-from suite.driver.trainers import TrainerGroup
+from suite.driver.trainers import Trainers
 from suite.fixtures import lend
 from suite.models import TIED
-from suite.processes.launcher import Launcher
 from suite.sequences.player import UNKNOWN_DEVICE
 from suite.session import verdicts
 from suite.stages import Stage
@@ -65,35 +65,20 @@ VISIBILITIES = (
 )
 
 
-@pytest.fixture(scope="session")
-def remap_trainers(launcher: Launcher) -> Iterator[Callable[[Visibility], TrainerGroup]]:
-    """Trainers by visibility: all started at once, and again where one has ended."""
-
-    def start(visibility: Visibility) -> TrainerGroup:
-        visible, device = visibility.trainer(machine().devices)
-        group = TrainerGroup(launcher, f"trainer-{visibility.name}", 1, device, [visible])
-        group.expect_computing()
-        return group
-
-    def trainer(visibility: Visibility) -> TrainerGroup:
-        if not groups[visibility.name].alive:
-            groups[visibility.name] = start(visibility)
-        return groups[visibility.name]
-
-    groups = {visibility.name: start(visibility) for visibility in VISIBILITIES}
-    yield trainer
-    for group in groups.values():
-        group.stop()
-
-
 @pytest.fixture
 def remapped(
-    pool: Pool, stage: Stage, subject: Subject, model: str, visibility: Visibility, request: pytest.FixtureRequest
+    pool: Pool,
+    trainers: Trainers,
+    stage: Stage,
+    subject: Subject,
+    model: str,
+    visibility: Visibility,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Callable[[], Sync]]:
     """Brings together a trainer and an engine that see the machine's GPUs each in its own way."""
     if not visibility.fits(machine().devices):
         verdicts.not_applicable(f"needs 2 GPUs to tell one from the other, found {len(machine().devices)}")
-    trainer = request.getfixturevalue("remap_trainers")(visibility)
+    trainer = trainers.seeing(*visibility.trainer(machine().devices))
     with ExitStack() as lent:
 
         def started() -> Sync:
@@ -104,9 +89,18 @@ def remapped(
     trainer.stop_soon()
 
 
+@cache
+def _devices() -> tuple[Device, ...]:
+    return machine().devices
+
+
 def _remapped_engines(key: EngineKey, params: dict) -> list[EngineKey]:
-    visibility, devices = params["visibility"], machine().devices
+    visibility, devices = params["visibility"], _devices()
     return [replace(key, visible=visibility.engine(devices))] if visibility.fits(devices) else []
+
+
+def _remapped_trainer(params: dict) -> tuple[str | None, str]:
+    return params["visibility"].trainer(_devices())
 
 
 @requirement(
@@ -119,7 +113,7 @@ def _remapped_engines(key: EngineKey, params: dict) -> list[EngineKey]:
     on="gpu",
     models={"gpu-colocate-tp1": [TIED]},
 )
-@pytest.mark.needs(engines=_remapped_engines)
+@pytest.mark.needs(engines=_remapped_engines, trainer=_remapped_trainer)
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=lambda v: v.name)
 def test_remap(remapped: Callable[[], Sync], target: int, visibility: Visibility) -> None:
     sync = remapped()  # here, since an engine that does not start like this has not met the requirement

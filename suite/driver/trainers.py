@@ -34,10 +34,18 @@ class TrainerGroup:
         name: str,
         world_size: int,
         device: str,
-        visible: list[str],
+        visible: list[str | None],
         stage: Stage | None = None,
+        joins: bool = True,
     ) -> None:
-        """Start the ranks, and return at once. `stage` has more to say of the environment."""
+        """Start the ranks, and return at once.
+
+        Args:
+            device: "cpu" or, as the ranks call it, a GPU.
+            visible: CUDA_VISIBLE_DEVICES of every rank, None for unset; empty on a CPU.
+            stage: has more to say of the environment.
+            joins: whether it is to join groups: then what that needs is imported before anyone waits for it.
+        """
         port = launcher.free_port()
         self.world_size = world_size
         self.processes: list[Process] = []
@@ -49,7 +57,7 @@ class TrainerGroup:
             env = variables.of_trainer(device, visible[rank] if visible else "", rank, stage)
             process = launcher.start(f"{name}-rank{rank}", TRAINER, arguments, env, CALL_DEADLINE_S)
             self.processes.append(process)
-        self._warmed = [process.prepare("warm_up") for process in self.processes]
+        self._warmed = [process.prepare("warm_up") for process in self.processes if joins]
         self.connected: tuple[int, ...] = ()
         self.replacement: Callable[[], TrainerGroup] | None = None  # gives the trainer that `renew` goes on with
         self._holds: list[tuple[str, tuple]] = []  # the calls that have brought the weights to what they are
@@ -157,6 +165,7 @@ class Trainers:
         self._launcher, self._ahead = launcher, ahead
         self._kept: dict[Place, TrainerGroup] = {}
         self._spare: dict[Place, list[TrainerGroup]] = {}
+        self._seeing: dict[tuple[str | None, str], list[TrainerGroup]] = {}
         self._lock = threading.Lock()
 
     def start(self, stage: Stage, world_size: int) -> TrainerGroup:
@@ -190,6 +199,26 @@ class Trainers:
         group.ready()
         return group
 
+    def start_seeing(self, visible: str | None, device: str) -> None:
+        """Start a trainer ahead of the `seeing` that asks for it."""
+        name = f"trainer-seeing-{'all' if visible is None else visible}"
+        group = TrainerGroup(self._launcher, name, 1, device, [visible], joins=False)
+        group.expect_computing()
+        with self._lock:
+            self._seeing.setdefault((visible, device), []).append(group)
+
+    def seeing(self, visible: str | None, device: str) -> TrainerGroup:
+        """A trainer of one rank that sees GPUs in a way of its own, for whoever asks, who ends it. It joins no group.
+
+        Args:
+            visible: its CUDA_VISIBLE_DEVICES; None for unset.
+            device: what it calls its own GPU, such as "cuda:1".
+        """
+        if not self._seeing.get((visible, device)):
+            self.start_seeing(visible, device)
+        with self._lock:
+            return self._seeing[visible, device].pop(0)
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Wait until no spare trainer is starting: what is measured has the machine to itself."""
@@ -200,7 +229,8 @@ class Trainers:
 
     def close(self) -> None:
         """End all of them."""
-        for group in [*self._kept.values(), *(group for groups in self._spare.values() for group in groups)]:
+        waiting = (group for groups in [*self._spare.values(), *self._seeing.values()] for group in groups)
+        for group in [*self._kept.values(), *waiting]:
             group.stop()
 
     def _fill(self, stage: Stage, world_size: int) -> None:

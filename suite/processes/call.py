@@ -4,14 +4,15 @@ What a launcher starts is a Process. Every wait has a deadline.
 """
 
 import time
+from abc import ABC, abstractmethod
 from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 _WAIT_S = 0.5
 
 
-class Process(Protocol):
+class Process(ABC):
     """A started process and the one object in it, whose methods are called. Arguments and results are plain data."""
 
     name: str
@@ -19,30 +20,37 @@ class Process(Protocol):
     used_s: float  # when it was last called or answered, on the monotonic clock
 
     @property
+    @abstractmethod
     def alive(self) -> bool:
         """Whether the process runs."""
 
+    @abstractmethod
     def ready(self, deadline_s: float | None = None) -> Any:
         """Wait for the constructor and return the object's facts(), {} where it has none.
 
         Waits until `deadline_s` from now, at most until the deadline given at the start. Raises as Call.result does.
         """
 
+    @abstractmethod
     def submit(self, method: str, *args: Any, **kwargs: Any) -> "Call":
         """Call a method without waiting. Raises TypeError at once for arguments that are not plain data.
 
         On a process that has ended the call fails at once: its result() raises.
         """
 
+    @abstractmethod
     def prepare(self, method: str, *args: Any) -> "Call":
         """As `submit`, of a method that only makes the process ready: a call that waits behind it has not begun."""
 
+    @abstractmethod
     def call(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
         """Call a method and wait for its result. Raises as Call.result does."""
 
+    @abstractmethod
     def preparing(self, call: "Call") -> str:
         """What this process has to do, to be ready, before it comes to a call; empty where it has come to it."""
 
+    @abstractmethod
     def stop(self, grace_s: float = 5) -> None:
         """End the process, its descendants and what they leave behind. Safe to repeat.
 
@@ -50,9 +58,11 @@ class Process(Protocol):
         that has not answered its last call is killed without grace.
         """
 
+    @abstractmethod
     def tail(self, lines: int = 40) -> str:
         """The last lines of the log."""
 
+    @abstractmethod
     def write_stacks(self) -> None:
         """Have the process write the stacks of its threads to its log, to show where it is."""
 

@@ -22,6 +22,7 @@ from pathlib import Path
 RUN_VARIABLE = "WEIGHT_SYNC_RUN_ID"  # in the environment of every process of a run, inherited by all descendants
 PROCESS_VARIABLE = "WEIGHT_SYNC_PROCESS"  # which of the run's processes it descends from
 SHARED_MEMORY = Path("/dev/shm")
+SEGMENT_PREFIX = "weight-sync-"  # of what extensions keep in shared memory; the run's id comes next
 END_DEADLINE_S = 8.0
 # Names in shared memory that say whose they are: torch's have the process id in decimal, the CUDA driver's (which stay
 # where a process is killed, sglang#33929) the user's and the process's in hexadecimal.
@@ -134,7 +135,7 @@ def sweep(run_id: str, directory: Path, kept: Iterable[str], roots: Iterable[int
     roots = set(roots)
     ended, memory = end(lambda: members(run_id, roots=roots))
     memory |= shared_memory_of(ended | roots)
-    memory |= set(SHARED_MEMORY.glob(f"weight-sync-{run_id}*"))
+    memory |= set(SHARED_MEMORY.glob(f"{SEGMENT_PREFIX}{run_id}*"))
     unlink(path for path in memory if path.name not in set(kept))
     shutil.rmtree(directory, ignore_errors=True)
 

@@ -3,14 +3,15 @@
 suite.processes.local starts them on this machine. A launcher for a cluster is another file beside it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from suite.processes.call import Process
 
 
-class Launcher(Protocol):
+class Launcher(ABC):
     """Starts the processes of one run of the suite.
 
     address: where a rank listens for the others that are to join its group.
@@ -22,6 +23,7 @@ class Launcher(Protocol):
     directory: Path
     processes: Sequence[Process]
 
+    @abstractmethod
     def start(
         self,
         name: str,
@@ -40,14 +42,18 @@ class Launcher(Protocol):
             deadline_s: how long the constructor may take, from now.
         """
 
+    @abstractmethod
     def free_port(self) -> int:
         """A port at `address` that nothing listens on. Raises OSError where none is found."""
 
+    @abstractmethod
     def link_path(self) -> str:
         """Where an engine can listen for trainers, unused so far; both get it as it is."""
 
+    @abstractmethod
     def scratch(self, stem: str) -> Path:
         """A path below `directory` that nothing has used so far."""
 
+    @abstractmethod
     def close(self) -> None:
         """End everything that was started and is left. Safe to repeat."""

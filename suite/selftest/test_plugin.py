@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from suite import ROOT
+from suite.conformance import requirements
 from suite.processes import janitor
 from suite.session import environment, selection
 
@@ -141,6 +143,10 @@ def test_fails(subject, stage, model):
     assert 1 + 1 == 3, "12 of 32768 elements differ"
 
 @judged()
+def test_fails_in_lines(subject, stage, model):
+    raise AssertionError("expected: zero\\nfound: 3 weights\\nwhere: rank 0 [subject=broadcast stage=cpu-tp1]")
+
+@judged()
 def test_fails_remotely(subject, stage, model, launcher):
     launcher.start("worker", ECHO).call("fail", "no such weight", deadline_s=20)
 
@@ -201,6 +207,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     [
         ("passes", "pass", ""),
         ("fails", "fail", "12 of 32768 elements differ"),
+        ("fails_in_lines", "fail", "found: 3 weights"),
         ("fails_remotely", "fail", "LookupError in process worker: no such weight"),
         ("is_late", "fail", "sleep() in process sleeper has not answered after 2"),
         ("expects_an_error", "fail", "DID NOT RAISE"),
@@ -222,7 +229,7 @@ def test_verdict(judged: Finished, test: str, verdict: str, detail: str):
 
 
 def test_only_what_judges_a_requirement_is_recorded(judged: Finished):
-    assert len(judged.document["conformance"]) == 13
+    assert len(judged.document["conformance"]) == 14
     entry = judged.document["conformance"][0]
     assert {name: entry[name] for name in ("requirement", "level", "subject", "stage", "model")} == {
         "requirement": "update.exact",
@@ -243,6 +250,55 @@ def test_failing_reports_show_the_logs_of_the_processes_they_used(judged: Finish
     assert "worker.log" not in late
 
 
+def test_a_failure_shows_the_clause_and_what_was_found_and_how_to_repeat_it_line_by_line(judged: Finished):
+    shown = judged.output.partition("_ test_fails_in_lines")[2].partition("\n____")[0].rstrip().splitlines()
+    text = requirements.catalogue()["update.exact"].text
+    case = "test_it.py::test_fails_in_lines[broadcast-cpu-tp1-qwen3-tied-tiny]"
+    assert " fail: update.exact " in shown[-6]
+    assert shown[-5:] == [
+        f"clause: update.exact (MUST): {text}",
+        "expected: zero",
+        "found: 3 weights",
+        "where: rank 0 [subject=broadcast stage=cpu-tp1]",
+        f"repeat: pytest '{case}' --subject=broadcast --stage=cpu-tp1",
+    ]
+
+
+def test_the_cause_of_a_failure_is_what_was_expected_and_found_without_where(judged: Finished):
+    (cause,) = (e["cause"] for e in judged.document["conformance"] if "fails_in_lines" in e["nodeid"])
+    assert cause == "expected: zero\nfound: 3 weights"
+
+
+REPEATED = """
+@judged()
+def test_fails(subject, stage, model):
+    assert model == "qwen3-tied-tiny", "passed on the one that is repeated"
+
+@judged()
+def test_passes(subject, stage, model):
+    pass
+"""
+
+
+def test_the_command_of_a_failure_repeats_that_one_case(tmp_path: Path):
+    arguments = (
+        "-m",
+        "cpu",
+        "--extension",
+        "suite.selftest.targets:Reference",
+        "--sequences=7",
+        "--play=update x",
+    )
+    first = examine(tmp_path, REPEATED, *arguments)
+    entry = first.document["conformance"][0]
+    assert shlex.split(entry["repeat"]) == [
+        "pytest", "-m", "cpu", entry["nodeid"], "--extension=suite.selftest.targets:Reference", "--sequences=7",
+        "--play=update x",
+    ]  # fmt: skip
+    again = examine(tmp_path, REPEATED, *shlex.split(entry["repeat"])[1:])
+    assert [*again.verdicts] == [entry["nodeid"].partition("::")[2]]
+
+
 def test_artefacts(judged: Finished):
     assert judged.code == 1
     document = judged.document
@@ -251,7 +307,7 @@ def test_artefacts(judged: Finished):
     assert {"machine_info", "commit_info", "benchmarks", "datetime", "version", "timeline"} <= document.keys()
     assert "node" not in document["machine_info"]
     cases = ElementTree.parse(judged.report / "junit.xml").getroot().iter("testcase")
-    assert len(list(cases)) >= 14
+    assert len(list(cases)) >= 15
     assert sorted(path.name for path in (judged.report / "logs").iterdir()) == ["sleeper.log", "worker.log"]
     assert f"Artefacts in {judged.report}: " in judged.output
     assert (judged.report / "report.html").read_text().lstrip().lower().startswith("<!doctype html")

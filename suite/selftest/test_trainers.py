@@ -108,6 +108,17 @@ def ranks(starting: Ranks) -> list[Rank]:
     return starting.ranks
 
 
+def test_a_trainer_that_sees_gpus_in_its_own_way_is_started_ahead_and_given_once(starting: Ranks, ranks: list[Rank]):
+    given = Trainers(starting, ahead=1)
+    given.start_seeing("1,0", "cuda:1")
+    assert given.seeing("1,0", "cuda:1").processes == [ranks[0]]
+    assert given.seeing("1,0", "cuda:1").processes == [ranks[1]], "expected another one for who comes next"
+    given.seeing(None, "cuda:1").ready()
+    assert [env["CUDA_VISIBLE_DEVICES"] for _, _, env in starting.started] == ["1,0", "1,0", None]
+    assert {arguments["device"] for _, arguments, _ in starting.started} == {"cuda:1"}
+    assert ranks[0].calls == [("warm_up_computing", ())], "expected nothing to be imported for groups it never joins"
+
+
 CPU = Stage("cpu-tp1", "cpu", 1, 1, True)
 
 

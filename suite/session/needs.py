@@ -1,7 +1,8 @@
-"""Which engines a collected test needs, so that they can be started ahead.
+"""Which engines and trainers a collected test needs, so that they can be started ahead.
 
-A test that takes `sync` or `sharded` needs one, and a test that takes `fanout` needs two. Another says it by a marker:
-`@pytest.mark.needs(engines=choose)`, where choose(key, params) returns the engines in place of the case's own.
+A test that takes `sync` or `sharded` needs one engine, and a test that takes `fanout` needs two. Another says it by a
+marker: `@pytest.mark.needs(engines=choose)`, where choose(key, params) returns the engines in place of the case's own.
+With `trainer=choose` it needs one that sees GPUs in its own way: choose(params) returns what Trainers.seeing takes.
 """
 
 from dataclasses import replace
@@ -34,6 +35,13 @@ def engines_of(item: pytest.Item) -> list[EngineKey]:
     if "fanout" in names:
         return _two_engines(key, stage, selection)
     return [key] if names & {"sync", "sharded"} else []
+
+
+def trainer_of(item: pytest.Item) -> tuple[str | None, str] | None:
+    """What `Trainers.seeing` is to be asked for by a collected test; None where it takes a trainer of its stage."""
+    needs = item.get_closest_marker("needs")
+    choose = needs.kwargs.get("trainer") if needs else None
+    return choose(params_of(item)) if choose and engines_of(item) else None
 
 
 def index_of(subject: Subject, selection: Selection) -> int:
