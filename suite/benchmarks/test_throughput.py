@@ -8,10 +8,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from suite.benchmarks import pace
 from suite.benchmarks.clock import moved_clock
 from suite.driver.pool import Pool
+from suite.driver.room import GB
 from suite.driver.sync import Moved, Sync
 
 ROUNDS = 10
-GB = 1e9
 SEED = 1
 GENERATED_TOKENS = 24
 LADDER = ["qwen3-1m", "qwen3-10m", "qwen3-100m"]

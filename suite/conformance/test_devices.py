@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from suite.conformance.requirements import MUST, requirement
+from suite.driver.engines import EngineKey
 from suite.driver.pool import Pool
 from suite.driver.sync import Sync
 from suite.driver.trainers import TrainerGroup
 from suite.fixtures import lend
 from suite.models import TIED
-from suite.processes.process import Run
+from suite.processes.launcher import Launcher
 from suite.sequences.player import UNKNOWN_DEVICE
 from suite.session import verdicts
-from suite.stages import Device, Stage, machine
+from suite.stages import Stage
+from suite.stages.hardware import Device, machine
 from suite.subjects import Subject
 
 DEADLINE_S = 30.0
@@ -64,12 +66,12 @@ VISIBILITIES = (
 
 
 @pytest.fixture(scope="session")
-def remap_trainers(run: Run) -> Iterator[Callable[[Visibility], TrainerGroup]]:
+def remap_trainers(launcher: Launcher) -> Iterator[Callable[[Visibility], TrainerGroup]]:
     """Trainers by visibility: all started at once, and again where one has ended."""
 
     def start(visibility: Visibility) -> TrainerGroup:
         visible, device = visibility.trainer(machine().devices)
-        group = TrainerGroup(run, f"trainer-{visibility.name}", 1, device, [visible])
+        group = TrainerGroup(launcher, f"trainer-{visibility.name}", 1, device, [visible])
         group.expect_computing()
         return group
 
@@ -102,6 +104,11 @@ def remapped(
     trainer.stop_soon()
 
 
+def _remapped_engines(key: EngineKey, params: dict) -> list[EngineKey]:
+    visibility, devices = params["visibility"], machine().devices
+    return [replace(key, visible=visibility.engine(devices))] if visibility.fits(devices) else []
+
+
 @requirement(
     "devices.remap",
     MUST,
@@ -112,6 +119,7 @@ def remapped(
     on="gpu",
     models={"gpu-colocate-tp1": [TIED]},
 )
+@pytest.mark.needs(engines=_remapped_engines)
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=lambda v: v.name)
 def test_remap(remapped: Callable[[], Sync], target: int, visibility: Visibility) -> None:
     sync = remapped()  # here, since an engine that does not start like this has not met the requirement

@@ -5,7 +5,7 @@ import pytest
 from suite.conformance.requirements import MUST, requirement
 from suite.driver.sync import Sync
 from suite.models import TIED
-from suite.processes.process import RemoteError
+from suite.processes.call import RemoteError
 from suite.session import verdicts
 
 DEADLINE_S = 30.0

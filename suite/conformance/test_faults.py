@@ -9,7 +9,6 @@ from suite.conformance.requirements import MUST, requirement
 from suite.driver.sync import Outcome, Sync
 from suite.driver.trainers import Trainers
 from suite.models import TIED
-from suite.plugin import timeline
 from suite.stages import GPU_OF_ONE_RANK, Stage
 
 ONE_RANK = dict.fromkeys(("cpu-tp1", *GPU_OF_ONE_RANK), (TIED,))
@@ -24,7 +23,7 @@ def doomed(trainers: Trainers, stage: Stage, sync: Sync) -> Callable:
 
     @contextmanager
     def trainer() -> Iterator[Sync]:
-        with timeline("starting", "a trainer to be lost"):
+        with sync.pool.timeline("starting", "a trainer to be lost"):
             group = trainers.spare(stage)
         try:
             group.hold_random(sync.pool.config(sync.model), sync.seed)

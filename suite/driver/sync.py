@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass
 
 from suite import models
-from suite.driver.pool import EngineHandle, Pool
-from suite.driver.trainers import ADDRESS, CALL_DEADLINE_S, TrainerGroup, free_port
-from suite.plugin import timeline
-from suite.processes.process import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
+from suite.driver.engines import EngineHandle
+from suite.driver.pool import Pool
+from suite.driver.trainers import CALL_DEADLINE_S, TrainerGroup
+from suite.processes.call import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
 from suite.stages import Stage
 from suite.subjects import Subject
 
@@ -97,11 +97,11 @@ class Sync:
             engine.connection = id(self.trainer)
 
     def _open_group(self) -> None:
-        port, offset = free_port(), 1
+        port, offset = self.pool.launcher.free_port(), 1
         world_size = 1 + sum(engine.ranks for engine in self.engines)
-        calls = [self.trainer.processes[0].submit("open_group", ADDRESS, port, world_size)]
+        calls = [self.trainer.processes[0].submit("open_group", self.pool.launcher.address, port, world_size)]
         for engine in self.engines:
-            calls.append(engine.process.submit("join_group", ADDRESS, port, offset, world_size))
+            calls.append(engine.process.submit("join_group", self.pool.launcher.address, port, offset, world_size))
             offset += engine.ranks
         self._gathered(calls, JOIN_DEADLINE_S)
 
@@ -122,7 +122,7 @@ class Sync:
         self.pool.patience.expect_hope(self.subject.name)
         self.connect()
         self.updates += 1
-        with timeline("moving", str(self.engines[0].key)):
+        with self.pool.timeline("moving", str(self.engines[0].key)):
             if pause:
                 calls = [e.process.submit("pause", self.prompts(1)[0], deadline_s) for e in self.engines]
             else:
@@ -185,9 +185,12 @@ class Sync:
         return "device copy" if on_gpu else "memory copy", [max(ranks) for ranks in copies]
 
     def _join_roofline(self) -> None:
-        port, world_size = free_port(), 1 + self.engines[0].ranks
-        calls = [self.trainer.processes[0].submit("join_roofline", ADDRESS, port, world_size)]
-        calls.append(self.engines[0].process.submit("rpc", "probe_join", ADDRESS, port, 1, world_size))
+        launcher = self.pool.launcher
+        port, world_size = launcher.free_port(), 1 + self.engines[0].ranks
+        calls = [self.trainer.processes[0].submit("join_roofline", self.pool.launcher.address, port, world_size)]
+        calls.append(
+            self.engines[0].process.submit("rpc", "probe_join", self.pool.launcher.address, port, 1, world_size)
+        )
         gather(calls, CALL_DEADLINE_S)
 
     def _broadcasts(self, nbytes: int, samples: int) -> list[float]:
@@ -231,7 +234,7 @@ class Sync:
         self.connect()
         self.updates += 1
         (engine,), (rank,) = self.engines, self.trainer.processes
-        with timeline("moving", str(engine.key)):
+        with self.pool.timeline("moving", str(engine.key)):
             updating = engine.process.submit("update", deadline_s)
             sending = rank.submit("update", self.subject.transport, deadline_s, fault=fault)
             engine_error = _raised(updating, deadline_s + CALL_MARGIN_S)

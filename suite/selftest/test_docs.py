@@ -12,8 +12,8 @@ import torch
 from extensions.manifest import manifest_of
 from reports.__main__ import main as reports
 from reports.results import results_markdown
+from suite import ROOT
 from suite.conformance.__main__ import page as requirements
-from suite.processes.process import ROOT
 from suite.selftest import fakes
 from suite.subjects import load, subject_from
 

@@ -10,21 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from suite.processes.process import ROOT
+from suite import ROOT
 
 DEADLINE_S = 60
 PLANNING = """
 import json
 import os
 from pathlib import Path
-from suite.session import environment
-from suite import fixtures
+from suite.session import environment, needs
 
 environment.lacks_engine = lambda kind: None
 
 
 def pytest_collection_finish(session):
-    plan = {item.name: [f"{k.stage}={k.copy}" for k in fixtures._engines_of(item)] for item in session.items}
+    plan = {item.name: [f"{k.stage}={k.copy}" for k in needs.engines_of(item)] for item in session.items}
     Path(os.environ["PLAN"]).write_text(json.dumps(plan))
 """
 Planned = tuple[int, dict[str, list[str]]]

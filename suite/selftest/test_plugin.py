@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from suite import ROOT
 from suite.processes import janitor
-from suite.processes import process as processes
 from suite.session import environment, selection
 
 DEADLINE_S = 60
@@ -49,14 +49,18 @@ SUBJECTS["lacking"] = dataclasses.replace(
 TESTS = """
 import time
 import pytest
-from suite import plugin
 from suite.session import verdicts
-from suite.processes.process import launch
+from suite.session.state import state_of
+
 
 ECHO = "suite.selftest.targets:Echo"
 
 def judged(requirement="update.exact", models=["qwen3-tied-tiny"]):
     return pytest.mark.requirement(requirement, models=models)
+
+@pytest.fixture
+def session(pytestconfig):
+    return state_of(pytestconfig)
 
 @pytest.fixture
 def failing_setup():
@@ -95,7 +99,7 @@ def begin(directory: Path, tests: str, *arguments: str, conftest: str = CONFTEST
     (directory / "conftest.py").write_text(conftest)
     (directory / "test_it.py").write_text(TESTS + tests)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={directory}", "--report=report"]
-    search = os.pathsep.join([str(processes.ROOT), os.environ.get("PYTHONPATH", "")])
+    search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [*command, *arguments], cwd=directory, env={**os.environ, "PYTHONPATH": search},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear_ctrl_c,
@@ -137,12 +141,12 @@ def test_fails(subject, stage, model):
     assert 1 + 1 == 3, "12 of 32768 elements differ"
 
 @judged()
-def test_fails_remotely(subject, stage, model, run):
-    launch(run, "worker", ECHO).call("fail", "no such weight", deadline_s=20)
+def test_fails_remotely(subject, stage, model, launcher):
+    launcher.start("worker", ECHO).call("fail", "no such weight", deadline_s=20)
 
 @judged()
-def test_is_late(subject, stage, model, run):
-    launch(run, "sleeper", ECHO).call("sleep", 60, deadline_s=2)
+def test_is_late(subject, stage, model, launcher):
+    launcher.start("sleeper", ECHO).call("sleep", 60, deadline_s=2)
 
 @judged()
 def test_expects_an_error(subject, stage, model):
@@ -437,16 +441,16 @@ def test_what_judges_comes_first_and_what_measures_last_on_all_stages(tmp_path: 
 
 ENDING = """
 @pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
-def test_first(subject, stage, model, run):
-    with plugin.timeline("starting", "worker"):
-        pids = launch(run, "worker", ECHO).call("grandchildren", True, deadline_s=20)
+def test_first(subject, stage, model, launcher, session):
+    with session.timeline("starting", "worker"):
+        pids = launcher.start("worker", ECHO).call("grandchildren", True, deadline_s=20)
     print("captured")
-    plugin.announce(f"started {' '.join(map(str, pids))}")
+    session.announce(f"started {' '.join(map(str, pids))}")
 
 @pytest.mark.requirement("update.zeroed", models=["qwen3-tied-tiny"])
-def test_second(subject, stage, model, run):
-    plugin.announce("now")
-    run.processes[0].call("sleep", 60, deadline_s=60)
+def test_second(subject, stage, model, launcher, session):
+    session.announce("now")
+    launcher.processes[0].call("sleep", 60, deadline_s=60)
 """
 
 
@@ -480,10 +484,10 @@ def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path, n
 
 UNINTERRUPTED = """
 @pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
-def test_it(subject, stage, model, run):
-    worker = launch(run, "worker", ECHO)
+def test_it(subject, stage, model, launcher, session):
+    worker = launcher.start("worker", ECHO)
     worker.ready()
-    plugin.announce("waits")
+    session.announce("waits")
     number = signal.Signals[os.environ["SIGNAL"]]
     threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), number)).start()
     worker.call("sleep", 60, deadline_s=60)
@@ -583,7 +587,7 @@ def test_a_directory_that_cannot_be_written_to_is_said_and_ends_nothing(tmp_path
 
 
 def test_selftests_alone_leave_no_artefacts_and_may_pass(tmp_path: Path):
-    own = processes.ROOT / "suite" / "selftest" / "test_wire.py"
+    own = ROOT / "suite" / "selftest" / "test_wire.py"
     command = [
         sys.executable,
         "-m",
@@ -595,8 +599,6 @@ def test_selftests_alone_leave_no_artefacts_and_may_pass(tmp_path: Path):
         "selftest",
         f"--report={tmp_path / 'report'}",
     ]
-    done = subprocess.run(
-        [*command, f"{own}::test_tuples_arrive_as_lists_and_nan_as_nan"], cwd=processes.ROOT, timeout=60
-    )
+    done = subprocess.run([*command, f"{own}::test_tuples_arrive_as_lists_and_nan_as_nan"], cwd=ROOT, timeout=60)
     assert done.returncode == 0
     assert not (tmp_path / "report").exists()

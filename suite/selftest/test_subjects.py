@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from suite.processes import process as processes
+from suite import ROOT
 from suite.subjects import SUBJECTS, TRANSPORT_METHODS, load, subject_from
 
 MODULE = """
@@ -148,7 +148,7 @@ def test_what_cannot_be_imported_is_refused_with_the_reason(modules: Path, exten
 def test_a_wrong_extension_is_an_error_of_usage_not_a_traceback(modules: Path, extension: str, said: str):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
     ended = subprocess.run(
-        [*command, f"--extension={extension}"], cwd=processes.ROOT, capture_output=True, text=True, timeout=60,
+        [*command, f"--extension={extension}"], cwd=ROOT, capture_output=True, text=True, timeout=60,
         env={"PYTHONPATH": str(modules)}, check=False,
     )  # fmt: skip
     assert ended.returncode == pytest.ExitCode.USAGE_ERROR
@@ -161,9 +161,9 @@ def test_a_module_beside_the_user_is_found(modules: Path):
     """As with `python -m pytest`, also where pytest is started by its own name."""
     script = Path(sys.executable).with_name("pytest")
     command = [str(script) if script.exists() else "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
-    options = ["-c", str(processes.ROOT / "pyproject.toml"), f"--rootdir={processes.ROOT}"]
+    options = ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
     ended = subprocess.run(
-        [*command, *options, "--extension=ws_theirs:Broadcasting", str(processes.ROOT / "suite" / "conformance")],
+        [*command, *options, "--extension=ws_theirs:Broadcasting", str(ROOT / "suite" / "conformance")],
         cwd=modules, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert ended.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), ended.stdout + ended.stderr

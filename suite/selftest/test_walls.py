@@ -20,7 +20,7 @@ WALLS = {
     "suite.subjects": PYTESTS_SIDE,
 }
 # Imports that cross a wall and wait to be mended: (importing module, imported module).
-WAITING: set[tuple[str, str]] = {("suite.driver.sync", "suite.plugin")}
+WAITING: set[tuple[str, str]] = set()
 
 Graph = Mapping[str, set[str]]
 

@@ -16,7 +16,7 @@ from suite import models
 from suite.actors.link import CALLED_OFF
 from suite.driver.sync import MAX_TOKENS, Sync
 from suite.driver.trainers import TrainerGroup
-from suite.processes.process import RemoteError
+from suite.processes.call import RemoteError
 
 DEADLINE_S = 60.0
 LONG_PROMPT = 200  # tokens: more than one block of the prefix cache on every backend

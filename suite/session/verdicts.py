@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 
 from suite.driver.patience import GivenUp
-from suite.processes.process import DeadlineExceeded, ProcessDied, RemoteError
+from suite.processes.call import DeadlineExceeded, ProcessDied, RemoteError
 
 PASS, FAIL, ERROR = "pass", "fail", "error"
 UNSUPPORTED, NOT_APPLICABLE = "unsupported", "not-applicable"

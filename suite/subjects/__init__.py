@@ -1,7 +1,8 @@
 """What is examined: an extension class, how its trainer sends, and which requirements it declares that it lacks."""
 
-import importlib
 from dataclasses import dataclass, field
+
+from suite.processes import target
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,8 @@ def subject_from(extension: str) -> Subject:
 
 def load(extension: str) -> type:
     """Import `pkg.module:Class`. Raises ValueError with the reason where that fails."""
-    module, _, name = extension.partition(":")
     try:
-        cls = getattr(importlib.import_module(module), name)
+        cls = target.load(extension)
     except Exception as error:  # an import may raise anything
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"expected an extension as pkg.module:Class, found {extension!r}: {why}") from error
