@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         if files:
             added.add_argument("files", nargs=files, type=Path, metavar="FILE")
         for item in ("subject", "stage", "model") if narrowed else ():
-            added.add_argument(f"--{item}", action="append", default=[], help=f"nothing but this {item}; repeatable")
+            added.add_argument(f"--{item}", action="append", default=[], help=f"only this {item}; repeatable")
         return added
 
     added = command("show", _show, None, help="one run: requirements, throughput")
@@ -91,7 +91,7 @@ def _compare_options(added: argparse.ArgumentParser) -> None:
 
 
 def _machines(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--across-machines", action="store_true", help="also where the hardware differs")
+    parser.add_argument("--across-machines", action="store_true", help="compare runs of different hardware too")
     shown = f"practical difference, as 5%% or 0.05 (default {THRESHOLD * 100:g}%%)"
     parser.add_argument("--threshold", type=_threshold, default=THRESHOLD, help=shown)
 

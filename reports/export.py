@@ -37,7 +37,7 @@ def run_csv(run: Run) -> str:
 
 
 def run_markdown(run: Run) -> str:
-    """The run's verdict, its cases, its throughput, and what is to be said about the file."""
+    """The run's verdict, its cases, its throughput, and notes about the file."""
     verdict, sentence = headline(run)
     parts = [f"**{SYMBOL[verdict]} {markdown(sentence)}**", markdown(run.environment.line)]
     if run.outcomes:
@@ -82,7 +82,7 @@ def compare_markdown(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES
 
 
 def compare_junit(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) -> str:
-    """A test case for each requirement case and benchmark: what `causes` counts failed, what is unsure skipped."""
+    """A test case for each requirement case and benchmark: failed where `causes` counts it, skipped where unsure."""
     suite = ElementTree.Element("testsuite", name=f"{found.a.label} against {found.b.label}")
     counts = {"tests": 0, "failures": 0, "skipped": 0, "errors": 0}
     for change in [*found.requirements, *found.timings]:
@@ -118,7 +118,7 @@ def _unsure(change: Change | TimingChange) -> bool:
 
 
 def _rows(group: list[Change], more: str) -> list[tuple[str, ...]]:
-    """A row a change; of several that have one cause a row for the first, which counts the others."""
+    """A row for each change. Changes with one cause share the row of the first, which counts the others."""
     listed = [(change.kind, *change.key, f"{change.was} → {change.now}", change.detail) for change in group]
     return [(*listed[0][:-1], f"{listed[0][-1]}\n{more}")] if more else listed
 

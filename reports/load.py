@@ -113,7 +113,7 @@ class Timing:
 
     @property
     def label(self) -> str:
-        """What a reader knows it by; the test's name where the suite did not write who and where."""
+        """Subject, stage and model; the test's name where the file does not have them."""
         return " ".join(part for part in (self.subject, self.stage, self.model, self.distinct) if part)
 
     @property
@@ -173,7 +173,7 @@ def only(run: Run, subjects: list[str], stages: list[str], models: list[str]) ->
 
 
 def parse(document: Any, file: str) -> Run:
-    """Check a document already in memory and bring it into the shape that everything here works on."""
+    """Turn a document in memory into a Run. Raises UnusableInput as `read` does."""
     refuse_non_finite(document, file)
     root = Node(document, file)
     root.of(dict, "an object, as pytest-benchmark writes")
@@ -322,7 +322,7 @@ def _joined(timings: list[Timing], outcomes: tuple[Outcome, ...], paces: dict[st
 
 
 def _told_apart(timings: list[Timing], root: Node) -> tuple[Timing, ...]:
-    """Add the test's name, then its path, to the key of those that the rest of the key does not tell apart."""
+    """Make keys unique: add the test's name, then its path, where two keys are equal."""
     plain = [timing if timing.subject else replace(timing, distinct=timing.name) for timing in timings]
     for attribute in ("name", "fullname"):
         taken = Counter(timing.key for timing in plain)
@@ -338,7 +338,7 @@ def _told_apart(timings: list[Timing], root: Node) -> tuple[Timing, ...]:
 
 
 def _timeline(root: Node) -> Iterable[tuple[str, float, float]]:
-    """(what, when it began, when it ended) in seconds; what does not say when it began follows the one before."""
+    """(what, when it began, when it ended) in seconds; an entry without a beginning follows the one before."""
     now = 0.0
     if "timeline" not in root:
         return

@@ -99,7 +99,7 @@ def trend_page(runs: Sequence[Run], threshold: float) -> str:
 def matrix(run: Run) -> dict[str, Any]:
     """Requirements by subject and stage: `columns` of (subject, [stages]), `rows` of (name, level, text, cells).
 
-    A stage that could not be held with a subject has no column; `left_out` says why, as {reason: number of cases}.
+    A stage on which no case of a subject could run has no column; `left_out` says why: {reason: number of cases}.
     """
     held = {(o.subject, o.stage) for o in run.outcomes if o.verdict != "not-applicable"}
     held = held or {(o.subject, o.stage) for o in run.outcomes}

@@ -25,7 +25,7 @@ THROUGHPUT_RIGHT = range(3, 11)
 def time_spent(run: Run) -> str:
     """Where the run's own time went, in one line; empty where it was not recorded.
 
-    A test that judges moves weights and may wait for an engine to start: what is within something else is taken out.
+    Spans lie within each other: a test that judges also moves weights. A moment counts once, for the innermost span.
     """
     spent: Counter[str] = Counter()
     spans = sorted(run.timeline, key=lambda span: span[1])
@@ -77,7 +77,7 @@ def compare_headline(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES
 
 
 def grouped(changes: Iterable[Change]) -> list[tuple[str, str, str]]:
-    """(what, message, which others) of changes: one cause is told once, and so is what is the same on a stage."""
+    """(what, message, count of others) of changes; those of one cause, or one message on one stage, share an entry."""
     lines = []
     for group, more in causes_of(changes):
         first = group[0]
@@ -111,7 +111,7 @@ def _named(group: list[Change], stage: str) -> str:
 
 
 def drift_lines(found: Comparison) -> list[str]:
-    """What the hardware's own speed did between the runs: those that moved or may have, and how many did not."""
+    """How the hardware changed: a line for each roofline that changed or may have, and a count of the others."""
     moved = [(label, drift) for label, drift in found.drift if drift.verdict != "same"]
     lines = [f"{drift.verdict}: {label} {units.ratio(drift)}" for label, drift in moved]
     still = len(found.drift) - len(moved)

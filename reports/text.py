@@ -44,9 +44,9 @@ def _requirements(run: Run, width: int) -> str:
 
 
 def _folded(cell: Cell | None) -> str:
-    """All stages and models of one place: the verdicts with how many cases each, and the stages of a failure.
+    """All stages and models of one cell: every verdict with its number of cases, and the stages of a failure.
 
-    That some could not be held is told once, below, with the reasons.
+    Cases that could not run are left out beside others, since the reasons for them are listed below the table.
     """
     if cell is None:
         return ""
@@ -105,7 +105,7 @@ def compare_text(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES, wi
 
 
 def _where_apart(a: str, b: str) -> tuple[str, str]:
-    """Of two texts of many lines, such as a topology, the first lines that differ."""
+    """The first lines that differ, of two texts that may have many, such as a topology."""
     pairs = zip_longest(a.split("\n"), b.split("\n"), fillvalue="")
     return next((" ".join(one.split()), " ".join(other.split())) for one, other in pairs if one != other)
 

@@ -19,13 +19,13 @@ LEGEND = (
 )
 
 
-def requirement_rows(runs: Sequence[Run], all_of_them: bool = False) -> list[tuple[str, ...]]:
-    """(requirement, verdict in each run) of those that any run fails, waived or not, or cannot judge, or of all."""
+def requirement_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """(requirement, verdict in each run) of those that a run fails, waived or not, or cannot judge."""
     found = [cells(run.outcomes, "requirement") for run in runs]
     rows = []
     for key in dict.fromkeys(key for judged in found for key in judged):
         row = [judged.get(key) for judged in found]
-        if all_of_them or any(cell and cell.verdict in FOUND_WANTING for cell in row):
+        if any(cell and cell.verdict in FOUND_WANTING for cell in row):
             rows.append((*key, *(_counted(cell) for cell in row)))
     return rows
 
@@ -41,8 +41,7 @@ def seconds_rows(
 ) -> list[tuple[str, ...]]:
     """One row a benchmark: seconds, GB/s and fraction of roofline in each run, marked where it became slower.
 
-    In the order in which the runs have them, but one subject's on one stage together, small models first: no single run
-    may have all of them.
+    Benchmarks of one subject and stage stand together, small models first; a run may lack some of them.
     """
     rows = []
     for key in _ordered(timing for run in runs for timing in run.timings):
@@ -124,7 +123,7 @@ def _pace(samples_s: tuple[float, ...] | None, before: tuple[float, ...] | None,
 
 
 def _marked(change: TimingChange) -> bool:
-    """What is open for want of samples, and not because something drifted, is not worth a mark."""
+    """Whether a timing became slower or faster, or drift leaves that open. A lack of samples gets no mark."""
     drifted = change.verdict == "inconclusive" and change.judged_by != "seconds"
     return drifted or change.verdict in ("slower", "faster")
 
