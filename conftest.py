@@ -1,4 +1,4 @@
-"""Loads the suite's plugins and Hypothesis' profile: both have to be known before anything is collected.
+"""Loads the suite's plugin and Hypothesis' profile: both have to be known before anything is collected.
 
 Profiles, by HYPOTHESIS_PROFILE or --hypothesis-profile: "ci" (the default) tries the same examples every time, "long"
 twenty times as many, others every time.
@@ -8,7 +8,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["suite.plugin", "suite.fixtures"]
+pytest_plugins = ["suite.plugin"]
 
 # No deadlines and no complaints about slow examples: the machine may be busy.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}

@@ -1,6 +1,9 @@
 """Reference weight-sync extensions for vLLM workers, and the senders that trainers use with them.
 
-Runs inside vLLM's workers and inside trainers. Importing it needs neither CUDA nor vLLM: both are reached when used.
+Runs inside vLLM's workers and inside trainers. It imports without CUDA and without vLLM.
+
+Weights are moved by broadcast (`WorkerExtension`, `BroadcastSender`) or by handle (`ColocateWorkerExtension`,
+`HandleSender`).
 """
 
 from extensions.bracket import UpdateError

@@ -1,142 +1,163 @@
-"""What both reference extensions share: the bracket around an update, and the check that something arrived.
+"""What both reference extensions share: the bracket around an update, and the check that every tensor arrived.
 
-    begin_update(manifest)      nothing is touched unless the manifest fits the model
+    begin_update(manifest)      refuses a manifest that does not fit the model, and touches nothing then
     ... tensors arrive ...      in any order
-    end_update()                all of them, or an error
+    end_update()                raises unless all of them have arrived
 
-The states of `update_state()`: "ready", "updating" (inside the bracket), "inconsistent" (an update failed after it had
-begun to write; only a whole new update makes the weights right again).
+After an update the engine's prefix cache still holds keys and values of the old weights. The driver therefore calls
+`reset_prefix_cache()` on the engine after `end_update()`, as vLLM's own weight-transfer API asks of its callers.
 """
+
+from dataclasses import dataclass, field
 
 import torch
 
-from extensions.manifest import ManifestError, check, parse, require_name
+from extensions.devices import synchronize
+from extensions.manifest import Announced, Layout, Manifest, ManifestError, check, parse, require_name
 from extensions.model.expected import expected_weights
 from extensions.model.loading import Load, new_load, processed_layers
 from extensions.model.weights import all_zero
 
 
 class UpdateError(RuntimeError):
-    """An update that can't go on. The message says what became of the weights."""
+    """An update that cannot go on. The message says in which state the weights are."""
+
+
+@dataclass
+class Update:
+    """One update between `begin_update` and its end: what it announced, what has arrived, and how it is loaded."""
+
+    load: Load
+    announced: Announced
+    arrived: set[str] = field(default_factory=set)
+    failed: bool = False  # a call of load.load() raised: some of its tensors may be loaded, some not
+
+    def missing(self) -> list[str]:
+        """The announced names that have not arrived, in the order of the manifest."""
+        return [name for name in self.announced if name not in self.arrived]
+
+    def awaited(self, name: str) -> Layout:
+        """The dtype and shape announced for `name`. Raises UpdateError unless a tensor of this name is awaited."""
+        if self.failed:
+            raise UpdateError(f"{name}: a load of this update has failed before; call abort_update() and begin again")
+        if name not in self.announced:
+            raise UpdateError(f"{name} was not announced in this update's manifest; it was not loaded")
+        if name in self.arrived:
+            raise UpdateError(f"{name} has arrived before in this update; the second was not loaded")
+        return self.announced[name]
+
+    def take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Load tensors that have arrived. Raises UpdateError, and loads none, unless all are as announced."""
+        for name, tensor in tensors.items():
+            expected, found = self.awaited(name), (tensor.dtype, tuple(tensor.shape))
+            if expected != found:
+                raise UpdateError(f"{name}: announced as {expected}, arrived as {found}; it was not loaded")
+        try:
+            self.load.load(tensors)
+        except BaseException:
+            self.failed = True
+            raise
+        self.arrived.update(tensors)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a worker stands between and during updates."""
+
+    update: Update | None = None
+    inconsistent: bool = False  # some weights are new and some old: a load was begun and not completed
 
 
 class UpdateBracket:
-    """Mixed into a vLLM worker, whose `__init__` does not call ours: state starts as class attributes.
+    """Mixed into a vLLM worker. vLLM does not call `__init__` here, so the first state is a class attribute."""
 
-    After an update the engine's prefix cache still holds keys and values of the old weights: the driver calls
-    `reset_prefix_cache()` on the engine after `end_update()`, as vLLM's own weight-transfer API asks of its callers.
-    """
+    # The states, as update_state() names them, and what leads out of each:
+    #   ready         begin_update() to updating
+    #   updating      end_update() to ready; abort_update(), or an end_update() that raises, to inconsistent if a tensor
+    #                 was loaded, else to the state before
+    #   inconsistent  begin_update() to updating, which remembers it: only an end_update() that succeeds makes it ready
+    # A tensor outside the bracket leaves the state as it is; if its load fails, the state is inconsistent.
+    _weight_sync_state: State = State()
 
-    _weight_sync_load: Load | None = None
-    _weight_sync_pending: dict | None = None
-    _weight_sync_failed: bool = False  # a load in the update under way has
-    _weight_sync_inconsistent: bool = False
-
-    def begin_update(self, manifest: list[dict]) -> int:
+    def begin_update(self, manifest: Manifest) -> int:
         """Announce all tensors of an update, `[{"name", "dtype", "shape"}, ...]` with full (unsharded) shapes.
 
-        Returns how many will be awaited. Raises ManifestError, and leaves everything as it was, where names are
-        missing, unknown or there twice, or shapes or dtypes don't fit; UpdateError inside another update.
+        Returns the number of tensors announced. Raises ManifestError where names are missing, unknown or there twice,
+        or where a shape or dtype does not fit; UpdateError inside another update. Nothing has been changed then.
         """
-        if self._weight_sync_load is not None:
+        state = self._weight_sync_state
+        if state.update is not None:
             raise UpdateError("an update is under way: call end_update() or abort_update() first; nothing was touched")
         announced = parse(manifest)
         model = self.model_runner.get_model()
         check(announced, *expected_weights(model, self.model_config.hf_config))
-        self._weight_sync_load, self._weight_sync_pending = new_load(model, self.vllm_config), announced
+        update = Update(new_load(model, self.vllm_config), announced)
+        self._weight_sync_state = State(update, state.inconsistent)
         try:
-            self._weight_sync_load.begin()
+            update.load.begin()
         except BaseException:
             self.abort_update()
             raise
         return len(announced)
 
     def end_update(self) -> int:
-        """Finish the update. Returns how many tensors were loaded since `begin_update`, which is all of them.
+        """Finish the update. Returns the number of tensors loaded since `begin_update`: all that were announced.
 
         Raises UpdateError where announced tensors have not arrived; the update is aborted then.
         """
-        if self._weight_sync_load is None:
+        update = self._weight_sync_state.update
+        if update is None:
             raise UpdateError("no update is under way: call begin_update(manifest) first")
-        waiting = [name for name, expected in self._weight_sync_pending.items() if expected is not None]
-        if waiting:
+        if missing := update.missing():
             became = self.abort_update()
-            raise UpdateError(f"{len(waiting)} announced tensors have not arrived, first {waiting[0]}; {became}")
-        count = len(self._weight_sync_pending)
+            raise UpdateError(f"{len(missing)} announced tensors have not arrived, first {missing[0]}; {became}")
         try:
-            self._weight_sync_load.end()
-            _synchronize(self.device)
+            update.load.end()
+            synchronize(self.device)
         except BaseException:
-            self.abort_update()  # a new update has to find every layer ready for it
+            self.abort_update()  # so that the next update finds every layer ready for loading
             raise
-        self._weight_sync_load = self._weight_sync_pending = None
-        self._weight_sync_inconsistent = False
-        return count
+        self._weight_sync_state = State()
+        return len(update.announced)
 
     def abort_update(self) -> str:
-        """Give up the update under way, if any, and say what became of the weights."""
-        load, self._weight_sync_load, self._weight_sync_pending = self._weight_sync_load, None, None
-        self._weight_sync_failed = False
-        if load is not None:
-            before, self._weight_sync_inconsistent = self._weight_sync_inconsistent, True  # where abort() raises
-            self._weight_sync_inconsistent = not load.abort() or before
-        if self._weight_sync_inconsistent:
+        """Give up the update under way, if there is one. Returns a sentence on the state of the weights."""
+        state = self._weight_sync_state
+        if state.update is not None:
+            self._weight_sync_state = State(inconsistent=True)  # this stays where load.abort() raises
+            untouched = state.update.load.abort()
+            self._weight_sync_state = State(inconsistent=state.inconsistent or not untouched)
+        if self._weight_sync_state.inconsistent:
             return "part of the weights is new: the model is inconsistent until a whole update succeeds"
         return "the weights are as they were before the update"
 
     def update_state(self) -> str:
         """`ready`, `updating` or `inconsistent`."""
-        if self._weight_sync_load is not None:
+        if self._weight_sync_state.update is not None:
             return "updating"
-        return "inconsistent" if self._weight_sync_inconsistent else "ready"
+        return "inconsistent" if self._weight_sync_state.inconsistent else "ready"
 
     def check_weights_changed(self) -> bool:
         """Whether every weight element that the model computes with is zero, and there is at least one.
 
         The name is that of vLLM's RLHF examples, where an update to zeros proves that weights arrive. Raises
-        UpdateError inside an update, when layers may have no weights at all.
+        UpdateError inside an update: layers may have no weights at all then.
         """
-        if self._weight_sync_load is not None:
+        if self._weight_sync_state.update is not None:
             raise UpdateError("an update is under way: call end_update() or abort_update() before looking at weights")
-        return all_zero(self.model_runner.get_model())[0]
+        return all_zero(self.model_runner.get_model())
 
     def _weight_sync_accept(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Load tensors that have arrived, inside the bracket or, where the model allows it, outside.
-
-        None is loaded unless all are what they should be.
-        """
+        """Load tensors that have arrived, inside the bracket or outside it. Loads none unless all are right."""
         for name in tensors:
             require_name(name)
-        load = self._weight_sync_load
-        if load is None:
+        if self._weight_sync_state.update is None:
             self._weight_sync_accept_alone(tensors)
-            return
-        self._weight_sync_expect(tensors)
-        try:
-            load.load(tensors)
-        except BaseException:
-            self._weight_sync_failed = True  # who knows how much of it was taken
-            raise
-        self._weight_sync_pending.update(dict.fromkeys(tensors))
-
-    def _weight_sync_expect(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            expected, found = self._weight_sync_awaited(name), (tensor.dtype, tuple(tensor.shape))
-            if expected != found:
-                raise UpdateError(f"{name}: announced as {expected}, arrived as {found}; it was not loaded")
-
-    def _weight_sync_awaited(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """What has been announced under this name, unless it has arrived."""
-        if self._weight_sync_failed:
-            raise UpdateError(f"{name}: a load of this update has failed before; call abort_update() and begin again")
-        if name not in self._weight_sync_pending:
-            raise UpdateError(f"{name} was not announced in this update's manifest; it was not loaded")
-        expected = self._weight_sync_pending[name]
-        if expected is None:
-            raise UpdateError(f"{name} has arrived before in this update; the second was not loaded")
-        return expected
+        else:
+            self._weight_sync_state.update.take(tensors)
 
     def _weight_sync_accept_alone(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Load tensors outside the bracket, where the model's parameters are as loaded."""
         model = self.model_runner.get_model()
         self._weight_sync_refuse_alone(model)
         required, optional = expected_weights(model, self.model_config.hf_config)
@@ -146,21 +167,16 @@ class UpdateBracket:
                 raise ManifestError(f"{name} is no weight of this model; nothing was touched")
         announced = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         check(announced, {}, {name: known[name] for name in tensors})
-        before, self._weight_sync_inconsistent = self._weight_sync_inconsistent, True  # where the load fails
+        before, self._weight_sync_state = self._weight_sync_state, State(inconsistent=True)  # stays if the load fails
         new_load(model, self.vllm_config).load(tensors)
-        _synchronize(self.device)
-        self._weight_sync_inconsistent = before
+        synchronize(self.device)
+        self._weight_sync_state = before
 
     def _weight_sync_refuse_alone(self, model: torch.nn.Module) -> None:
+        """Raise UpdateError where a tensor outside the bracket would be lost."""
         if layers := processed_layers(model):
             raise UpdateError(
                 f"{len(layers)} layers of this model hold repacked or quantised weights, first {layers[0]}: a tensor"
                 " loaded on its own would be lost or corrupt them. Call begin_update(manifest) before and end_update()"
                 " after; nothing was touched"
             )
-
-
-def _synchronize(device: torch.device) -> None:
-    """An update is acknowledged when the device has it, not when the copies are queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,4 +1,7 @@
-"""Weights by broadcast: the trainer is rank 0 of a group, the workers of one or several engines are the others."""
+"""Weights by broadcast. The trainer is rank 0 of a group; the workers of one or several engines are the other ranks.
+
+`WorkerExtension` is the engine's half and `BroadcastSender` the trainer's.
+"""
 
 from collections.abc import Iterable
 
@@ -24,8 +27,8 @@ class WorkerExtension(UpdateBracket):
     ) -> None:
         """Join the trainer's group as rank `rank_offset` + this worker's rank in its engine.
 
-        `world_size` counts the trainer and the workers of all engines; with several engines each has its own
-        `rank_offset`. A group that exists is closed first. Raises like `stateless_init_process_group`.
+        `world_size` counts the trainer and the workers of all engines. Each engine has its own `rank_offset`. A group
+        that was joined before is closed first. Raises like `stateless_init_process_group`.
         """
         self.close_weight_update_group()
         self._weight_sync_group = stateless_init_process_group(
@@ -35,9 +38,10 @@ class WorkerExtension(UpdateBracket):
     def update_weight(self, name: str, dtype: "str | torch.dtype", shape: "list[int] | tuple[int, ...]") -> None:
         """Receive one tensor, of this dtype and full shape, and load it under its checkpoint name.
 
-        The tensor is received before it is judged, so that an error here leaves the group usable and the trainer
-        not waiting; only what is no shape or dtype of a tensor is refused before. Raises GroupError without a group,
-        ManifestError or UpdateError where the model can't take it.
+        The tensor is received before it is judged: an error leaves the group usable, and the trainer does not wait.
+        Only a malformed dtype or shape is refused before. Raises GroupError without a group, TypeError or ValueError
+        for a malformed dtype, ManifestError for a malformed shape, and ManifestError or UpdateError where the model
+        can't take the tensor.
         """
         if self._weight_sync_group is None:
             raise GroupError("there is no group: call init_weight_update_group() on all workers first")
@@ -45,13 +49,13 @@ class WorkerExtension(UpdateBracket):
             raise ManifestError(f"{name!r:.120}: a shape is a list of sizes, found {shape!r:.99}; nothing was received")
         tensor = torch.empty(tuple(shape), dtype=dtype_of(dtype), device=self.device)
         self._weight_sync_group.broadcast(tensor, src=0)
-        if self._weight_sync_load is None:
-            self._weight_sync_group.wait()  # inside the bracket end_update() does, once for all tensors
+        if self._weight_sync_state.update is None:
+            self._weight_sync_group.wait()  # inside the bracket, end_update() waits once for all tensors
         self._weight_sync_accept({name: tensor})
 
     def end_update(self) -> int:
-        """As UpdateBracket's. Raises GroupError where a tensor has not come through; the update is aborted then."""
-        if self._weight_sync_load is not None and self._weight_sync_group is not None:
+        """As in UpdateBracket. Raises GroupError where a broadcast failed; the update is aborted then."""
+        if self._weight_sync_state.update is not None and self._weight_sync_group is not None:
             try:
                 self._weight_sync_group.wait()
             except GroupError as error:
@@ -88,8 +92,8 @@ class BroadcastSender:
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Broadcast every tensor, in the order of the workers' `update_weight` calls. Returns the bytes sent.
 
-        They have left when this returns: the next optimiser step may write to them. Raises GroupError where a worker
-        died or takes longer than the group's timeout.
+        When this returns, the workers have received all tensors and the next optimiser step may write to them. Raises
+        GroupError where a worker died or takes longer than the group's timeout.
         """
         device, sent = self._group.device, 0
         for _, tensor in named_tensors:
@@ -99,7 +103,7 @@ class BroadcastSender:
         return sent
 
     def abort(self, reason: str) -> None:
-        """Give the group up, from any thread: a send() in another one raises GroupError with `reason` within 2 s."""
+        """Give the group up, from any thread. A send() in another thread raises GroupError with `reason` within 2 s."""
         self._group.abort(reason)
 
     def close(self) -> None:

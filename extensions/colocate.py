@@ -1,52 +1,58 @@
-"""Weights by handle: trainer and engine share a device's memory, and only handles travel."""
+"""Weights by handle: trainer and engine share a device's memory, and only handles travel.
+
+"Colocated" and "by handle" are one way of moving weights: a handle can be opened only on the device where the tensor
+is. `ColocateWorkerExtension` is the engine's half and `HandleSender` the trainer's.
+"""
 
 from collections.abc import Iterable
 
 import torch
 
 from extensions.bracket import UpdateBracket
-from extensions.devices import HandleError, SharedSegment, device_id, export_tensor, open_handle
+from extensions.devices import device_id, synchronize
+from extensions.handles import HandleError, export_tensor, open_handle
 from extensions.manifest import SHOWN, ManifestError, require_name
+from extensions.segments import SharedSegment
 
 
 class ColocateWorkerExtension(UpdateBracket):
-    """Maps the trainer's tensors where they lie; give it to vLLM as `worker_extension_cls`."""
+    """Maps the trainer's tensors into the worker's process; give it to vLLM as `worker_extension_cls`."""
 
     weight_sync_sender, weight_sync_handles = "extensions.colocate:HandleSender", "plain"
 
     def report_device_id(self) -> str:
-        """The device of this worker, by an id that every process gives it: the key of its handles."""
+        """The id of this worker's device, the same in every process: the key under which its handles are sent."""
         return device_id(self.device)
 
     def update_weights_from_ipc_handles(self, ipc_handles: dict[str, dict[str, object]]) -> int:
-        """Load the tensors behind `{device id: {checkpoint name: handle}}` that are on this worker's device.
+        """Load the tensors of this worker's device from `{device id: {checkpoint name: handle}}`.
 
-        A handle is plain data, as `HandleSender` makes it, or the `(function, arguments)` pair that torch's
-        `reduce_tensor` returns, provided that the function is one of torch's own rebuild functions. The device index in
-        a handle is the sender's; it is replaced by this worker's own, since the two processes may see different
-        `CUDA_VISIBLE_DEVICES`. All handles are opened before any is loaded. Returns how many tensors were loaded;
-        they are loaded when this returns, and the sender may free them once `end_update()` has returned too.
+        A handle is plain data as `HandleSender` makes it, or the `(function, arguments)` pair of torch's
+        `reduce_tensor`. Of a pair, only torch's own rebuild functions are taken. The sender's device index is replaced
+        by this worker's, since the two processes may see different `CUDA_VISIBLE_DEVICES`. All handles are opened
+        before any tensor is loaded. Returns the number of tensors loaded. The sender has to keep them unchanged until
+        `end_update()` has returned.
 
-        Raises ManifestError where no handles are for this device, HandleError where one can't be opened, UpdateError
-        where they aren't the announced ones, and, outside an update, ManifestError where they don't fit the model;
-        the weights are as they were then.
+        Raises ManifestError where there are no handles for this device, HandleError where one can't be opened, and
+        UpdateError where they are not the announced ones. Outside an update it raises ManifestError where they do not
+        fit the model, and UpdateError where layers are packed. The weights are as they were then.
         """
         own = self.report_device_id()
         handles = _of_device(own, ipc_handles)
-        if self._weight_sync_load is None:
+        update = self._weight_sync_state.update
+        if update is None:
             self._weight_sync_refuse_alone(self.model_runner.get_model())
         else:
             for name in handles:
-                self._weight_sync_awaited(name)
+                update.awaited(name)
         tensors = {name: _opened(name, handle, self.device) for name, handle in handles.items()}
         self._weight_sync_accept(tensors)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return len(tensors)
 
 
 def _of_device(own: str, ipc_handles: object) -> dict[str, object]:
-    """The handles for one device, by names that can be shown."""
+    """The handles for one device, under names that messages can show."""
     if not isinstance(ipc_handles, dict) or own not in ipc_handles:
         devices = list(ipc_handles)[:SHOWN] if isinstance(ipc_handles, dict) else []
         found = ", ".join(f"{device!r:.80}" for device in devices) or "none"
@@ -67,7 +73,7 @@ def _opened(name: str, handle: object, device: torch.device) -> torch.Tensor:
 
 
 class HandleSender:
-    """The trainer's half. The tensors stay the trainer's: they have to live, unchanged, until `release`."""
+    """The trainer's half. On CUDA the engine reads the tensors themselves: they must not change until `release`."""
 
     def __init__(self, device: "torch.device | str") -> None:
         """`device` is where the trainer's tensors are: a CUDA device, or "cpu" for shared memory."""
@@ -76,15 +82,15 @@ class HandleSender:
         self._held: list[torch.Tensor] = []
 
     def handles(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, dict]]:
-        """`{device id: {name: handle}}` for these tensors, as plain data that any serialiser passes.
+        """Return `{device id: {name: handle}}` for these tensors: plain data.
 
-        CUDA tensors are handed over where they lie. CPU tensors are copied into one shared-memory segment.
+        The handle of a CUDA tensor leads to the tensor's own memory. CPU tensors are copied into shared memory.
         """
         named = list(named_tensors)
         if self._device.type == "cuda":
-            # A gathered shard may be a temporary of the caller's: it is held here until it is released.
+            # Where the caller passes temporaries, such as gathered shards, nobody else keeps them alive.
             self._held = [tensor.detach().contiguous() for _, tensor in named]
-            torch.cuda.synchronize(self._device)
+            synchronize(self._device)
             handles = {name: export_tensor(tensor) for (name, _), tensor in zip(named, self._held, strict=True)}
         else:
             handles = self._to_segment(named)

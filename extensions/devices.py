@@ -1,52 +1,30 @@
-"""Which device is which across processes, and handles to tensors on them.
+"""Which device is which across processes.
 
 An ordinal means something only inside the process that has it: another process may see other GPUs, or the same ones in
-another order. So devices go by the UUID that the driver gives them, in NVML's spelling (`GPU-...`, `MIG-...`), and the
-ordinal inside a CUDA IPC handle is replaced by the receiver's own for that UUID.
-
-A handle is plain data. It is rebuilt by functions named here, and nothing of it is called or unpickled.
+another order. So devices go by the UUID that the driver gives them, in NVML's spelling (`GPU-...`, `MIG-...`).
 """
 
 import os
-import re
-import secrets
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
 
 import torch
 
-from extensions.tensors import MAX_ELEMENTS, dtype_name, dtype_of, flat_bytes, is_shape
-
-SHARED_MEMORY = Path("/dev/shm")
-SEGMENT_NAME = re.compile(r"weight-sync-[A-Za-z0-9-]{1,80}")
-CPU_DEVICE_ID = "WEIGHT_SYNC_CPU_DEVICE_ID"  # names host memory, where one machine is to stand for several devices
-RUN_ID = "WEIGHT_SYNC_RUN_ID"
-ALIGNMENT_BYTES = 64
-EVENT_BYTES = 64  # of a cudaIpcEventHandle_t, which torch reads whatever it is given
-COUNTER_BYTES = 8
-COUNTERS_PREFIX = b"/torch_"  # of the names in shared memory under which senders count what is still in use
-
-# The arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor after the tensor class, in order.
-CUDA_FIELDS = (
-    "shape", "stride", "storage_offset", "storage_class", "dtype", "device_index", "memory_handle", "storage_bytes",
-    "storage_offset_bytes", "requires_grad", "ref_counter_handle", "ref_counter_offset", "event_handle",
-    "event_sync_required",
-)  # fmt: skip
-CUDA_BYTES = ("memory_handle", "ref_counter_handle", "event_handle")
-CUDA_COUNTS = ("storage_offset", "storage_bytes", "storage_offset_bytes", "ref_counter_offset")
+CPU_DEVICE_ID = "WEIGHT_SYNC_CPU_DEVICE_ID"  # another id for host memory: one machine stands for several
 
 
-class HandleError(ValueError):
-    """A handle that is none, or that can't be opened here."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that is queued. An update is acknowledged when the copies are made."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def device_id(device: torch.device) -> str:
     """The id of a device, the same in every process of the machine.
 
-    For CUDA `GPU-<uuid>` as nvidia-smi prints it (torch leaves the prefix out). For a slice that CUDA_VISIBLE_DEVICES
-    names `MIG-<uuid>`; where torch gives the UUID of its GPU instead, what CUDA_VISIBLE_DEVICES says, or all slices of
-    a GPU would be one. For the CPU, which vLLM gives no id, `CPU-` and this boot's id, or what
-    WEIGHT_SYNC_CPU_DEVICE_ID says.
+    A CUDA device has `GPU-<uuid>`, as nvidia-smi prints it; torch leaves the prefix out. A slice that
+    CUDA_VISIBLE_DEVICES names has `MIG-<uuid>`. Some drivers give a slice its GPU's UUID, which all its
+    slices share: the id is the entry in CUDA_VISIBLE_DEVICES then. The CPU has `CPU-<boot id>`, or the value of
+    WEIGHT_SYNC_CPU_DEVICE_ID.
     """
     if device.type == "cpu":
         return os.environ.get(CPU_DEVICE_ID) or "CPU-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -57,218 +35,3 @@ def device_id(device: torch.device) -> str:
     if not entry.startswith("MIG-"):
         return f"GPU-{uuid}"
     return f"MIG-{uuid}" if f"MIG-{uuid}".startswith(entry) else entry
-
-
-def export_tensor(tensor: torch.Tensor) -> dict:
-    """A handle to a CUDA tensor, which has to stay alive and unchanged until the receiver is done with it."""
-    from torch.multiprocessing.reductions import reduce_tensor
-
-    _, arguments = reduce_tensor(tensor)
-    return _plain_cuda(arguments)
-
-
-def _plain_cuda(arguments: tuple) -> dict:
-    """torch's arguments as plain data. The classes among them are left out; there is one right value for each."""
-    if len(arguments) != len(CUDA_FIELDS) + 1:
-        raise HandleError(f"expected {len(CUDA_FIELDS) + 1} arguments of a CUDA tensor, found {len(arguments)}")
-    fields = dict(zip(CUDA_FIELDS, arguments[1:], strict=True))
-    for name in ("storage_class", "device_index", "requires_grad"):
-        del fields[name]
-    fields["shape"], fields["stride"] = _sizes(fields, "shape"), _sizes(fields, "stride")
-    fields["dtype"] = dtype_name(_dtype(fields))
-    return {"kind": "cuda_ipc", **fields}
-
-
-def open_handle(handle: object, device: torch.device) -> torch.Tensor:
-    """The tensor behind a handle, mapped on `device` (the receiver's own), not copied.
-
-    Raises HandleError for anything that is not a well-formed handle of this device's kind.
-    """
-    if isinstance(handle, tuple | list) and len(handle) == 2 and callable(handle[0]):
-        return _open_pair(handle[0], handle[1], device)
-    if not isinstance(handle, dict):
-        raise HandleError(f"a handle is a mapping or torch's (function, arguments), found {type(handle).__name__}")
-    kind = handle.get("kind")
-    if kind == "shared_memory" and device.type == "cpu":
-        return _open_shared_memory(handle)
-    if kind == "cuda_ipc" and device.type == "cuda":
-        return _open_cuda(handle, device)
-    raise HandleError(f"expected a handle that device {device} can open, found kind {kind!r:.120}")
-
-
-def _open_pair(function: object, arguments: object, device: torch.device) -> torch.Tensor:
-    from torch.multiprocessing import reductions
-
-    opens = {"cuda": reductions.rebuild_cuda_tensor, "cpu": reductions.rebuild_tensor}
-    if function is not opens.get(device.type):
-        plain = isinstance(function, FunctionType | BuiltinFunctionType)  # of others, nothing is even asked
-        name = f"{function.__module__}.{function.__qualname__}" if plain else f"a {type(function).__name__}"
-        raise HandleError(f"{name:.120} is not torch's function for a tensor on {device.type}; it was not called")
-    if not isinstance(arguments, tuple | list):
-        raise HandleError(f"expected the arguments of {function.__qualname__}, found {type(arguments).__name__}")
-    return _open_cuda(_plain_cuda(tuple(arguments)), device) if device.type == "cuda" else _open_storage(arguments)
-
-
-def _open_storage(arguments: tuple | list) -> torch.Tensor:
-    """What torch's `rebuild_tensor` makes of a CPU storage that came along as an object."""
-    try:
-        _, storage, (offset, shape, stride, _) = arguments
-    except (TypeError, ValueError):
-        raise HandleError("the arguments are not those of torch's rebuild_tensor") from None
-    if not isinstance(storage, torch.TypedStorage) or storage._untyped_storage.device.type != "cpu":
-        raise HandleError(f"expected a CPU storage, found {type(storage).__name__}")
-    whole = storage._untyped_storage
-    fields = {"shape": shape, "stride": stride, "storage_offset": offset, "storage_bytes": whole.nbytes()}
-    shape, stride, offset = _layout(fields, storage.dtype)
-    return torch.empty(0, dtype=storage.dtype).set_(whole, offset, shape, stride)
-
-
-def _open_cuda(handle: dict, device: torch.device) -> torch.Tensor:
-    from torch.multiprocessing.reductions import rebuild_cuda_tensor
-
-    expected = {"kind", *CUDA_FIELDS} - {"storage_class", "device_index", "requires_grad"}
-    _require_keys(handle, expected)
-    dtype = _dtype(handle)
-    for name in CUDA_BYTES:
-        if not isinstance(handle[name], bytes) or not handle[name]:
-            raise HandleError(f"{name}: expected bytes, found {handle[name]!r:.80}")
-    for name in CUDA_COUNTS:
-        _count(handle, name)
-    _check_synchronisation(handle)
-    shape, stride, offset = _layout(handle, dtype)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    try:
-        # It imports the memory on the device that it is told: the receiver's own.
-        return rebuild_cuda_tensor(
-            torch.Tensor, torch.Size(shape), tuple(stride), offset, torch.UntypedStorage, dtype, index,
-            handle["memory_handle"], handle["storage_bytes"], handle["storage_offset_bytes"], False,
-            handle["ref_counter_handle"], handle["ref_counter_offset"], handle["event_handle"],
-            handle["event_sync_required"],
-        )  # fmt: skip
-    except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        raise HandleError(f"CUDA could not open the memory on {device}: {said}") from error
-
-
-def _check_synchronisation(handle: dict) -> None:
-    """Refuse what torch would take as it comes: an event to read, a counter to write to in shared memory."""
-    if type(handle["event_sync_required"]) is not bool:
-        raise HandleError(f"event_sync_required: expected True or False, found {handle['event_sync_required']!r:.80}")
-    if len(handle["event_handle"]) != EVENT_BYTES:
-        raise HandleError(f"event_handle: expected {EVENT_BYTES} bytes, found {len(handle['event_handle'])}")
-    name = handle["ref_counter_handle"]
-    if not name.startswith(COUNTERS_PREFIX) or not re.fullmatch(rb"/[A-Za-z0-9_]{1,100}", name):
-        raise HandleError(f"ref_counter_handle: expected a name such as {COUNTERS_PREFIX!r}..., found {name!r:.80}")
-    counters = SHARED_MEMORY / name[1:].decode()
-    end = (handle["ref_counter_offset"] + 1) * COUNTER_BYTES
-    if counters.is_file() and end > counters.stat().st_size:  # torch leaves a counter alone whose file is gone
-        raise HandleError(f"ref_counter_offset: {handle['ref_counter_offset']} is outside {counters.name}")
-
-
-def _open_shared_memory(handle: dict) -> torch.Tensor:
-    _require_keys(
-        handle, {"kind", "segment", "dtype", "shape", "stride", "storage_offset", "storage_bytes", "offset_bytes"}
-    )
-    segment = handle["segment"]
-    if not isinstance(segment, str) or not SEGMENT_NAME.fullmatch(segment):
-        raise HandleError(f"expected a segment called weight-sync-..., found {segment!r:.120}")
-    dtype, start, nbytes = _dtype(handle), _count(handle, "offset_bytes"), _count(handle, "storage_bytes")
-    shape, stride, offset = _layout(handle, dtype)
-    path = SHARED_MEMORY / segment
-    if not path.is_file() or path.is_symlink():
-        raise HandleError(f"shared memory {segment} is not there: has the sender released it?")
-    size = path.stat().st_size
-    if start + nbytes > size or start % ALIGNMENT_BYTES or nbytes % dtype.itemsize or not size:
-        raise HandleError(f"expected {nbytes} bytes of {dtype_name(dtype)} at {start} inside {segment}, found {size}")
-    whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-    return whole[start : start + nbytes].view(dtype).as_strided(shape, stride, start // dtype.itemsize + offset)
-
-
-def _require_keys(handle: dict, expected: set[str]) -> None:
-    if set(handle) != expected:
-        problem = sorted(map(str, set(handle) ^ expected))
-        raise HandleError(f"a {handle['kind']} handle has other fields than expected: {', '.join(problem)}")
-
-
-def _dtype(handle: dict) -> torch.dtype:
-    try:
-        return dtype_of(handle["dtype"])
-    except (TypeError, ValueError) as error:
-        raise HandleError(str(error)) from None
-
-
-def _count(handle: dict, name: str) -> int:
-    value = handle[name]
-    if type(value) is not int or not 0 <= value < MAX_ELEMENTS:
-        raise HandleError(f"{name}: expected a count, found {value!r:.80}")
-    return value
-
-
-def _sizes(handle: dict, name: str) -> list[int]:
-    values = handle[name]
-    if not isinstance(values, list | tuple) or not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in values):
-        raise HandleError(f"{name}: expected a list of sizes, found {values!r:.80}")
-    return list(values)
-
-
-def _layout(handle: dict, dtype: torch.dtype) -> tuple[list[int], list[int], int]:
-    """Shape, stride and offset (in elements) of a tensor that lies inside its storage."""
-    shape, stride, offset = _sizes(handle, "shape"), _sizes(handle, "stride"), _count(handle, "storage_offset")
-    if len(shape) != len(stride):
-        raise HandleError(f"shape and stride: expected as many strides as sizes, found {len(stride)} and {len(shape)}")
-    if not is_shape(shape):
-        raise HandleError(f"shape: expected that of a tensor, found {shape!r:.80}")
-    if not all(shape):
-        return shape, stride, 0  # torch lets the offset of an empty tensor be anything
-    reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    if (offset + reach) * dtype.itemsize > _count(handle, "storage_bytes"):
-        raise HandleError(f"shape {shape} with strides {stride} reaches outside its storage")
-    return shape, stride, offset
-
-
-class SharedSegment:
-    """One file in shared memory that holds the tensors of an update."""
-
-    def __init__(self, nbytes: int) -> None:
-        # The run's id comes first, so that whoever ends a run can find what a killed trainer left.
-        run = re.sub(r"[^A-Za-z0-9]", "", os.environ.get(RUN_ID, ""))[:40] or "x"
-        self.name = f"weight-sync-{run}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.nbytes = nbytes
-        path = SHARED_MEMORY / self.name
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, nbytes)  # fail here, not with SIGBUS, where memory is short
-        except OSError:
-            path.unlink()
-            raise
-        finally:
-            os.close(descriptor)
-        self._bytes = torch.from_file(str(path), shared=True, size=nbytes, dtype=torch.uint8)
-
-    @staticmethod
-    def size_for(tensors: list[torch.Tensor]) -> int:
-        return max(ALIGNMENT_BYTES, sum(_aligned(t.numel() * t.element_size()) for t in tensors))
-
-    def fill(self, named_tensors: list[tuple[str, torch.Tensor]]) -> dict[str, dict]:
-        """Copy the tensors in, one after the other, and return their handles."""
-        handles, start = {}, 0
-        for name, tensor in named_tensors:
-            whole = tensor.detach().contiguous()
-            flat = flat_bytes(whole)
-            self._bytes[start : start + flat.numel()].copy_(flat)
-            handles[name] = {
-                "kind": "shared_memory", "segment": self.name, "offset_bytes": start, "storage_bytes": flat.numel(),
-                "dtype": dtype_name(whole.dtype), "shape": list(whole.shape), "stride": list(whole.stride()),
-                "storage_offset": 0,
-            }  # fmt: skip
-            start += _aligned(flat.numel())
-        return handles
-
-    def unlink(self) -> None:
-        """Free the name; the memory goes when the last process has let go of it."""
-        self._bytes = None
-        (SHARED_MEMORY / self.name).unlink(missing_ok=True)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

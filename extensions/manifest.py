@@ -1,4 +1,4 @@
-"""What an update announces, and whether it is what the model expects.
+"""What an update announces, and whether the model can take it.
 
 A manifest is plain data, in the order of sending: `[{"name": str, "dtype": "bfloat16", "shape": [int, ...]}, ...]`.
 """
@@ -7,15 +7,17 @@ from collections.abc import Iterable
 
 import torch
 
-from extensions.tensors import FLOATING_SOURCES, dtype_name, dtype_of, is_shape
+from extensions.tensors import FLOATING_SOURCES, Shape, Shapes, dtype_name, dtype_of, is_shape
 
 Manifest = list[dict]
+Layout = tuple[torch.dtype, Shape]
+Announced = dict[str, Layout]  # a manifest as it is looked at: by name, in the order of sending
 SHOWN = 8  # names in a message; the rest is counted
 MAX_NAME = 1000  # characters
 
 
 class ManifestError(ValueError):
-    """An update that the model can't take as announced. Nothing was touched."""
+    """A manifest that is malformed or does not fit the model. Nothing was touched."""
 
 
 def manifest_of(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Manifest:
@@ -23,25 +25,25 @@ def manifest_of(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Manifest:
     return [{"name": n, "dtype": dtype_name(t.dtype), "shape": list(t.shape)} for n, t in named_tensors]
 
 
-def parse(manifest: object) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """`{name: (dtype, shape)}`, or ManifestError naming the entries that are malformed or there twice."""
+def parse(manifest: object) -> Announced:
+    """The dtype and shape of each name. Raises ManifestError where entries are malformed or names are there twice."""
     if not isinstance(manifest, list | tuple) or not manifest:
         raise ManifestError(
             f"a manifest is a non-empty list of entries, found {type(manifest).__name__} {manifest!r:.80}"
         )
-    parsed: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    parsed: Announced = {}
     duplicates = []
     for index, entry in enumerate(manifest):
-        name, dtype, shape = _parse_entry(index, entry)
+        name, layout = _parse_entry(index, entry)
         if name in parsed:
             duplicates.append(name)
-        parsed[name] = (dtype, shape)
+        parsed[name] = layout
     if duplicates:
         raise ManifestError(f"{len(duplicates)} duplicate {_plural('name', duplicates)}: {_shown(duplicates)}")
     return parsed
 
 
-def _parse_entry(index: int, entry: object) -> tuple[str, torch.dtype, tuple[int, ...]]:
+def _parse_entry(index: int, entry: object) -> tuple[str, Layout]:
     where = f"manifest entry {index}"
     if not isinstance(entry, dict) or set(entry) != {"name", "dtype", "shape"}:
         raise ManifestError(f"{where}: expected the keys name, dtype, shape, found {entry!r:.120}")
@@ -50,26 +52,19 @@ def _parse_entry(index: int, entry: object) -> tuple[str, torch.dtype, tuple[int
     if not is_shape(shape):
         raise ManifestError(f"{where} ({name}): a shape is a list of sizes, found {shape!r:.120}")
     try:
-        return name, dtype_of(entry["dtype"]), tuple(shape)
+        return name, (dtype_of(entry["dtype"]), tuple(shape))
     except (TypeError, ValueError) as error:
         raise ManifestError(f"{where} ({name}): {error}") from None
 
 
 def require_name(value: object, where: str = "") -> None:
-    """Raise ManifestError unless this may be a weight's name: text that messages and logs can show as it is."""
+    """Raise ManifestError unless `value` is text that messages and logs can show unchanged."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
         raise ManifestError(f"{where}a name is printable text, found {value!r:.120}")
 
 
-def check(
-    announced: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-    required: dict[str, tuple[int, ...] | None],
-    optional: dict[str, tuple[int, ...] | None],
-) -> None:
-    """Raise ManifestError unless `announced` is the model's weights, each once, with a fitting shape and dtype.
-
-    `required` and `optional` map checkpoint names to full (unsharded) shapes; None where any shape will do.
-    """
+def check(announced: Announced, required: Shapes, optional: Shapes) -> None:
+    """Raise ManifestError unless every required name is announced, no unknown one, and shapes and dtypes fit."""
     problems = []
     known = required | optional
     if missing := [name for name in required if name not in announced]:

@@ -1,13 +1,16 @@
-"""Tensors between processes: one spelling for dtypes (`bfloat16`, whatever the caller wrote), shapes, and bytes."""
+"""How tensors are described between processes: dtypes as plain text (`bfloat16`), shapes, and bytes."""
 
 import math
 
 import torch
 
-MAX_ELEMENTS = 2**48  # bytes and strides of what has fewer can be counted in 64 bits
-MAX_DIMENSIONS = 64  # as in torch
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape | None]  # full (unsharded) shapes by checkpoint name; None where any shape will do
 
-# What a floating-point parameter may be updated from. Narrower types would need scales, integers a meaning.
+MAX_ELEMENTS = 2**48  # the bytes and strides of a tensor with fewer elements fit in 64 bits
+MAX_DIMENSIONS = 64  # torch's own limit
+
+# The dtypes that a floating-point parameter may be updated from. Narrower ones would need scales.
 FLOATING_SOURCES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,14 +30,14 @@ def dtype_of(value: "str | torch.dtype") -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16: plain text, which every serialiser passes."""
+    """The dtype as plain text, `bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def is_shape(value: object) -> bool:
-    """Whether this is a list of sizes, of a tensor whose elements and strides torch can count.
+    """Whether `value` is a list or tuple of sizes, and torch can count the elements and strides of such a tensor.
 
-    Strides count an empty dimension as 1: `[0, 2**40, 2**40]` is the shape of no tensor.
+    Strides count an empty dimension as 1, so `[0, 2**40, 2**40]` is too large.
     """
     if not isinstance(value, list | tuple) or len(value) > MAX_DIMENSIONS:
         return False
@@ -44,6 +47,6 @@ def is_shape(value: object) -> bool:
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a contiguous tensor, uint8 of one dimension, sharing its memory."""
-    # Of contiguous tensors too, a dimension of size 1 may have any stride, and view(-1) would keep it.
+    """The bytes of a contiguous tensor: uint8, one dimension, sharing its memory."""
+    # In a contiguous tensor a dimension of size 1 may have any stride, and view(-1) would keep that stride.
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -29,5 +29,5 @@ def render_text(run: dict[str, Any], width: int = 100) -> str:
 
 
 def _as_written(run: dict[str, Any]) -> Any:
-    """What a file of it would hold: lists for tuples, texts for paths."""
+    """The run as a JSON file would give it back: lists for tuples, texts for paths."""
     return json.loads(json.dumps(run, default=str))

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reports import export, text, versions
+from reports import export, text, trend
 from reports.compare import CAUSES, DEFAULT_CAUSES, compare, same_hardware
 from reports.load import Run, UnusableInput, labelled, only, read, read_all
+from reports.results import BASELINES, results_markdown
 from reports.statistics import THRESHOLD
 
 EXIT_STATUS = """\
 exit status:
-  0  nothing worse (show, trend, table, export: done)
+  0  nothing worse (show, trend, table, results, export: done)
   1  compare: newly failing, newly in error, or slower beyond the threshold; --fail-on chooses what counts
   2  unusable input or options: the message names the file, the place and what was expected
   3  compare --strict: nothing worse, but a timing is inconclusive
@@ -44,19 +45,39 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m reports", description=__doc__, epilog=EXIT_STATUS, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: object, files: str | None, **how: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, function: object, files: str | None, narrowed: bool = True, **how: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, **how, description=how["help"], epilog=EXIT_STATUS, formatter_class=raw)
         added.set_defaults(command=function)
         if files:
             added.add_argument("files", nargs=files, type=Path, metavar="FILE")
-        for item in ("subject", "stage", "model"):
-            added.add_argument(f"--{item}", action="append", default=[], help=f"nothing but this {item}; repeatable")
+        for item in ("subject", "stage", "model") if narrowed else ():
+            added.add_argument(f"--{item}", action="append", default=[], help=f"only this {item}; repeatable")
         return added
 
     added = command("show", _show, None, help="one run: requirements, throughput")
     added.add_argument("file", type=Path, metavar="FILE")
     added.add_argument("--html", type=Path, metavar="FILE", help="write the page")
-    added = command("compare", _compare, None, help="run B against run A")
+    _compare_options(command("compare", _compare, None, help="run B against run A"))
+    added = command("trend", _trend, "+", help="several runs in the order of their versions")
+    _machines(added)
+    for kind, what in (("html", "the page"), ("png", "the picture"), ("svg", "the picture")):
+        added.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write {what}")
+    added = command("table", _table, "+", help="the Markdown table of several runs")
+    _machines(added)
+    added = command("results", _results, None, narrowed=False, help="the page of measured results, docs/results.md")
+    added.add_argument(
+        "--baselines", type=Path, default=BASELINES, metavar="DIR", help="folders of runs, one a machine"
+    )
+    added = command("export", _export, None, help="one run as CSV or Markdown")
+    added.add_argument("file", type=Path, metavar="FILE")
+    added.add_argument("--format", choices=("csv", "markdown"), required=True)
+    added.add_argument("--output", type=Path, metavar="FILE", help="instead of standard output")
+    return parser
+
+
+def _compare_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("a", type=Path, metavar="A")
     added.add_argument("b", type=Path, metavar="B")
     _machines(added)
@@ -67,21 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     causes = "; ".join(f"{name}: {meaning}" for name, meaning in CAUSES.items())
     shown = f"what exits 1, separated by commas, or none (default {','.join(DEFAULT_CAUSES)}). {causes}"
     added.add_argument("--fail-on", type=_causes, default=DEFAULT_CAUSES, metavar="LIST", help=shown)
-    added = command("trend", _trend, "+", help="several runs in the order of their versions")
-    _machines(added)
-    for kind, what in (("html", "the page"), ("png", "the picture"), ("svg", "the picture")):
-        added.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write {what}")
-    added = command("table", _table, "+", help="the Markdown table of several runs, for a README")
-    _machines(added)
-    added = command("export", _export, None, help="one run as CSV or Markdown")
-    added.add_argument("file", type=Path, metavar="FILE")
-    added.add_argument("--format", choices=("csv", "markdown"), required=True)
-    added.add_argument("--output", type=Path, metavar="FILE", help="instead of standard output")
-    return parser
 
 
 def _machines(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--across-machines", action="store_true", help="also where the hardware differs")
+    parser.add_argument("--across-machines", action="store_true", help="compare runs of different hardware too")
     shown = f"practical difference, as 5%% or 0.05 (default {THRESHOLD * 100:g}%%)"
     parser.add_argument("--threshold", type=_threshold, default=THRESHOLD, help=shown)
 
@@ -152,12 +162,17 @@ def _trend(options: argparse.Namespace) -> int:
         if sheet is None:
             raise UnusableInput(str(options.files[0]), "", "expected timings or failures to draw, found none")
         plots.save(sheet, path, "svg" if path == options.svg else "png")
-    print(versions.trend_text(runs, options.threshold))
+    print(trend.trend_text(runs, options.threshold))
     return 0
 
 
 def _table(options: argparse.Namespace) -> int:
-    print(versions.markdown_tables(_several(options), options.threshold))
+    print(trend.markdown_tables(_several(options), options.threshold))
+    return 0
+
+
+def _results(options: argparse.Namespace) -> int:
+    print(results_markdown(options.baselines), end="")
     return 0
 
 

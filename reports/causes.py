@@ -1,4 +1,4 @@
-"""Failures of one subject brought together by what caused them: the first told in full, the rest counted."""
+"""Failures of one subject grouped by their cause, so that the first is told in full and the rest are counted."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Case = TypeVar("Case")
 
 
 def by_cause(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
-    """The cases of one subject, verdict and cause together, in the order of first appearance."""
+    """Group cases by subject, verdict and cause, in the order of first appearance."""
     return together(outcomes, _key)
 
 
 def together(cases: Iterable[Case], key: Callable[[Case], Hashable]) -> list[list[Case]]:
-    """Those of one key together, in the order of first appearance."""
+    """Group cases by their key, in the order of first appearance."""
     groups: dict[Hashable, list[Case]] = {}
     for case in cases:
         groups.setdefault(key(case), []).append(case)
@@ -32,7 +32,7 @@ def and_more(requirements: Iterable[str]) -> str:
 
 
 def _key(outcome: Outcome) -> tuple[str, ...]:
-    """A message that says nothing is no common cause: such cases stay apart by requirement."""
+    """Cases without a message have no known cause, so each requirement's stay apart."""
     cause = outcome.known_cause
     apart = outcome.requirement if not cause else ""
     return (outcome.subject, outcome.verdict, cause, apart, outcome.waiver_reason, outcome.waiver_issue)

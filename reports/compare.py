@@ -15,16 +15,16 @@ from reports.statistics import Ratio
 
 # What --fail-on may name. "failing" includes "failing-must".
 CAUSES = {
-    "failing": "a requirement that fails now and did not before, or was waived",
+    "failing": "a requirement that fails now, and passed or was waived before",
     "failing-must": "the same, MUST only",
-    "error": "one that the suite could judge before and cannot now",
-    "lost": "one that passed, or a benchmark that was measured, and now is not: unsupported, not applicable, absent",
-    "waived": "one that fails now, which a waiver lets stand, and did not fail before",
+    "error": "a requirement that the suite could judge before and cannot now",
+    "lost": "a requirement that passed, or a benchmark that was measured, and is not any more",
+    "waived": "a requirement that fails now, is waived, and did not fail before",
     "slower": "a benchmark slower beyond the threshold",
 }
 DEFAULT_CAUSES = ("failing", "error", "slower")
-LAST = ("only in A", "only in B", "judged in neither")  # kinds of which a run with other stages has many
-BOUND = 0.5  # of a time that the hardware needs for the bytes alone, the hardware's drift is in it
+LAST = ("only in A", "only in B", "judged in neither")  # shown last: a run with other stages has many of these
+BOUND = 0.5  # from this share of roofline on, drift of the hardware explains the time
 NOT_JUDGED = {"absent", "not-applicable", "unsupported"}
 
 
@@ -77,13 +77,13 @@ class Change:
 
     @property
     def detail(self) -> str:
-        """What the deciding side says, and a change of the number of cases, which no verdict shows."""
+        """The message of the later run, and how the number of cases changed, which no verdict shows."""
         text = (self.after or self.before).detail if self.kind != "unchanged" else ""
         return "\n".join(filter(None, [text, self._recount]))
 
     @property
     def cause(self) -> tuple[str, ...]:
-        """(subject, cause) of what failed; empty for the rest, and where the number of cases is to be told too."""
+        """(subject, cause) of a failure; empty for other changes, and where the number of cases changed."""
         failed = self.after and self.now in FOUND_WANTING and self.kind != "unchanged" and self.after.cause
         return (self.key[1], self.after.cause) if failed and not self._recount else ()
 
@@ -100,7 +100,7 @@ class Change:
 class TimingChange:
     """One benchmark in both runs. `judged_by` says whether seconds, the fraction of roofline, or both decided.
 
-    `against_pace` is about the host's pace, where both runs know it and the hardware does not decide alone.
+    `against_pace` takes the drift of the host's pace out, where both runs know that pace.
     """
 
     key: tuple[str, ...]
@@ -140,7 +140,7 @@ class Comparison:
 
     @property
     def told(self) -> list[Change]:
-        """What is worth a word, one that hardly is last: what is there, or not, on one side alone."""
+        """The changes to report; those that only one side has come last."""
         changed = [change for change in self.requirements if change.kind != "unchanged" or change.detail]
         return sorted(changed, key=lambda change: LAST.index(change.kind) if change.kind in LAST else -1)
 
@@ -154,7 +154,7 @@ class Comparison:
 
     @property
     def pace_unknown(self) -> str:
-        """What to say where a run does not know the host's pace on a stage on which both timed."""
+        """A note for stages on which both runs timed and one lacks the host's pace; empty where both have it."""
         stages = dict.fromkeys(c.after.stage for c in self.timings if c.before and c.after and c.after.stage)
         return pace.unknown(stages, self.a.environment.paces, self.b.environment.paces)
 
@@ -223,14 +223,14 @@ def compare_timing(key: tuple[str, ...], a: Timing | None, b: Timing | None, thr
 
 
 def _share(timing: Timing) -> float:
-    """How much of the time the hardware needs for the bytes alone."""
+    """The share of the time that the hardware needs for the bytes alone."""
     return median(timing.roofline_samples_s) / (median(timing.samples_s) or math.inf)
 
 
 def _judged(seconds: Ratio, relative: Ratio, roofline: Ratio, bound: bool) -> tuple[str, str, str]:
-    """Where the hardware itself drifted, what counts is the fraction of roofline, if the time is `bound` by that.
+    """(verdict, what decided, why). Where the hardware drifted, the fraction of roofline decides a time `bound` by it.
 
-    Where it is not, or where nobody knows whether the hardware drifted, both count.
+    Where the time is not bound, or the drift is unsure, the verdicts in seconds and against the roofline have to agree.
     """
     if roofline.verdict == "same" or seconds.verdict == relative.verdict:
         return seconds.verdict, "seconds", seconds.why

@@ -6,14 +6,14 @@ import csv
 import io
 from xml.etree import ElementTree
 
-from reports import pace, statistics, text, units
+from reports import pace, rows, statistics, units
 from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
 from reports.load import Run
 from reports.matrix import SYMBOL, headline, in_order
 from reports.table import markdown, markdown_table
 
 CASE = ("requirement", "level", "subject", "stage", "model", "verdict", "detail", "duration_s", "waiver_issue",
-        "waiver_reason")  # fmt: skip
+        "waiver_reason", "repeat")  # fmt: skip
 TIMING = ("group", "subject", "stage", "model", "name", "bytes_sent", "tensors", "parameters", "median_s", "gb_per_s",
           "roofline_kind", "roofline_gb_per_s", "fraction_of_roofline", "engine_peak_extra_bytes",
           "trainer_peak_extra_bytes")  # fmt: skip
@@ -37,18 +37,18 @@ def run_csv(run: Run) -> str:
 
 
 def run_markdown(run: Run) -> str:
-    """The run's verdict, its cases, its throughput, and what is to be said about the file."""
+    """The run's verdict, its cases, its throughput, and notes about the file."""
     verdict, sentence = headline(run)
     parts = [f"**{SYMBOL[verdict]} {markdown(sentence)}**", markdown(run.environment.line)]
     if run.outcomes:
-        rows = [
+        listed = [
             (o.requirement, o.level, o.subject, o.stage, o.model, f"{SYMBOL[o.verdict]} {o.verdict}", o.told)
             for o in run.outcomes
         ]
-        parts.append(markdown_table(("requirement", "level", "subject", "stage", "model", "verdict", "detail"), rows))
+        parts.append(markdown_table(("requirement", "level", "subject", "stage", "model", "verdict", "detail"), listed))
     if run.timings:
-        rows = [text.throughput_row(timing) for timing in run.timings]
-        parts.append(markdown_table(text.THROUGHPUT_HEAD, rows, text.THROUGHPUT_RIGHT))
+        listed = [rows.throughput_row(timing) for timing in run.timings]
+        parts.append(markdown_table(rows.THROUGHPUT_HEAD, listed, rows.THROUGHPUT_RIGHT))
     parts += [markdown(note) for note in run.notes]
     return "\n\n".join(parts) + "\n"
 
@@ -56,25 +56,25 @@ def run_markdown(run: Run) -> str:
 def compare_markdown(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) -> str:
     """A comment for a pull request: the verdict and what changed; the rest folded away."""
     sides = "\n".join(f"- {s}: {markdown(f'{r.source}: {r.environment.line}')}" for s, r in _sides(found))
-    parts = [f"### {markdown(text.compare_headline(found, causes))}", sides]
+    parts = [f"### {markdown(rows.compare_headline(found, causes))}", sides]
     if found.differences:
         parts.append(_folded("Environment differences", markdown_table(("", "A", "B"), found.differences)))
     changed = [change for change in found.told if change.kind not in LAST]
     if changed:
-        rows = [row for group, more in text.causes_of(changed) for row in _rows(group, more)]
+        listed = [row for group, more in rows.causes_of(changed) for row in _rows(group, more)]
         head = ("what", "requirement", "subject", "stage", "model", "A → B", "detail")
-        parts.append(markdown_table(head, rows))
+        parts.append(markdown_table(head, listed))
     if found.requirements:
         parts.append(f"{found.unchanged} requirement cases unchanged.")
     for kind in LAST:
-        lines = text.grouped(change for change in found.told if change.kind == kind)
+        lines = rows.grouped(change for change in found.told if change.kind == kind)
         listed = "\n".join(_bullet(": ".join(filter(None, line))) for line in lines)
         parts += [_folded(f"{kind[0].upper()}{kind[1:]}", listed)] if lines else []
     moved = [change for change in found.timings if change.verdict != "same"]
     parts += [_timings(moved)] if moved else []
     same = [change for change in found.timings if change.verdict == "same"]
     parts += [_folded(f"{units.counted(len(same), 'benchmark')} the same", _timings(same))] if same else []
-    drifts = (("Roofline itself, B/A", text.drift_lines(found)), (text.PACE, pace.drift_lines(found.pace_drift)))
+    drifts = (("Roofline itself, B/A", rows.drift_lines(found)), (rows.PACE, pace.drift_lines(found.pace_drift)))
     for title, drift in drifts:
         parts += [_folded(title, "\n".join(f"- {markdown(line)}" for line in drift))] if drift else []
     parts += [markdown(found.pace_unknown)] if found.pace_unknown else []
@@ -82,7 +82,7 @@ def compare_markdown(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES
 
 
 def compare_junit(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) -> str:
-    """A test case for each requirement case and benchmark: what `causes` counts failed, what is unsure skipped."""
+    """A test case for each requirement case and benchmark: failed where `causes` counts it, skipped where unsure."""
     suite = ElementTree.Element("testsuite", name=f"{found.a.label} against {found.b.label}")
     counts = {"tests": 0, "failures": 0, "skipped": 0, "errors": 0}
     for change in [*found.requirements, *found.timings]:
@@ -105,7 +105,7 @@ def _told(change: Change | TimingChange) -> tuple[str, str, str, str]:
     if isinstance(change, Change):
         name = " ".join(filter(None, change.key[1:])) or change.key[0]
         return f"conformance.{change.key[0]}", name, f"{change.kind}: {change.was} -> {change.now}", change.detail
-    row = text.timing_row(change)
+    row = rows.timing_row(change)
     message = f"{change.verdict}: {row[2]} -> {row[3]} {row[4]}, judged by {change.judged_by}"
     group = (change.after or change.before).group
     return f"benchmark.{group or 'benchmark'}", change.label, message, change.why
@@ -118,16 +118,16 @@ def _unsure(change: Change | TimingChange) -> bool:
 
 
 def _rows(group: list[Change], more: str) -> list[tuple[str, ...]]:
-    """A row a change; of several that have one cause a row for the first, which counts the others."""
-    rows = [(change.kind, *change.key, f"{change.was} → {change.now}", change.detail) for change in group]
-    return [(*rows[0][:-1], f"{rows[0][-1]}\n{more}")] if more else rows
+    """A row for each change. Changes with one cause share the row of the first, which counts the others."""
+    listed = [(change.kind, *change.key, f"{change.was} → {change.now}", change.detail) for change in group]
+    return [(*listed[0][:-1], f"{listed[0][-1]}\n{more}")] if more else listed
 
 
 def _timings(changes: list[TimingChange]) -> str:
     head = ("verdict", "benchmark", "A", "B", "B/A [95%]", "p", "of roof A", "of roof B", "B/A against roof",
             "B/A against pace", "note")  # fmt: skip
-    rows = [(*row[:9], row[10], change.why) for change in changes for row in [text.timing_row(change)]]
-    return markdown_table(head, rows, (2, 3, 6, 7))
+    listed = [(*row[:9], row[10], change.why) for change in changes for row in [rows.timing_row(change)]]
+    return markdown_table(head, listed, (2, 3, 6, 7))
 
 
 def _bullet(line: str) -> str:

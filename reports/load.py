@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from reports import message
 from reports.environment import Environment, environment
 from reports.node import Node, UnusableInput, refuse_non_finite
 from reports.pace import Pace
@@ -21,6 +22,8 @@ SCHEMA = 1
 MAX_BYTES = 64_000_000
 VERDICTS = ("pass", "fail", "waived", "unsupported", "not-applicable", "error")
 LEVELS = ("MUST", "SHOULD")
+CASE = re.compile(r" \[subject=[^\]]*\]")  # what messages end with
+ERROR_TYPE = re.compile(r"^\w+: (?=.)")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Outcome:
     waiver_issue: str = ""
     waiver_reason: str = ""
     cause: str = ""
+    repeat: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -47,18 +51,35 @@ class Outcome:
 
     @property
     def known_cause(self) -> str:
-        """What the suite names as the cause, else the first line of the message; empty where there is neither."""
-        return self.cause or self.detail.partition("\n")[0]
+        """What the suite names as the cause, else the message's start; empty where there is neither.
+
+        That is what was expected and found, where the message says these, and its first line where it does not.
+        """
+        said = [message.labelled(self.detail, label) for label in ("expected", "found")]
+        return self.cause or "; ".join(filter(None, said)) or self.detail.partition("\n")[0]
 
     @property
     def told(self) -> str:
-        """What a reader is told: the cause, the message and, before them, why that failure is waived."""
-        named = self.cause if self.cause not in self.detail else ""
-        message = "\n".join(filter(None, [named, self.detail]))
-        if self.verdict != "waived":
-            return message
+        """What a reader is told: why a failure is waived, the cause, the message, and how to repeat the case."""
+        return self._told("")
+
+    @property
+    def told_with_clause(self) -> str:
+        """The same with the requirement's text, for a place where that does not stand already."""
+        return self._told(f"clause: {self.text}" if self.text else "")
+
+    def _told(self, clause: str) -> str:
         waiver = ", ".join(filter(None, [self.waiver_reason, self.waiver_issue])) or "no reason given"
-        return f"waived: {waiver}\n{message}".rstrip()
+        lines = [f"waived: {waiver}" if self.verdict == "waived" else "", clause]
+        lines += ["" if self._says_its_cause else self.cause, self.detail]
+        lines += [f"repeat: {self.repeat}" if self.repeat and self.verdict in ("fail", "error", "waived") else ""]
+        return "\n".join(filter(None, lines))
+
+    @property
+    def _says_its_cause(self) -> bool:
+        """Whether the message has the cause in it, apart from the error's type and the name of the case."""
+        cause = ERROR_TYPE.sub("", self.cause)
+        return cause in self.detail or cause in CASE.sub("", self.detail)
 
 
 @dataclass(frozen=True)
@@ -92,7 +113,7 @@ class Timing:
 
     @property
     def label(self) -> str:
-        """What a reader knows it by; the test's name where the suite did not write who and where."""
+        """Subject, stage and model; the test's name where the file does not have them."""
         return " ".join(part for part in (self.subject, self.stage, self.model, self.distinct) if part)
 
     @property
@@ -152,7 +173,7 @@ def only(run: Run, subjects: list[str], stages: list[str], models: list[str]) ->
 
 
 def parse(document: Any, file: str) -> Run:
-    """Check a document already in memory and bring it into the shape that everything here works on."""
+    """Turn a document in memory into a Run. Raises UnusableInput as `read` does."""
     refuse_non_finite(document, file)
     root = Node(document, file)
     root.of(dict, "an object, as pytest-benchmark writes")
@@ -242,6 +263,7 @@ def _outcome(node: Node) -> Outcome:
         waiver_issue=node["waiver_issue"].optional_text() or "",
         waiver_reason=node["waiver_reason"].optional_text() or "",
         cause=node["cause"].optional_text() or "",
+        repeat=node["repeat"].optional_text() or "",
     )
 
 
@@ -300,7 +322,7 @@ def _joined(timings: list[Timing], outcomes: tuple[Outcome, ...], paces: dict[st
 
 
 def _told_apart(timings: list[Timing], root: Node) -> tuple[Timing, ...]:
-    """Add the test's name, then its path, to the key of those that the rest of the key does not tell apart."""
+    """Make keys unique: add the test's name, then its path, where two keys are equal."""
     plain = [timing if timing.subject else replace(timing, distinct=timing.name) for timing in timings]
     for attribute in ("name", "fullname"):
         taken = Counter(timing.key for timing in plain)
@@ -316,7 +338,7 @@ def _told_apart(timings: list[Timing], root: Node) -> tuple[Timing, ...]:
 
 
 def _timeline(root: Node) -> Iterable[tuple[str, float, float]]:
-    """(what, when it began, when it ended) in seconds; what does not say when it began follows the one before."""
+    """(what, when it began, when it ended) in seconds; an entry without a beginning follows the one before."""
     now = 0.0
     if "timeline" not in root:
         return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from reports.load import Outcome, Run
 
-# One verdict stands for several cases: the first of these that any of them has.
+# The verdict of several cases is the first of these that any case has.
 ORDER = ("fail", "error", "waived", "pass", "unsupported", "not-applicable")
 FOUND_WANTING = ("fail", "error", "waived")  # told case by case, with their messages
 SYMBOL = {"pass": "✓", "fail": "✗", "waived": "~", "error": "!", "unsupported": "∅", "not-applicable": "-"}
@@ -18,7 +18,7 @@ MEANING = {
     "waived": "not met, and known: a waiver lets it stand",
     "error": "the suite itself could not tell",
     "unsupported": "the subject declares that it lacks this",
-    "not-applicable": "this machine or stage cannot hold it",
+    "not-applicable": "this machine or stage cannot run it",
 }
 
 
@@ -44,12 +44,12 @@ class Cell:
 
     @property
     def detail(self) -> str:
-        """What the cases that decided say, each text once."""
+        """The messages of the cases that have this cell's verdict, each once."""
         return "\n".join(dict.fromkeys(o.told for o in self.outcomes if o.verdict == self.verdict and o.told))
 
     @property
     def cause(self) -> str:
-        """The causes of the cases that decided, each once."""
+        """The causes of the cases that have this cell's verdict, each once."""
         return "; ".join(dict.fromkeys(o.known_cause for o in self.outcomes if o.verdict == self.verdict))
 
     @property
@@ -71,13 +71,13 @@ def in_order(values: Iterable[str]) -> list[str]:
 
 
 def legend(verdicts: Iterable[str]) -> list[str]:
-    """The verdicts to explain beside a table of these; waived ones are rare, and explained where there are some."""
+    """The verdicts to explain beside a table; waived is explained only where the table has it."""
     present = set(verdicts)
     return [verdict for verdict in SYMBOL if verdict != "waived" or verdict in present]
 
 
 def headline(run: Run) -> tuple[str, str]:
-    """(verdict, sentence) of a whole run. One in which nothing was judged is no pass, nor one with waived failures."""
+    """(verdict, sentence) of a whole run. A run that judged nothing, or has waived failures, does not pass."""
     found = cells(run.outcomes, "requirement", "level")
     failing = [cell for cell in found.values() if cell.verdict == "fail"]
     unsure = sum(any(outcome.verdict == "error" for outcome in cell.outcomes) for cell in found.values())

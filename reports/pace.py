@@ -14,9 +14,9 @@ from reports.statistics import Ratio
 if TYPE_CHECKING:
     from reports.load import Timing
 
-# What the calls are called, by their place in run.json.
+# Names of the calls, by their keys in run.json.
 CALLS = {"empty_call_samples_s": "empty call", "manifest_call_samples_s": "call with a manifest"}
-OF_WEIGHT = 0.1  # the share of a time from which on calls stand for the whole of it
+OF_WEIGHT = 0.1  # from this share on, calls are taken to explain the whole of a time
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Pace:
     quiet: bool = True
 
     def calls_s(self, tensors: float) -> list[float]:
-        """Seconds of the calls of an update at the most: one a tensor, and one with the manifest.
+        """An upper bound for the seconds that an update spends on calls: one a tensor, and one with the manifest.
 
         One value a sample. A call that was not measured counts as 0; no values where neither was.
         """
@@ -66,13 +66,13 @@ def drifts(a: Paces, b: Paces, threshold: float) -> list[tuple[str, Ratio]]:
 
 
 def drift_lines(found: list[tuple[str, Ratio]]) -> list[str]:
-    """What the host's own pace did between two runs: what moved or may have, and how much did not."""
+    """How the host's pace changed: a line for each call that changed or may have, and a count of the others."""
     moved = [f"{drift.verdict}: {label} {units.ratio(drift)}" for label, drift in found if drift.verdict != "same"]
     return [*moved, f"same: {len(found) - len(moved)} of {units.counted(len(found), 'call')}"] if found else []
 
 
 def unknown(stages: Iterable[str], a: Paces, b: Paces) -> str:
-    """What to say of timed stages of which a run does not know the host's pace; empty where both know it."""
+    """A note for timed stages on which a run lacks the host's pace; empty where both have it."""
     lacking = {name: [stage for stage in stages if stage not in dict(known)] for name, known in (("A", a), ("B", b))}
     sides = [f"{name} ({', '.join(missing)})" for name, missing in lacking.items() if missing]
     if not sides:
@@ -93,7 +93,7 @@ class Against:
     def doubt(self, seconds: Ratio) -> str:
         """Why the pace leaves the verdict in seconds open; empty where it does not.
 
-        How many calls an update makes is known at the most. So a verdict has to hold with the drift and without.
+        Only an upper bound of an update's calls is known, so a verdict has to hold with the drift and without it.
         """
         if seconds.verdict in ("inconclusive", self.relative.verdict) or self.drift.verdict == "same":
             return ""

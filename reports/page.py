@@ -9,10 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reports import pace, plots, text, units, versions
+from reports import pace, plots, rows, trend, units
 from reports.compare import DEFAULT_CAUSES, Change, Comparison, compare
 from reports.load import Run
 from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order, legend
+from reports.message import parts
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -30,13 +31,13 @@ def run_page(run: Run) -> str:
         runs=[run],
         notes=_notes([run]),
         matrix=matrix(run),
-        failures=text.failures(run),
-        pace=text.pace_lines(run),
+        failures=rows.failures(run),
+        pace=rows.pace_lines(run),
         throughput=_plots(plots.throughput(run), "throughput", "GB/s against model size, with the roofline"),
         steps=_plots(plots.steps(run), "steps", "Time of an update split by step"),
-        timings=[text.throughput_row(timing) for timing in run.timings],
-        head=text.THROUGHPUT_HEAD,
-        timeline=text.time_spent(run),
+        timings=[rows.throughput_row(timing) for timing in run.timings],
+        head=rows.THROUGHPUT_HEAD,
+        timeline=rows.time_spent(run),
     )
 
 
@@ -46,14 +47,14 @@ def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) ->
         "compare.html",
         title=f"From {found.a.label} to {found.b.label}",
         verdict=_compare_verdict(found, causes),
-        sentence=text.compare_headline(found, causes),
+        sentence=rows.compare_headline(found, causes),
         runs=[found.a, found.b],
         notes=_notes([found.a, found.b]),
         found=found,
         changes=_rows([change for change in found.told if change.kind != "judged in neither"]),
-        judged_in_neither=text.grouped(change for change in found.told if change.kind == "judged in neither"),
-        timings=[(change, text.timing_row(change)) for change in found.timings],
-        drift=text.drift_lines(found),
+        judged_in_neither=rows.grouped(change for change in found.told if change.kind == "judged in neither"),
+        timings=[(change, rows.timing_row(change)) for change in found.timings],
+        drift=rows.drift_lines(found),
         pace_drift=pace.drift_lines(found.pace_drift),
         trend=_plots(plots.trend([found.a, found.b]), "trend", "Seconds of both runs"),
     )
@@ -61,7 +62,7 @@ def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) ->
 
 def _rows(changes: list[Change]) -> list[tuple[Change, str]]:
     """(a change, a line that counts others of its cause): of several that have one cause the first alone."""
-    groups = text.causes_of(changes)
+    groups = rows.causes_of(changes)
     return [(change, more) for group, more in groups for change in (group[:1] if more else group)]
 
 
@@ -84,21 +85,21 @@ def trend_page(runs: Sequence[Run], threshold: float) -> str:
         runs=runs,
         notes=_notes(runs),
         steps=steps,
-        step_lines=[text.compare_headline(step) for step in steps],
+        step_lines=[rows.compare_headline(step) for step in steps],
         step_paces=[pace.drift_lines(step.pace_drift) for step in steps],
         found=[cells(run.outcomes, "requirement") for run in runs],
         requirements=in_order(outcome.requirement for run in runs for outcome in run.outcomes),
         trend=_plots(plots.trend(runs), "trend", "Seconds over versions, with intervals"),
-        legend_of_times=versions.LEGEND,
-        timings=versions.seconds_rows(runs, threshold, intervals=True),
-        paces=versions.pace_rows(runs, threshold),
+        legend_of_times=trend.LEGEND,
+        timings=trend.seconds_rows(runs, threshold, intervals=True),
+        paces=trend.pace_rows(runs, threshold),
     )
 
 
 def matrix(run: Run) -> dict[str, Any]:
     """Requirements by subject and stage: `columns` of (subject, [stages]), `rows` of (name, level, text, cells).
 
-    A stage that could not be held with a subject has no column; `left_out` says why, as {reason: number of cases}.
+    A stage on which no case of a subject could run has no column; `left_out` says why: {reason: number of cases}.
     """
     held = {(o.subject, o.stage) for o in run.outcomes if o.verdict != "not-applicable"}
     held = held or {(o.subject, o.stage) for o in run.outcomes}
@@ -109,11 +110,11 @@ def matrix(run: Run) -> dict[str, Any]:
     ]
     columns = [(subject, stages) for subject, stages in columns if stages]
     found = cells(run.outcomes, "requirement", "subject", "stage")
-    rows = []
+    listed = []
     for (name,), cell in cells(run.outcomes, "requirement").items():
         row: list[Cell | None] = [found.get((name, subject, stage)) for subject, stages in columns for stage in stages]
-        rows.append((name, cell.level, cell.outcomes[0].text, row))
-    return {"columns": columns, "rows": rows, "left_out": left_out}
+        listed.append((name, cell.level, cell.outcomes[0].text, row))
+    return {"columns": columns, "rows": listed, "left_out": left_out}
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
@@ -148,11 +149,17 @@ def _templates() -> Environment:
     where = FileSystemLoader(Path(__file__).parent / "templates")
     found = Environment(loader=where, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     found.globals |= {
-        "SYMBOL": SYMBOL | {"inconclusive": text.VERDICT_SYMBOL["inconclusive"]},
+        "SYMBOL": SYMBOL | {"inconclusive": rows.VERDICT_SYMBOL["inconclusive"]},
         "MEANING": MEANING,
         "legend_of": lambda runs: legend(outcome.verdict for run in runs for outcome in run.outcomes),
         "dark": plots.DARK,
         "light": plots.LIGHT,
     }
-    found.filters |= {"plain": units.plain, "dict": dict, "breakable": _breakable, "fact_names": _fact_names}
+    found.filters |= {
+        "plain": units.plain,
+        "parts": parts,
+        "dict": dict,
+        "breakable": _breakable,
+        "fact_names": _fact_names,
+    }
     return found

@@ -51,7 +51,7 @@ SETTINGS = {
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Our look. Names that matplotlib's font lacks and values that it finds odd are to be drawn, not warned about."""
+    """Our settings. Names that the font lacks and odd values are drawn without a warning."""
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():

@@ -41,10 +41,6 @@ class Ratio:
     why: str = ""
 
 
-def mirrored(verdict: str) -> str:
-    return {"slower": "faster", "faster": "slower"}.get(verdict, verdict)
-
-
 def compare(a: Sequence[float], b: Sequence[float], threshold: float = THRESHOLD) -> Ratio:
     """Judge samples `b` against samples `a`, both in seconds."""
     return compare_relative(a, (), b, (), threshold)

@@ -2,24 +2,26 @@
 
 import os
 from collections.abc import Generator, Iterator
-from dataclasses import replace
-from functools import cache
+from itertools import islice
 
 import pytest
 
 from suite.benchmarks import pace
-from suite.driver.pool import EngineHandle, EngineKey, Pool, seed_of
+from suite.driver.engines import EngineHandle, seed_of
+from suite.driver.pool import Pool
 from suite.driver.sync import Sync
 from suite.driver.trainers import TrainerGroup, Trainers
-from suite.models import MODELS
-from suite.plugin import announce, current_selection, timeline
-from suite.processes.process import DeadlineExceeded, Process, ProcessDied, Run
+from suite.processes.call import DeadlineExceeded, Process, ProcessDied
+from suite.processes.launcher import Launcher
 from suite.session import verdicts
-from suite.stages import Device, Stage, machine
+from suite.session.needs import engines_of, index_of, trainer_of
+from suite.session.state import selection_of, state_of
+from suite.stages import Stage
 from suite.subjects import Subject
 
 FSDP_RANKS = 2
 SPARE_TRAINERS, CORES_A_SPARE = 6, 5  # kept ready at the most; one for so many cores
+SEEING_TRAINERS = 5  # started ahead at the most, of those that see GPUs in their own way
 POOL = pytest.StashKey[Pool]()
 ENDED = pytest.StashKey[set[str]]()  # tests, by their ids
 
@@ -35,14 +37,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 @pytest.fixture(scope="session")
-def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
+def pool(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Pool]:
     """The engines of this run; those that the collected tests need are started ahead."""
-    selection = current_selection()
-    pool = request.session.stash[POOL] = Pool(run, selection.stages, selection.subjects, announce)
-    pool.timeline = timeline
-    ended = request.session.stash.get(ENDED, set())
-    items = [item for item in request.session.items if item.nodeid not in ended]
-    own = {item.nodeid: _engines_of(item) for item in items}
+    selection, state = selection_of(request.config), state_of(request.config)
+    pool = Pool(launcher, selection.stages, selection.subjects, state.announce, state.timeline)
+    request.session.stash[POOL] = pool
+    items = _still_to_come(request.session)
+    own = {item.nodeid: engines_of(item) for item in items}
     everything = [key for keys in own.values() for key in keys]
     compared = {item.nodeid: own[item.nodeid] for item in items if "target" in item.fixturenames}
     references = {
@@ -53,14 +54,21 @@ def pool(run: Run, request: pytest.FixtureRequest) -> Iterator[Pool]:
     pool.close()
 
 
+def _still_to_come(session: pytest.Session) -> list[pytest.Item]:
+    ended = session.stash.get(ENDED, set())
+    return [item for item in session.items if item.nodeid not in ended]
+
+
 @pytest.fixture(scope="session")
-def trainers(run: Run) -> Iterator[Trainers]:
+def trainers(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Trainers]:
     """The trainers of this run. Those on GPUs are started ahead."""
     ahead = max(1, min(SPARE_TRAINERS, len(os.sched_getaffinity(0)) // CORES_A_SPARE))
-    trainers = Trainers(run, ahead)
-    for stage in current_selection().stages.values():
+    trainers = Trainers(launcher, ahead)
+    for stage in selection_of(request.config).stages.values():
         if stage.kind == "gpu":
             trainers.start(stage, stage.trainer_world_size)
+    for seen in islice(filter(None, map(trainer_of, _still_to_come(request.session))), SEEING_TRAINERS):
+        trainers.start_seeing(*seen)
     yield trainers
     trainers.close()
 
@@ -70,7 +78,7 @@ def sync(
     pool: Pool, trainers: Trainers, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
 ) -> Iterator[Sync]:
     """The stage's trainer and the engine of this case."""
-    yield from lend(pool, _kept(trainers, stage, stage.trainer_world_size), request)
+    yield from lend(pool, _kept(pool, trainers, stage, stage.trainer_world_size), request)
 
 
 @pytest.fixture
@@ -79,7 +87,7 @@ def sharded(
 ) -> Iterator[Sync]:
     """As `sync`, with a trainer that holds the model in shards wherever the stage has room for two ranks."""
     world_size = FSDP_RANKS if stage.kind == "cpu" else stage.trainer_world_size
-    yield from lend(pool, _kept(trainers, stage, world_size), request)
+    yield from lend(pool, _kept(pool, trainers, stage, world_size), request)
 
 
 @pytest.fixture
@@ -87,19 +95,19 @@ def fanout(
     pool: Pool, trainers: Trainers, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
 ) -> Iterator[Sync]:
     """One trainer connected to two engines of this subject, of different tensor-parallel sizes where there are such."""
-    if len(_engines_of(request.node)) < 2:
+    if len(engines_of(request.node)) < 2:
         verdicts.not_applicable(f"{stage.name} has no room for a second engine")
-    yield from lend(pool, _kept(trainers, stage, stage.trainer_world_size), request)
+    yield from lend(pool, _kept(pool, trainers, stage, stage.trainer_world_size), request)
 
 
 @pytest.fixture
-def target(subject: Subject) -> int:
+def target(subject: Subject, pytestconfig: pytest.Config) -> int:
     """The seed of a checkpoint that this case's engine has not been started from, and another engine has."""
-    return 1 - seed_of(_index(subject))
+    return 1 - seed_of(index_of(subject, selection_of(pytestconfig)))
 
 
-def _kept(trainers: Trainers, stage: Stage, world_size: int) -> TrainerGroup:
-    with timeline("starting", f"trainer of {world_size}"):
+def _kept(pool: Pool, trainers: Trainers, stage: Stage, world_size: int) -> TrainerGroup:
+    with pool.timeline("starting", f"trainer of {world_size}"):
         return trainers.of(stage, world_size)
 
 
@@ -111,43 +119,43 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     """
     subject, stage, model = (request.getfixturevalue(name) for name in ("subject", "stage", "model"))
     pool.patience.expect_hope(subject.name)
-    keys = _engines_of(request.node)
-    if reason := next(filter(None, map(pool.too_large, keys)), ""):
+    keys = engines_of(request.node)
+    if reason := next(filter(None, map(pool.room.too_large, keys)), ""):
         verdicts.not_applicable(reason)
-    with timeline("starting", str(keys[0])):
+    with pool.timeline("starting", str(keys[0])):
         engines = [pool.get(key) for key in keys]
     pace.measure(request.config, engines[0])
     for engine in engines:
         engine.become(subject)
     sync = Sync(pool, trainer, engines, subject, stage, model)
     yield sync
-    if not all(_answers(rank, "resources") for rank in trainer.processes):
+    if not all(_answers(pool, rank, "resources") for rank in trainer.processes):
         trainer.stop()
+    host = selection_of(request.config).subjects[subject.host] if subject.host else None
     lost = [
         engine
         for engine in engines
-        if not (_given_back(sync, engine) if subject.host else _answers(engine.process, "generate", [[1, 2, 3]], 1))
+        if not (_given_back(sync, engine, host) if host else _answers(pool, engine.process, "generate", [[1, 2, 3]], 1))
     ]
     pool.done(request.node.nodeid)  # first, or one would be started again for this test
     for engine in lost:
         pool.discard(engine)
 
 
-def _answers(process: Process, method: str, *args: object) -> bool:
+def _answers(pool: Pool, process: Process, method: str, *args: object) -> bool:
     """Whether a later test can start from here."""
     try:
         process.call(method, *args, deadline_s=15)
     except (DeadlineExceeded, ProcessDied):
         return False
     except Exception as error:
-        announce(f"{process.name} fails in {method}() and is replaced: {type(error).__name__}")
+        pool.announce(f"{process.name} fails in {method}() and is replaced: {type(error).__name__}")
         return False
     return True
 
 
-def _given_back(sync: Sync, engine: EngineHandle) -> bool:
+def _given_back(sync: Sync, engine: EngineHandle, host: Subject) -> bool:
     """Whether an engine works with its own subject's extension, there and back: also graphs, caches and buffers."""
-    host = current_selection().subjects[sync.subject.host]
     own = Sync(sync.pool, sync.trainer, [engine], host, sync.stage, sync.model)
     try:
         engine.become(host)
@@ -157,44 +165,7 @@ def _given_back(sync: Sync, engine: EngineHandle) -> bool:
             own.expect_same_behaviour()
         own.expect_exact(own.seed)
     except Exception as error:  # whatever it was, no later test is to meet it
-        announce(f"{engine.process.name} is not as before {sync.subject.name} and is replaced: {type(error).__name__}")
+        why = f"is not as before {sync.subject.name} and is replaced: {type(error).__name__}"
+        sync.pool.announce(f"{engine.process.name} {why}")
         return False
     return True
-
-
-def _engines_of(item: pytest.Item) -> list[EngineKey]:
-    """The engines that a collected test updates."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    subject, stage, model = (params.get(name) for name in ("subject", "stage", "model"))
-    if not isinstance(stage, Stage) or not isinstance(subject, Subject) or model is None:
-        return []
-    if subject.unfit(stage):
-        return []
-    names = set(item.fixturenames)
-    marker = item.get_closest_marker("engine")
-    options = tuple(sorted(marker.kwargs.items())) if marker else ()
-    seed = None if MODELS[model].purpose == "published" else seed_of(_index(subject))
-    key = EngineKey(model, stage.name, subject.host or subject.name, seed, options)
-    if "visibility" in params:
-        visibility, devices = params["visibility"], _devices()
-        return [replace(key, visible=visibility.engine(devices))] if visibility.fits(devices) else []
-    if "fanout" in names:
-        return _two_engines(key, stage)
-    return [key] if names & {"sync", "sharded"} else []
-
-
-@cache
-def _devices() -> tuple[Device, ...]:
-    return machine().devices
-
-
-def _index(subject: Subject) -> int:
-    return list(current_selection().subjects).index(subject.host or subject.name)
-
-
-def _two_engines(key: EngineKey, stage: Stage) -> list[EngineKey]:
-    """On CPUs this stage's engine and one of another tensor-parallel size; elsewhere two where the stage says so."""
-    others = [s for s in current_selection().stages.values() if s.kind == stage.kind == "cpu" and s.name != stage.name]
-    if others:
-        return [key, replace(key, stage=others[0].name)]
-    return [key, replace(key, copy=1)] if stage.kind == "cpu" or stage.engines > 1 else [key]

@@ -68,8 +68,13 @@ def first_line(error: BaseException) -> str:
 
 def as_bytes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor's memory as bytes, shared with it. Raises ValueError where it can't be broadcast in place."""
+    expect_in_place(tensor, device)
+    return flat_bytes(tensor)
+
+
+def expect_in_place(tensor: torch.Tensor, device: torch.device) -> None:
+    """Raise ValueError where a tensor's memory can't be broadcast as it is."""
     if tensor.device != device:
         raise ValueError(f"the communicator is on {device}, the tensor on {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError("only contiguous tensors are broadcast in place; call .contiguous() first")
-    return flat_bytes(tensor)

@@ -9,7 +9,7 @@ from concurrent import futures
 
 import torch
 
-from extensions.group.basics import GroupError, as_bytes, first_line, in_a_thread
+from extensions.group.basics import GroupError, expect_in_place, first_line, in_a_thread
 from extensions.group.nccl_binding import ID_BYTES, Comm, Library, NcclError
 from extensions.group.rendezvous import HANDSHAKE_POLL_S, Rendezvous, listens
 
@@ -37,15 +37,14 @@ class NcclCommunicator:
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
         self._expect_whole()
-        data = as_bytes(tensor, self.device)
-        with torch.cuda.device(self.device):
-            stream, ended = stream or torch.cuda.current_stream(self.device), torch.cuda.Event(blocking=True)
-            with self._calling:
-                refusal = self._lost or self._refusal(data, src, stream)
-            if refusal:
-                self._give_up(refusal)
-                self._expect_whole()
-            ended.record(stream)
+        expect_in_place(tensor, self.device)
+        stream, ended = stream or torch.cuda.current_stream(self.device), torch.cuda.Event(blocking=True)
+        with self._calling:
+            refusal = self._lost or self._refusal(tensor, src, stream)
+        if refusal:
+            self._give_up(refusal)
+            self._expect_whole()
+        ended.record(stream)
         self._under_way.append((time.monotonic(), ended))
 
     def wait(self) -> None:
@@ -65,11 +64,11 @@ class NcclCommunicator:
         if self._abort is not None:
             futures.wait([self._abort], ABORT_S)
 
-    def _refusal(self, data: torch.Tensor, src: int, stream: "torch.cuda.Stream") -> str:
+    def _refusal(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream") -> str:
         """Hand a broadcast to NCCL, and say why it was not taken; empty where it was."""
         began_s = time.monotonic()
         try:
-            settled = self._comm.broadcast(data.data_ptr(), data.numel(), src, stream.cuda_stream)
+            settled = self._comm.broadcast(tensor.data_ptr(), tensor.nbytes, src, stream.cuda_stream)
             while not settled and not self._lost:
                 waited_s = time.monotonic() - began_s
                 if waited_s > self.timeout_s:
@@ -165,14 +164,21 @@ def connect(library: Library, meeting: Rendezvous, device: torch.device) -> Comm
     with torch.cuda.device(device):
         comm = Comm(library, meeting.world_size, meeting.rank, identifier(told[0]))
     try:
-        while not comm.settled():
-            meeting.look("connected")
-            time.sleep(HANDSHAKE_POLL_S)
+        _settle(comm, meeting)
+        with torch.cuda.device(device):
+            comm.split()
+        _settle(comm, meeting)
         meeting.meet("connected", "NCCL")
     except BaseException:
         futures.wait([in_a_thread(functools.partial(_abort, comm, device))], ABORT_S)
         raise
     return comm
+
+
+def _settle(comm: Comm, meeting: Rendezvous) -> None:
+    while not comm.settled():
+        meeting.look("connected")
+        time.sleep(HANDSHAKE_POLL_S)
 
 
 def identifier(told: str) -> bytes:

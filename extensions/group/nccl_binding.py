@@ -1,6 +1,7 @@
-"""The few functions of NCCL that a group needs, on communicators whose calls return before they have ended.
+"""The few functions of NCCL that a group needs.
 
-vLLM's own binding makes communicators that block: where a rank is missing, nothing ends their making.
+The ranks join by a communicator whose calls return before they have ended. vLLM's own binding makes communicators that
+block: where a rank is missing, nothing ends their making.
 """
 
 import ctypes
@@ -26,6 +27,11 @@ class Config(ctypes.Structure):
     )  # fmt: skip
 
 
+def config(blocking: bool) -> Config:
+    """What a communicator is made with, whether its calls block or not."""
+    return Config(size=ctypes.sizeof(Config), magic=0xCAFEBEEF, version=21400, blocking=blocking)
+
+
 SIGNATURES = {
     "ncclGetUniqueId": [ctypes.POINTER(UniqueId)],
     "ncclCommInitRankConfig": [
@@ -37,6 +43,9 @@ SIGNATURES = {
     ],
     "ncclCommAbort": [ctypes.c_void_p],
 }  # fmt: skip
+SPLIT_SIGNATURE = [  # of ncclCommSplit, which NCCL has since 2.18
+    ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(Config)
+]  # fmt: skip
 TEXTS = {"ncclGetErrorString": [ctypes.c_int], "ncclGetLastError": [ctypes.c_void_p]}
 
 
@@ -50,7 +59,9 @@ class Library:
     def __init__(self, library: ctypes.CDLL) -> None:
         """Declare the functions of `library`, which is a handle of this class alone."""
         self._functions = library
-        for name, arguments in SIGNATURES.items():
+        self.splits = hasattr(library, "ncclCommSplit")
+        signatures = SIGNATURES | ({"ncclCommSplit": SPLIT_SIGNATURE} if self.splits else {})
+        for name, arguments in signatures.items():
             getattr(library, name).argtypes, getattr(library, name).restype = arguments, ctypes.c_int
         for name, arguments in TEXTS.items():
             getattr(library, name).argtypes, getattr(library, name).restype = arguments, ctypes.c_char_p
@@ -74,35 +85,59 @@ class Library:
 
 
 class Comm:
-    """One rank's ncclComm_t. After every call that returns False, `settled` is asked until it is True."""
+    """One rank's ncclComm_t: of the ranks that join, then what `split` makes of it.
+
+    After a call that returns False, and after the constructor and `split`, `settled` is asked until it is True.
+    """
 
     def __init__(self, library: Library, world_size: int, rank: int, unique_id: bytes) -> None:
         """Begin to join the other ranks, on the current CUDA device. Raises NcclError."""
         if os.environ.get(BLOCKING_VARIABLE) == "1":
             raise NcclError(f"with {BLOCKING_VARIABLE}=1 no deadline would end a call into NCCL; unset it")
-        self._library, self._comm = library, ctypes.c_void_p()
-        config = Config(size=ctypes.sizeof(Config), magic=0xCAFEBEEF, version=21400, blocking=0)
+        self._library, self._rank = library, rank
+        self._joined, self._child = ctypes.c_void_p(), ctypes.c_void_p()
+        self._current = self._joined
         name, place = "ncclCommInitRankConfig", UniqueId.from_buffer_copy(unique_id)
         try:
-            library.settled(name, library.call(name, ctypes.byref(self._comm), world_size, place, rank, config))
+            made = library.call(name, ctypes.byref(self._joined), world_size, place, rank, config(blocking=False))
+            library.settled(name, made)
         except NcclError:
             self.abort()
             raise
+
+    def split(self) -> None:
+        """Begin to make a second communicator of the same ranks, for the broadcasts, whose calls block.
+
+        NCCL starts a thread for every call on one that does not block: 130 to 600 microseconds instead of 20. NCCL
+        before 2.18 can't split: there the first one broadcasts. Raises NcclError.
+        """
+        # The first one is kept until the end, for 200 MiB of the device: where NCCL_COMM_SPLIT_SHARE_RESOURCES=1 is set
+        # it has its flag of an abort in common with the child, which would end with it.
+        if self._library.splits:
+            arguments = (self._joined, 0, self._rank, ctypes.byref(self._child), config(blocking=True))
+            self._library.settled("ncclCommSplit", self._library.call("ncclCommSplit", *arguments))
 
     def settled(self) -> bool:
         """Whether the call before has succeeded; False while it is in progress. Raises NcclError where it failed."""
         state = ctypes.c_int(IN_PROGRESS)
         name = "ncclCommGetAsyncError"
-        self._library.settled(name, self._library.call(name, self._comm, ctypes.byref(state)))
-        return self._library.settled("the call before", state.value)
+        self._library.settled(name, self._library.call(name, self._current, ctypes.byref(state)))
+        settled = self._library.settled("the call before", state.value)
+        if settled and self._child:
+            self._current = self._child
+        return settled
 
     def broadcast(self, pointer: int, nbytes: int, src: int, stream: int) -> bool:
         """Broadcast the memory at `pointer` in place, on a CUDA stream. Returns whether NCCL has taken it."""
         name = "ncclBroadcast"
-        result = self._library.call(name, pointer, pointer, nbytes, INT8, src, self._comm, stream)
+        result = self._library.call(name, pointer, pointer, nbytes, INT8, src, self._current, stream)
         return self._library.settled(name, result)
 
     def abort(self) -> None:
         """End every call, and what runs on the device, without the other ranks. Nothing may be called afterwards."""
-        if self._comm:
-            self._library.call("ncclCommAbort", self._comm)
+        # The child first: giving back the other's memory would wait for the child's broadcasts on the device. But as
+        # long as a split is under way, the abort of the first one ends it, and only then it is known what it made.
+        split = self._current is self._child
+        for comm in (self._child, self._joined) if split else (self._joined, self._child):
+            if comm:
+                self._library.call("ncclCommAbort", comm)

@@ -1,8 +1,8 @@
 """The checkpoint names and full shapes that a vLLM model takes, read off its layers.
 
-vLLM fuses and shards what a checkpoint holds apart and whole: `q_proj`, `k_proj` and `v_proj` become one `qkv_proj`, of
-which each tensor-parallel rank has a part. The layers know their unsharded sizes, also after their parameters have been
-repacked away, so nothing here looks at a parameter that a backend may have replaced.
+A checkpoint holds tensors apart and whole; vLLM fuses and shards them. `q_proj`, `k_proj` and `v_proj` become one
+`qkv_proj`, and each tensor-parallel rank has a part of it. A backend may have repacked a layer's parameters since. The
+layer still knows its unsharded sizes, so the shapes come from those.
 """
 
 import re
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-Shapes = dict[str, tuple[int, ...] | None]
+from extensions.tensors import Shape, Shapes
 
-# Where a model class does not say how its fused layers are called in a checkpoint.
+# The names in a checkpoint of the parts of fused layers, where the model's class does not give them.
 DEFAULT_PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 HEAD = "lm_head.weight"
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -20,10 +20,10 @@ LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
 
 
 def expected_weights(model: torch.nn.Module, hf_config: object) -> tuple[Shapes, Shapes]:
-    """`(required, optional)`: checkpoint name to full shape, None where the layer does not tell it.
+    """`(required, optional)` weights, each a full shape by checkpoint name; None where the layer does not tell it.
 
-    Optional are `lm_head.weight` of a model with tied embeddings, and, in a pipeline-parallel engine, the weights
-    of the other ranks' layers.
+    Optional are `lm_head.weight` of a model with tied embeddings and, in a pipeline-parallel engine, the weights of
+    other ranks.
     """
     packed = DEFAULT_PACKED | (getattr(model, "packed_modules_mapping", None) or {})
     required: Shapes = {}
@@ -41,7 +41,7 @@ def expected_weights(model: torch.nn.Module, hf_config: object) -> tuple[Shapes,
 
 def _of_module(
     prefix: str, module: torch.nn.Module, packed: dict[str, list[str]]
-) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+) -> Iterator[tuple[str, Shape | None]]:
     from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -63,15 +63,19 @@ def _of_module(
             yield f"{prefix}.bias", (module.output_size,)
     else:
         for name in names:
-            # Norms are whole on every rank; of an unknown layer only the name is known.
+            # Every rank holds norms whole. An unknown layer may be sharded: its parameter does not tell the full shape.
             shape = tuple(module._parameters[name].shape) if "Norm" in type(module).__name__ else None
             yield f"{prefix}.{name}", shape
 
 
 def _of_fused(
     prefix: str, module: torch.nn.Module, packed: dict[str, list[str]], sizes: list[int], names: list[str]
-) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """The parts of a fused layer as the checkpoint has them: apart, whole, or cut as its sizes do not tell."""
+) -> Iterator[tuple[str, Shape | None]]:
+    """The weights that a checkpoint has for a fused layer.
+
+    The model's class names the parts. They have the layer's sizes where there are as many; one part is the whole
+    layer; any other number leaves the sizes unknown.
+    """
     parent, _, own = prefix.rpartition(".")
     parts = packed.get(own, [own])
     if len(parts) not in (1, len(sizes)):
@@ -84,8 +88,8 @@ def _of_fused(
             yield f"{parent}.{part}.bias", None if size is None else (size,)
 
 
-def _of_experts(prefix: str, module: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    prefix = prefix.removesuffix(".routed_experts")  # a layer of its own since vLLM 0.24
+def _of_experts(prefix: str, module: torch.nn.Module) -> Iterator[tuple[str, Shape]]:
+    prefix = prefix.removesuffix(".routed_experts")  # vLLM has it as a layer of its own since 0.24
     hidden, intermediate = _expert_sizes(module)
     for expert in range(_expert_count(module)):
         for projection in EXPERT_PROJECTIONS:
@@ -99,7 +103,7 @@ def _expert_count(module: torch.nn.Module) -> int:
 
 
 def _expert_sizes(module: torch.nn.Module) -> tuple[int, int]:
-    """(hidden, intermediate) without sharding and without the padding some kernels want."""
+    """(hidden, intermediate) of an expert, unsharded and without the padding that some kernels need."""
     config = module.moe_config
     per_rank = (
         getattr(config, "intermediate_size_per_partition_unpadded", None) or config.intermediate_size_per_partition
@@ -115,7 +119,7 @@ def _is_pipeline_part(model: torch.nn.Module) -> bool:
 
 
 def _other_ranks(own: Shapes, hf_config: object) -> Shapes:
-    """The weights on other pipeline ranks: this rank's layers under the other indices, and the ends of the model."""
+    """The weights of other pipeline ranks: this rank's layers under all other indices, and the ends of the model."""
     others: Shapes = {}
     for name, shape in own.items():
         if LAYER_INDEX.search(name):

@@ -3,43 +3,28 @@
 `DirectLoad` hands the tensors to the model's own `load_weights`, which copies them into the parameters. That is right
 only while the parameters are those the checkpoint was loaded into. Where processing after loading has replaced them,
 `LayerwiseReload` has vLLM's layerwise reload restore each layer's original parameters, load, process again and copy
-the result to where the old one was, so that addresses captured in CUDA graphs stay valid.
+the result to where the old one was. So addresses captured in CUDA graphs stay valid.
+
+Parts of vLLM without a public name are used in two places. vLLM has no call that gives a reload up, so
+`LayerwiseReload.abort` does it with `_place_kernel_tensors` and the attributes that the reload leaves on layers and
+model. vLLM's reload does not repack experts on the CPU, so `_forget_cpu_experts` takes `moe_kernel` off the layers.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
 from extensions.model.expected import HEAD
-
-
-class Load(Protocol):
-    """One update of one model, from `begin` to `end` or `abort`."""
-
-    def begin(self) -> None:
-        """Prepare the model for new weights."""
-
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take full tensors under their checkpoint names; they may be kept until `end`.
-
-        One call for what there is at once: a call of `load_weights` walks the model, which in some versions of vLLM
-        takes longer than the copy of a tensor.
-        """
-
-    def end(self) -> None:
-        """Finish all layers. The model computes with the new weights afterwards."""
-
-    def abort(self) -> bool:
-        """Give up. True if the model computes with exactly the weights it had before `begin`."""
+from extensions.model.weights import is_packed
 
 
 def processed_layers(model: torch.nn.Module) -> list[str]:
-    """Names of layers whose parameters are not the ones a checkpoint loads into: repacked, shuffled or quantised.
+    """Names of layers whose parameters are not those a checkpoint loads into: repacked, shuffled or quantised.
 
-    A mixture-of-experts layer always counts: its kernels may permute weights in place, keeping shapes, and loading
-    over them a second time corrupts them in silence (vllm#42821).
+    A mixture-of-experts layer always counts. Its kernels may permute weights in place and keep their shapes, and
+    loading over permuted weights corrupts them in silence (vllm#42821).
     """
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -51,63 +36,78 @@ def processed_layers(model: torch.nn.Module) -> list[str]:
         method = getattr(module, "quant_method", None)
         if not isinstance(method, QuantizeMethodBase) or not any(True for _ in module.parameters(recurse=False)):
             continue
-        if type(method) not in plain or hasattr(module, "cpu_linear"):
+        if type(method) not in plain or is_packed(module):
             names.append(prefix)
     return names
 
 
-class DirectLoad:
-    """For models whose parameters are as loaded: unquantised dense models on GPUs."""
+class Load(ABC):
+    """One update of one model, from `begin` to `end` or `abort`."""
 
     def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
-        self._model, self._vllm_config, self._touched = model, vllm_config, False
+        self._model, self._vllm_config = model, vllm_config
+        self._touched = False  # whether load() has been called
         self._tied = _ties_its_head(model)
 
+    @abstractmethod
     def begin(self) -> None:
-        self._touched = False
+        """Prepare the model for new weights."""
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take full tensors under their checkpoint names; they may be kept until `end`.
+
+        Give it all tensors that are there in one call: each call of `load_weights` walks the model, which in some
+        versions of vLLM takes longer than the copy of a tensor.
+        """
         self._touched = True
-        with _current(self._vllm_config):
+        with configured(self._vllm_config):
             self._model.load_weights((n, t) for n, t in tensors.items() if n != HEAD or not self._tied)
 
+    @abstractmethod
     def end(self) -> None:
-        pass
+        """Finish all layers. The model computes with the new weights afterwards."""
+
+    @abstractmethod
+    def abort(self) -> bool:
+        """Give up. Returns True if the model computes with exactly the weights it had before `begin`."""
+
+
+class DirectLoad(Load):
+    """For models whose parameters are as loaded: unquantised dense models on GPUs."""
+
+    def begin(self) -> None:
+        """Nothing is to be prepared."""
+
+    def end(self) -> None:
+        """Nothing is left to do: each tensor was copied into its parameter as it was loaded."""
 
     def abort(self) -> bool:
         return not self._touched
 
 
-class LayerwiseReload:
+class LayerwiseReload(Load):
     """For every other model, through `vllm.model_executor.model_loader.reload`."""
 
     def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
-        self._model, self._vllm_config, self._touched = model, vllm_config, False
-        self._tied = _ties_its_head(model)
-        self._expert_kernels: list[tuple[object, object]] = []
+        super().__init__(model, vllm_config)
+        self.expert_kernels: list[tuple[object, object]] = []  # (method, kernel), to put back on abort
 
     def begin(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self._touched = False
-        self._expert_kernels = _forget_cpu_experts(self._model)
-        with _current(self._vllm_config):
+        self.expert_kernels = _forget_cpu_experts(self._model)
+        with configured(self._vllm_config):
             initialize_layerwise_reload(self._model)
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._touched = True
-        with _current(self._vllm_config):
-            self._model.load_weights((n, t) for n, t in tensors.items() if n != HEAD or not self._tied)
-
     def end(self) -> None:
-        with _current(self._vllm_config):
-            _finalize(self._model, self._vllm_config.model_config)
+        with configured(self._vllm_config):
+            finalize(self._model, self._vllm_config.model_config)
             _repack_tied_head(self._model)
 
     def abort(self) -> bool:
         """Put the old tensors back where no new ones were processed.
 
-        Layers that had all their tensors have been overwritten, so the model is whole again only if none was taken.
+        A layer that had all its tensors has been overwritten. The model is whole again only if none was taken.
         """
         from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 
@@ -116,7 +116,7 @@ class LayerwiseReload:
             if info.kernel_tensors is not None:
                 _place_kernel_tensors(layer, info)
             info.reset()
-        for method, kernel in self._expert_kernels:
+        for method, kernel in self.expert_kernels:
             if method.moe_kernel is None:
                 method.moe_kernel = kernel
         if hasattr(self._model, "_original_do_torchao_reload"):
@@ -130,37 +130,41 @@ def new_load(model: torch.nn.Module, vllm_config: object) -> Load:
     return kind(model, vllm_config)
 
 
-def _ties_its_head(model: torch.nn.Module) -> bool:
-    """Whether the output embedding is the input embedding under another name, so that nothing is to be loaded for it.
-
-    vLLM would leave it out itself, but from 0.32 refuses it where the input embedding is not in the same call.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    head = parameters.pop(HEAD, None)
-    return head is not None and any(parameter is head for parameter in parameters.values())
-
-
 @contextmanager
-def _current(vllm_config: object) -> Iterator[None]:
-    """Layers that are built or processed look the configuration up; before vLLM 0.28 reload did not set it."""
+def configured(vllm_config: object) -> Iterator[None]:
+    """Set vLLM's current configuration, which layers look up when they are built, loaded or processed.
+
+    Before 0.28 vLLM's reload does not set it itself.
+    """
     from vllm.config import set_current_vllm_config
 
     with torch.no_grad(), set_current_vllm_config(vllm_config):
         yield
 
 
-def _finalize(model: torch.nn.Module, model_config: object) -> None:
+def finalize(model: torch.nn.Module, model_config: object) -> None:
+    """Have vLLM's layerwise reload finish all layers. Versions of vLLM have it under one name or the other."""
     from vllm.model_executor.model_loader import reload
 
     finish = getattr(reload, "finalize_layerwise_reload", None) or reload.finalize_layerwise_processing
     finish(model, model_config)
 
 
-def _forget_cpu_experts(model: torch.nn.Module) -> list[tuple[object, object]]:
-    """Have the CPU backend pack expert weights again. Returns (method, kernel) of the kernels that were forgotten.
+def _ties_its_head(model: torch.nn.Module) -> bool:
+    """Whether the output embedding is the input embedding under another name. Then nothing is to be loaded for it.
 
-    From vLLM 0.27 it packs them only when it builds the layer's kernel, takes an existing kernel for a sign that the
-    weights are only being updated, and would then compute with unpacked weights as if they were packed.
+    vLLM itself leaves a tied `lm_head` out, but from 0.32 refuses it where the input embedding is not in the same call.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    head = parameters.pop(HEAD, None)
+    return head is not None and any(parameter is head for parameter in parameters.values())
+
+
+def _forget_cpu_experts(model: torch.nn.Module) -> list[tuple[object, object]]:
+    """Have the CPU backend pack expert weights again. Returns the (method, kernel) pairs that were forgotten.
+
+    From vLLM 0.27 the backend packs them only when it builds the layer's kernel. Where it finds a kernel, it computes
+    with the unpacked new weights as if they were packed.
     """
     forgotten = []
     for module in model.modules():
@@ -175,12 +179,12 @@ def _forget_cpu_experts(model: torch.nn.Module) -> list[tuple[object, object]]:
 def _repack_tied_head(model: torch.nn.Module) -> None:
     """Renew the packed copy of an output embedding that is tied to the input embedding.
 
-    No tensor of its own arrives for it, so reload leaves it alone, while the parameter that it shares has changed.
+    The two share a parameter, but no tensor arrives under the output's name, so reload does not repack it.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     addresses = [m.weight.data_ptr() for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
     for module in model.modules():
-        packed = isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear")
+        packed = isinstance(module, ParallelLMHead) and is_packed(module)
         if packed and addresses.count(module.weight.data_ptr()) > 1:
             module.quant_method.process_weights_after_loading(module)

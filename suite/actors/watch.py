@@ -10,6 +10,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from suite.processes.janitor import runs
+
 POLL_S = 0.5
 GRACE_S = 3.0  # in which vLLM may say itself, and better, what has happened
 SIGNAL = signal.SIGUSR1  # SIGUSR2 asks for stacks
@@ -49,7 +51,7 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(POLL_S):
-            self._dead = next((pid for pid in self._pids if not _runs(pid)), None)
+            self._dead = next((pid for pid in self._pids if not runs(pid)), None)
             if self._dead is not None:
                 break
         while not self._over.wait(GRACE_S):  # each later call would wait too
@@ -59,12 +61,3 @@ class Watch:
     def _interrupt(self, number: int, frame: object) -> None:
         if self._waiting and not self._over.is_set():
             raise WorkerDied(f"the worker's process {self._dead} has ended; this engine is lost")
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False

@@ -1,6 +1,6 @@
 """What vLLM's own worker classes are called and have, without an engine."""
 
-import importlib
+from suite.processes.target import load
 
 WORKERS = ("vllm.v1.worker.gpu_worker:Worker", "vllm.v1.worker.cpu_worker:CPUWorker")
 
@@ -11,9 +11,8 @@ class WorkerNames:
     def __init__(self) -> None:
         self._names: set[str] = set()
         for worker in WORKERS:
-            module, _, name = worker.partition(":")
             try:
-                cls = getattr(importlib.import_module(module), name)
+                cls = load(worker)
             except (ImportError, OSError) as error:
                 print(f"{worker} is not of this platform: {error}")  # to the log
                 continue

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from suite import models
-from suite.driver.pool import EngineHandle
-from suite.plugin import announce
-from suite.processes.process import DeadlineExceeded, ProcessDied, RemoteError
+from suite.driver.engines import EngineHandle
+from suite.processes.call import DeadlineExceeded, ProcessDied, RemoteError
 from suite.session.record import PACES
+from suite.session.state import state_of
 
 MODEL = "qwen3-8b"  # of whose tensors the manifest is that a call carries
 WARM_UPS, SAMPLES = 3, 50
@@ -31,7 +31,7 @@ def measure(config: pytest.Config, engine: EngineHandle, quiet: bool = False) ->
     try:
         samples = engine.process.call("pace", manifest(), WARM_UPS, SAMPLES, deadline_s=DEADLINE_S)
     except (DeadlineExceeded, ProcessDied, RemoteError) as error:
-        announce(f"{stage}: the host's pace is not known: {error.said}")
+        state_of(config).announce(f"{stage}: the host's pace is not known: {error.said}")
         return
     paces[stage] = {"quiet": quiet, **samples}
 

@@ -9,10 +9,10 @@ from suite.benchmarks import pace
 from suite.benchmarks.clock import moved_clock
 from suite.driver.moving import Moved
 from suite.driver.pool import Pool
+from suite.driver.room import GB
 from suite.driver.sync import Sync
 
 ROUNDS = 10
-GB = 1e9
 SEED = 1
 GENERATED_TOKENS = 24
 LADDER = ["qwen3-1m", "qwen3-10m", "qwen3-100m"]

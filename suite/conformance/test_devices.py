@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 
 from suite.conformance.requirements import MUST, requirement
+from suite.driver.engines import EngineKey
 from suite.driver.expected import expect
 from suite.driver.pool import Pool
 from suite.driver.sync import Sync
-from suite.driver.trainers import TrainerGroup
+from suite.driver.trainers import Trainers
 from suite.fixtures import lend
 from suite.models import TIED
-from suite.processes.process import Run
 from suite.sequences.player import UNKNOWN_DEVICE
 from suite.session import verdicts
-from suite.stages import Device, Stage, machine
+from suite.stages import Stage
+from suite.stages.hardware import Device, machine
 from suite.subjects import Subject
 
 DEADLINE_S = 30.0
@@ -64,35 +66,20 @@ VISIBILITIES = (
 )
 
 
-@pytest.fixture(scope="session")
-def remap_trainers(run: Run) -> Iterator[Callable[[Visibility], TrainerGroup]]:
-    """Trainers by visibility: all started at once, and again where one has ended."""
-
-    def start(visibility: Visibility) -> TrainerGroup:
-        visible, device = visibility.trainer(machine().devices)
-        group = TrainerGroup(run, f"trainer-{visibility.name}", 1, device, [visible])
-        group.expect_computing()
-        return group
-
-    def trainer(visibility: Visibility) -> TrainerGroup:
-        if not groups[visibility.name].alive:
-            groups[visibility.name] = start(visibility)
-        return groups[visibility.name]
-
-    groups = {visibility.name: start(visibility) for visibility in VISIBILITIES}
-    yield trainer
-    for group in groups.values():
-        group.stop()
-
-
 @pytest.fixture
 def remapped(
-    pool: Pool, stage: Stage, subject: Subject, model: str, visibility: Visibility, request: pytest.FixtureRequest
+    pool: Pool,
+    trainers: Trainers,
+    stage: Stage,
+    subject: Subject,
+    model: str,
+    visibility: Visibility,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Callable[[], Sync]]:
     """Brings together a trainer and an engine that see the machine's GPUs each in its own way."""
     if not visibility.fits(machine().devices):
         verdicts.not_applicable(f"needs 2 GPUs to tell one from the other, found {len(machine().devices)}")
-    trainer = request.getfixturevalue("remap_trainers")(visibility)
+    trainer = trainers.seeing(*visibility.trainer(machine().devices))
     with ExitStack() as lent:
 
         def started() -> Sync:
@@ -101,6 +88,20 @@ def remapped(
 
         yield started
     trainer.stop_soon()
+
+
+@cache
+def _devices() -> tuple[Device, ...]:
+    return machine().devices
+
+
+def _remapped_engines(key: EngineKey, params: dict) -> list[EngineKey]:
+    visibility, devices = params["visibility"], _devices()
+    return [replace(key, visible=visibility.engine(devices))] if visibility.fits(devices) else []
+
+
+def _remapped_trainer(params: dict) -> tuple[str | None, str]:
+    return params["visibility"].trainer(_devices())
 
 
 @requirement(
@@ -113,6 +114,7 @@ def remapped(
     on="gpu",
     models={"gpu-colocate-tp1": [TIED]},
 )
+@pytest.mark.needs(engines=_remapped_engines, trainer=_remapped_trainer)
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=lambda v: v.name)
 def test_remap(remapped: Callable[[], Sync], target: int, visibility: Visibility) -> None:
     sync = remapped()  # here, since an engine that does not start like this has not met the requirement

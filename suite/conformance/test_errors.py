@@ -6,7 +6,7 @@ from suite.conformance.requirements import MUST, requirement
 from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.models import TIED
-from suite.processes.process import RemoteError
+from suite.processes.call import RemoteError
 
 DEADLINE_S = 30.0
 WEIGHT = "model.layers.1.mlp.down_proj.weight"

@@ -11,7 +11,6 @@ from suite.driver.moving import Outcome
 from suite.driver.sync import Sync
 from suite.driver.trainers import Trainers
 from suite.models import TIED
-from suite.plugin import timeline
 from suite.stages import GPU_OF_ONE_RANK, Stage
 
 ONE_RANK = dict.fromkeys(("cpu-tp1", *GPU_OF_ONE_RANK), (TIED,))
@@ -26,7 +25,7 @@ def doomed(trainers: Trainers, stage: Stage, sync: Sync) -> Callable:
 
     @contextmanager
     def trainer() -> Iterator[Sync]:
-        with timeline("starting", "a trainer to be lost"):
+        with sync.pool.timeline("starting", "a trainer to be lost"):
             group = trainers.spare(stage)
         try:
             group.hold_random(sync.pool.config(sync.model), sync.seed)

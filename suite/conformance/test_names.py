@@ -6,22 +6,20 @@ from suite.conformance.requirements import MUST, requirement
 from suite.driver.expected import expect
 from suite.driver.pool import Pool
 from suite.driver.trainers import Trainers
-from suite.plugin import timeline
-from suite.processes.process import Run, launch
+from suite.processes.launcher import Launcher
 from suite.subjects import Subject
 
 IMPORT_DEADLINE_S = 120.0
 
 
 @pytest.fixture(scope="session")
-def worker_names(run: Run, pool: Pool, trainers: Trainers) -> list[str]:
+def worker_names(launcher: Launcher, pool: Pool, trainers: Trainers) -> list[str]:
     """Every attribute of the installed vLLM's worker classes, asked of a process that has no extension in it.
 
     Pool and trainers are asked for so that engines and trainers start meanwhile.
     """
-    with timeline("starting", "worker names"):
-        process = launch(
-            run,
+    with pool.timeline("starting", "worker names"):
+        process = launcher.start(
             "worker-names",
             "suite.actors.worker_names:WorkerNames",
             {},

@@ -13,9 +13,9 @@ from suite.conformance.requirements import MUST, requirement
 from suite.driver.sync import Sync
 from suite.driver.trainers import Trainers
 from suite.models import TIED
-from suite.plugin import TRIED, announce
 from suite.sequences.player import MALFORMED, UNKNOWN_DEVICE, Player, Step, parse
 from suite.sequences.trial import Trial
+from suite.session.record import TRIED
 from suite.stages import GPU_OF_ONE_RANK
 
 SECONDS_A_STEP = 0.25  # of the budget; about twice what a step takes on 2 quiet cores
@@ -138,7 +138,7 @@ def _played(player: Player, config: pytest.Config) -> Trial:
             trial.take(step)
     else:
         _draw(trial, player, count, steps, config.getoption("--hypothesis-seed", None) or 0)
-    announce(f"{player.sync.subject.name} {player.sync.stage.name}: {trial}")
+    player.sync.pool.announce(f"{player.sync.subject.name} {player.sync.stage.name}: {trial}")
     return trial
 
 

@@ -1,8 +1,7 @@
 """Measurements beside those of an update's own time: what the hardware takes, peak memory, tokens per second."""
 
 from suite.driver.moving import Moving
-from suite.driver.trainers import ADDRESS, free_port
-from suite.processes.process import gather
+from suite.processes.call import gather
 
 
 class Measuring(Moving):
@@ -28,9 +27,11 @@ class Measuring(Moving):
         return "device copy" if self.stage.kind == "gpu" else "memory copy", [max(ranks) for ranks in copies]
 
     def _join_roofline(self) -> None:
-        port, world_size = free_port(), 1 + self.engines[0].ranks
-        calls = [self.trainer.processes[0].submit("join_roofline", ADDRESS, port, world_size)]
-        calls.append(self.engines[0].process.submit("rpc", "probe_join", ADDRESS, port, 1, world_size))
+        port, world_size = self.pool.launcher.free_port(), 1 + self.engines[0].ranks
+        calls = [self.trainer.processes[0].submit("join_roofline", self.pool.launcher.address, port, world_size)]
+        calls.append(
+            self.engines[0].process.submit("rpc", "probe_join", self.pool.launcher.address, port, 1, world_size)
+        )
         gather(calls, self.call_deadline_s)
 
     def _broadcasts(self, nbytes: int, samples: int) -> list[float]:

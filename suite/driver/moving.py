@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from suite.driver.expected import Differs
 from suite.driver.together import Together
-from suite.driver.trainers import ADDRESS, free_port
-from suite.processes.process import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
+from suite.processes.call import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
 
 CALL_MARGIN_S = 5.0  # for an answer to arrive that was given just in time
 JOIN_DEADLINE_S = 130.0  # for a group to come up: extensions and senders give up by themselves after 120 s
@@ -54,11 +53,11 @@ class Moving(Together):
             engine.connection = id(self.trainer)
 
     def _meet(self) -> None:
-        port, offset = free_port(), 1
+        port, offset = self.pool.launcher.free_port(), 1
         world_size = 1 + sum(engine.ranks for engine in self.engines)
-        calls = [rank.submit("invite", ADDRESS, port, world_size) for rank in self.trainer.processes]
+        calls = [rank.submit("invite", self.pool.launcher.address, port, world_size) for rank in self.trainer.processes]
         for engine in self.engines:
-            calls.append(engine.process.submit("connect", ADDRESS, port, offset, world_size))
+            calls.append(engine.process.submit("connect", self.pool.launcher.address, port, offset, world_size))
             offset += engine.ranks
         self._gathered(calls, JOIN_DEADLINE_S)
 

@@ -3,9 +3,10 @@
 import random
 
 from suite import models
-from suite.driver.pool import EngineHandle, Pool
+from suite.driver.engines import EngineHandle
+from suite.driver.pool import Pool
 from suite.driver.trainers import CALL_DEADLINE_S, TrainerGroup
-from suite.processes.process import gather
+from suite.processes.call import gather
 from suite.stages import Stage
 from suite.subjects import Subject
 

@@ -1,21 +1,19 @@
 """The ranks of trainers, as pytest's process sees them: one trainer kept for each place, and spare ones."""
 
-import contextlib
-import random
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from suite.processes.process import NoAnswer, Process, RemoteError, Run, gather, launch
-from suite.stages import UPDATE_TIMEOUT_S, Stage
+from suite.driver import variables
+from suite.processes.call import NoAnswer, Process, RemoteError, gather
+from suite.processes.launcher import Launcher
+from suite.stages import Stage
 
 CALL_DEADLINE_S = 120.0
-ADDRESS = "127.0.0.1"
-PORTS = (15000, 32000)  # below those that Linux hands out: from 32768 on, see ip_local_port_range
 POLL_S = 0.05
+TRAINER = "suite.actors.trainer:Trainer"
 Place = tuple[str, tuple[str, ...], bool, int]
 
 
@@ -27,55 +25,49 @@ class TrainerFailed(Exception):
         super().__init__(f"the trainer could not {what}: {error}")
 
 
-def free_port() -> int:
-    """A port that nothing listens on now, and that Linux by default gives to nobody who asks for any, as NCCL does."""
-    for _ in range(1000):
-        port = random.SystemRandom().randrange(*PORTS)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind((ADDRESS, port))
-            return port
-    raise OSError(f"no port of {PORTS[0]}..{PORTS[1]} could be bound at {ADDRESS}, in 1000 tries")
-
-
 class TrainerGroup:
     """The ranks of one trainer. Every call goes to all of them; one that fails raises TrainerFailed."""
 
     def __init__(
         self,
-        run: Run,
+        launcher: Launcher,
         name: str,
         world_size: int,
         device: str,
-        visible: list[str],
+        visible: list[str | None],
         stage: Stage | None = None,
+        joins: bool = True,
     ) -> None:
-        """Start the ranks, and return at once. `stage` has more to say of the environment."""
-        port = free_port()
+        """Start the ranks, and return at once.
+
+        Args:
+            device: "cpu" or, as the ranks call it, a GPU.
+            visible: CUDA_VISIBLE_DEVICES of every rank, None for unset; empty on a CPU.
+            stage: has more to say of the environment.
+            joins: whether it is to join groups: then what that needs is imported before anyone waits for it.
+        """
+        port = launcher.free_port()
         self.world_size = world_size
         self.processes: list[Process] = []
         for rank in range(world_size):
-            arguments = {"rank": rank, "world_size": world_size, "device": device, "master_port": port}
-            env = {
-                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-                "CUDA_VISIBLE_DEVICES": visible[rank] if visible else "",
-                "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
-                "WEIGHT_UPDATE_TIMEOUT_S": str(UPDATE_TIMEOUT_S["cpu" if device == "cpu" else "gpu"]),
-                **(stage.nccl_environment(f"trainer-{rank}") if stage else {}),
-            }
-            process = launch(run, f"{name}-rank{rank}", "suite.actors.trainer:Trainer", arguments, env, CALL_DEADLINE_S)
+            arguments = {
+                "rank": rank, "world_size": world_size, "device": device, "master_address": launcher.address,
+                "master_port": port,
+            }  # fmt: skip
+            env = variables.of_trainer(device, visible[rank] if visible else "", rank, stage)
+            process = launcher.start(f"{name}-rank{rank}", TRAINER, arguments, env, CALL_DEADLINE_S)
             self.processes.append(process)
-        self._warmed = [process.prepare("warm_up") for process in self.processes]
+        self._warmed = [process.prepare("warm_up") for process in self.processes if joins]
         self.connected: tuple[int, ...] = ()
         self.replacement: Callable[[], TrainerGroup] | None = None  # gives the trainer that `renew` goes on with
         self._holds: list[tuple[str, tuple]] = []  # the calls that have brought the weights to what they are
         self._to_restore: list[tuple[str, tuple]] = []  # the same calls, where new ranks have not made them yet
 
     @classmethod
-    def of_stage(cls, run: Run, name: str, stage: Stage, world_size: int = 1) -> "TrainerGroup":
+    def of_stage(cls, launcher: Launcher, name: str, stage: Stage, world_size: int = 1) -> "TrainerGroup":
         """A trainer on the devices that its stage has for it."""
         device = "cpu" if stage.kind == "cpu" else "cuda"
-        return cls(run, f"{name}-{stage.name}", world_size, device, list(stage.trainer_visible), stage)
+        return cls(launcher, f"{name}-{stage.name}", world_size, device, list(stage.trainer_visible), stage)
 
     def expect_computing(self) -> None:
         """Have the ranks import what `load` needs, which takes seconds, before anyone waits for it."""
@@ -165,14 +157,15 @@ class Trainers:
     """The trainers of a run.
 
     Args:
-        run: owns the processes.
+        launcher: starts the processes.
         ahead: so many spare trainers are kept ready, once one may be needed, so that nobody waits for one to start.
     """
 
-    def __init__(self, run: Run, ahead: int) -> None:
-        self._run, self._ahead = run, ahead
+    def __init__(self, launcher: Launcher, ahead: int) -> None:
+        self._launcher, self._ahead = launcher, ahead
         self._kept: dict[Place, TrainerGroup] = {}
         self._spare: dict[Place, list[TrainerGroup]] = {}
+        self._seeing: dict[tuple[str | None, str], list[TrainerGroup]] = {}
         self._lock = threading.Lock()
 
     def start(self, stage: Stage, world_size: int) -> TrainerGroup:
@@ -180,7 +173,7 @@ class Trainers:
         place = _place(stage, world_size)
         with self._lock:
             if place not in self._kept:
-                group = TrainerGroup.of_stage(self._run, f"trainer-of-{world_size}", stage, world_size)
+                group = TrainerGroup.of_stage(self._launcher, f"trainer-of-{world_size}", stage, world_size)
                 group.expect_computing()
                 group.replacement = partial(self.spare, stage, world_size)
                 self._kept[place] = group
@@ -201,10 +194,30 @@ class Trainers:
         place = _place(stage, world_size)
         with self._lock:
             waiting = self._spare.setdefault(place, [])
-            group = waiting.pop(0) if waiting else TrainerGroup.of_stage(self._run, "spare", stage, world_size)
+            group = waiting.pop(0) if waiting else TrainerGroup.of_stage(self._launcher, "spare", stage, world_size)
             self._fill(stage, world_size)
         group.ready()
         return group
+
+    def start_seeing(self, visible: str | None, device: str) -> None:
+        """Start a trainer ahead of the `seeing` that asks for it."""
+        name = f"trainer-seeing-{'all' if visible is None else visible}"
+        group = TrainerGroup(self._launcher, name, 1, device, [visible], joins=False)
+        group.expect_computing()
+        with self._lock:
+            self._seeing.setdefault((visible, device), []).append(group)
+
+    def seeing(self, visible: str | None, device: str) -> TrainerGroup:
+        """A trainer of one rank that sees GPUs in a way of its own, for whoever asks, who ends it. It joins no group.
+
+        Args:
+            visible: its CUDA_VISIBLE_DEVICES; None for unset.
+            device: what it calls its own GPU, such as "cuda:1".
+        """
+        if not self._seeing.get((visible, device)):
+            self.start_seeing(visible, device)
+        with self._lock:
+            return self._seeing[visible, device].pop(0)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -216,14 +229,15 @@ class Trainers:
 
     def close(self) -> None:
         """End all of them."""
-        for group in [*self._kept.values(), *(group for groups in self._spare.values() for group in groups)]:
+        waiting = (group for groups in [*self._spare.values(), *self._seeing.values()] for group in groups)
+        for group in [*self._kept.values(), *waiting]:
             group.stop()
 
     def _fill(self, stage: Stage, world_size: int) -> None:
         """Trainers of several ranks are never lost on purpose: none is kept ready for them."""
         spare = self._spare.setdefault(_place(stage, world_size), [])
         while world_size == 1 and len(spare) < self._ahead:
-            spare.append(TrainerGroup.of_stage(self._run, "spare", stage, world_size))
+            spare.append(TrainerGroup.of_stage(self._launcher, "spare", stage, world_size))
 
 
 def _place(stage: Stage, world_size: int) -> Place:

@@ -1,1 +1,1 @@
-"""What starts, calls and ends a process, and what it says."""
+"""What starts, calls and ends a process, and what it says. Everybody else starts one through a Launcher."""

@@ -8,7 +8,6 @@ doing.
 
 import contextlib
 import faulthandler
-import importlib
 import io
 import os
 import queue
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from suite.processes import wire
+from suite.processes.target import load
 
 STACKS_SIGNAL = signal.SIGUSR2  # makes this process write the stacks of its threads to its log
 READY = 0  # the call number of the constructor
@@ -49,8 +49,7 @@ class Server:
 
     def construct(self, target: str, kwargs: dict[str, Any]) -> Any:
         """Build the object ("pkg.module:Class") and return its facts(), where it has them."""
-        module, _, name = target.partition(":")
-        self.served = getattr(importlib.import_module(module), name)(**kwargs)
+        self.served = load(target)(**kwargs)
         return self.served.facts() if hasattr(self.served, "facts") else {}
 
     def call(self, method: str, args: list[Any], kwargs: dict[str, Any]) -> Any:

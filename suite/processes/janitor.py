@@ -2,7 +2,7 @@
 
 Run as ``python -m suite.processes.janitor`` it is the process that outlives pytest: it reads one JSON line from
 standard input (what to sweep), waits until the other end of that pipe is gone, for whatever reason, and then sweeps.
-`Process.stop` sweeps with the same functions, for one process and its descendants.
+`LocalProcess.stop` sweeps with the same functions, for one process and its descendants.
 
 Linux only: processes, their memory maps and open files are read from /proc.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 RUN_VARIABLE = "WEIGHT_SYNC_RUN_ID"  # in the environment of every process of a run, inherited by all descendants
 PROCESS_VARIABLE = "WEIGHT_SYNC_PROCESS"  # which of the run's processes it descends from
 SHARED_MEMORY = Path("/dev/shm")
+SEGMENT_PREFIX = "weight-sync-"  # of what extensions keep in shared memory; the run's id comes next
 END_DEADLINE_S = 8.0
 # Names in shared memory that say whose they are: torch's have the process id in decimal, the CUDA driver's (which stay
 # where a process is killed, sglang#33929) the user's and the process's in hexadecimal.
@@ -49,7 +50,7 @@ def members(run_id: str, process: str | None = None, roots: Iterable[int] = ()) 
     Args:
         run_id: what RUN_VARIABLE holds.
         process: what PROCESS_VARIABLE holds, to look for one process of the run only.
-        roots: process ids that launch() started. The sessions they lead belong to them, whatever the environment.
+        roots: process ids that the launcher started. The sessions they lead belong to them, whatever the environment.
     """
     marks = {f"{RUN_VARIABLE}={run_id}".encode()}
     if process is not None:
@@ -129,14 +130,19 @@ def sweep(run_id: str, directory: Path, kept: Iterable[str], roots: Iterable[int
         run_id: the run's id.
         directory: the run's directory for sockets and temporary files.
         kept: names in /dev/shm that were there before the run, which are never removed.
-        roots: process ids that launch() started.
+        roots: process ids that the launcher started.
     """
     roots = set(roots)
     ended, memory = end(lambda: members(run_id, roots=roots))
     memory |= shared_memory_of(ended | roots)
-    memory |= set(SHARED_MEMORY.glob(f"weight-sync-{run_id}*"))
+    memory |= set(SHARED_MEMORY.glob(f"{SEGMENT_PREFIX}{run_id}*"))
     unlink(path for path in memory if path.name not in set(kept))
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    return _look(pid) is not None
 
 
 def _look(pid: int) -> Found | None:

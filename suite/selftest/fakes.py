@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from extensions import bracket as updating
+from extensions import bracket
 from extensions.broadcast import WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
 from extensions.manifest import manifest_of
@@ -29,22 +29,22 @@ class Load:
     """As LayerwiseReload: what is loaded is in the model only at the end."""
 
     def __init__(self, model: Model, _: object) -> None:
-        self._model, self._taken = model, {}
+        self._model, self.taken = model, {}
 
     def begin(self) -> None:
         self._do("begin")
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         self._do("load")
-        self._taken |= {name: tensor.clone() for name, tensor in tensors.items()}
+        self.taken |= {name: tensor.clone() for name, tensor in tensors.items()}
 
     def end(self) -> None:
         self._do("end")
-        self._model.held.update(self._taken)
+        self._model.held.update(self.taken)
 
     def abort(self) -> bool:
         self._do("abort")
-        return not self._taken
+        return not self.taken
 
     def _do(self, what: str) -> None:
         self._model.calls.append(what)
@@ -67,9 +67,9 @@ class Worker(ColocateWorkerExtension, WorkerExtension):
 
 def fitted(monkeypatch: pytest.MonkeyPatch, worker: type[Worker] = Worker) -> Worker:
     """A worker for whose model and loader the extensions are fitted."""
-    monkeypatch.setattr(updating, "expected_weights", lambda model, config: (dict(SHAPES), {}))
-    monkeypatch.setattr(updating, "processed_layers", lambda model: model.packed)
-    monkeypatch.setattr(updating, "new_load", Load)
+    monkeypatch.setattr(bracket, "expected_weights", lambda model, config: (dict(SHAPES), {}))
+    monkeypatch.setattr(bracket, "processed_layers", lambda model: model.packed)
+    monkeypatch.setattr(bracket, "new_load", Load)
     return worker()
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from extensions import group
-from extensions.group import nccl_binding, stateless_init_process_group
-from suite.processes.process import Process, Run, launch
+from extensions.group import gloo, nccl, nccl_binding, stateless_init_process_group
+from suite.processes.call import Process
+from suite.processes.local import LocalLauncher
 
 ADDRESS = "127.0.0.1"
-STEPS = ("arrived", "taken", "joined", "begun to connect", "connected", "seen the first broadcast", "finished")
+APART_S = 20.0  # how long a fork may take to join
 EXTENTS = ((), (0,), (0, 3), (1,), (3, 5), (1, 1))
 
 
@@ -40,8 +41,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def started(directory: Path, count: int) -> Iterator[list[Process]]:
     """Processes that are up, each of which can join a group as a Rank."""
-    with Run(directory / "logs") as run:
-        processes = [launch(run, f"rank{rank}", f"{__name__}:Rank") for rank in range(count)]
+    with LocalLauncher(directory / "logs") as launcher:
+        processes = [launcher.start(f"rank{rank}", f"{__name__}:Rank") for rank in range(count)]
         for process in processes:
             process.ready(60)
         yield processes
@@ -90,6 +91,21 @@ class Rank:
             group.GlooCommunicator = original
         return time.monotonic() - started
 
+    def join_apart(self, *args: object, **kwargs: object) -> int:
+        """Join in a fork of this process, which has never been in a group, and return the signal that ended it."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self.join(*args, **kwargs)
+            finally:
+                os._exit(0)
+        deadline = time.monotonic() + APART_S
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGTERM)
+            time.sleep(0.02)
+        return os.WTERMSIG(ended[1])
+
     def broadcast(self, dtype: str, src: int = 0) -> list[bool]:
         """Send seeded tensors, or receive them into others; for each shape, whether they are there now."""
         arrived = []
@@ -132,6 +148,28 @@ class Rank:
             return str(error)
         return "no error"
 
+    def compare_with_vllm(self, rank: int, port: int, nbytes: int, count: int) -> tuple[float, float] | None:
+        """The seconds of `count` broadcasts, by this group and by vLLM's own communicator; None without that one."""
+        try:
+            from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+            from vllm.distributed.utils import StatelessProcessGroup
+        except ImportError:
+            return None
+        theirs = PyNcclCommunicator(StatelessProcessGroup.create(ADDRESS, port, rank, 2), self._group.device)
+        if theirs.disabled:
+            return None
+        tensor = torch.zeros(nbytes, dtype=torch.uint8, device=self._group.device)
+        rounds = [[self._seconds(one, tensor, count) for one in (self._group, theirs)] for _ in range(4)]
+        return tuple(map(min, zip(*rounds, strict=True)))
+
+    def _seconds(self, communicator: "group.Communicator", tensor: torch.Tensor, count: int) -> float:
+        torch.cuda.synchronize(tensor.device)
+        began_s = time.monotonic()
+        for _ in range(count):
+            communicator.broadcast(tensor, src=0)
+        torch.cuda.synchronize(tensor.device)
+        return time.monotonic() - began_s
+
     def swap_groups(self) -> None:
         """Use the group that was put aside, and put this one there."""
         self._group, self._aside = self._aside, self._group
@@ -168,17 +206,21 @@ class Rank:
 
 @contextlib.contextmanager
 def slipping(step: str, how: str, seconds: float) -> Iterator[None]:
-    """Have this process be slow, raise, or be killed before a step of the join: of STEPS, "NCCL", or "" for none."""
+    """Have this process be slow, raise, or be killed before a step of the join; "" for none.
+
+    The steps are "arrived", "taken" and what a Rendezvous calls its own. They are also those in which the others do
+    not wait there: "first broadcast" and, over NCCL, "NCCL", just before it is asked to join, and "split".
+    """
 
     def before(method: Callable, step_of: Callable[..., str]) -> Callable:
-        def slip(self: object, *args: object) -> object:
+        def slip(self: object, *args: object, **kwargs: object) -> object:
             if step_of(*args) == step:
-                time.sleep(seconds if how == "slow" else 0)
+                time.sleep(seconds)
                 if how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if how == "raises":
                     raise ValueError("on purpose")
-            return method(self, *args)
+            return method(self, *args, **kwargs)
 
         return slip
 
@@ -189,6 +231,9 @@ def slipping(step: str, how: str, seconds: float) -> Iterator[None]:
             (group.Rendezvous, "meet", lambda *args: args[0]),
             (group.Rendezvous, "gather", lambda *args: args[0]),
             (nccl_binding.Comm, "__init__", lambda *_: "NCCL"),
+            (nccl_binding.Comm, "split", lambda *_: "split"),
+            (gloo.GlooCommunicator, "broadcast", lambda *_: "first broadcast"),
+            (nccl.NcclCommunicator, "broadcast", lambda *_: "first broadcast"),
         ):
             patches.setattr(owner, name, before(getattr(owner, name), step_of))
         yield

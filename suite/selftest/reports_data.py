@@ -37,6 +37,11 @@ INEXACT = (
 )
 
 
+def mirrored(verdict: str) -> str:
+    """The verdict that the swapped comparison has."""
+    return {"slower": "faster", "faster": "slower"}.get(verdict, verdict)
+
+
 def noisy(middle: float, count: int, spread: float, rng: random.Random) -> list[float]:
     """Log-normal samples around a median."""
     return [middle * math.exp(rng.gauss(0, spread)) for _ in range(count)]

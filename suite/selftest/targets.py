@@ -1,4 +1,4 @@
-"""Objects that the selftests of suite.processes.process put into processes."""
+"""Objects that the selftests of suite.processes put into processes."""
 
 import ctypes
 import glob

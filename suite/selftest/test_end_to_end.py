@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from suite import ROOT
 from suite.processes import janitor
-from suite.processes import process as processes
 from suite.selftest.test_plugin import hear_ctrl_c
 from suite.session import environment
 
 JUDGING_S, STARTING_S, ENDING_S = 300, 150, 30
 GONE_WITHIN_S = 10
+HOPELESS_CASE_S = 12  # of an update that fails at once, with what comes before it
 CONDEMNED = ("update.zeroed", "update.exact", "update.behaviour")
 STAGES = ("cpu-tp1", "cpu-tp2")
 
@@ -34,7 +35,7 @@ class Session:
         self.report = report
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--report={report}", *arguments]
         self.process = subprocess.Popen(
-            command, cwd=processes.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True, preexec_fn=hear_ctrl_c,
         )  # fmt: skip
         self.output: list[str] = []
@@ -123,6 +124,26 @@ def test_an_extension_that_loads_nothing_fails_where_the_reference_passes(tmp_pa
             assert "expected" in detail, f"expected a detail that says why, found {detail!r}"
             assert f"[subject=LoadsNothing stage={stage} model=qwen3-tied-tiny]" in detail
     assert not verdicts, "expected nothing else to be judged"
+
+
+def test_subjects_of_which_no_update_succeeds_fail_in_time_and_for_one_reason_each(tmp_path: Path):
+    """One raises, one hangs, one returns without receiving: the trainer is never waited for beyond two seconds."""
+    hopeless = ("RaisesInEveryUpdate", "HangsInEveryUpdate", "ReceivesNothing")
+    extensions = [f"--extension=suite.selftest.mutants:{name}" for name in hopeless]
+    chosen = "exact or errors or stopped or sequence or order"
+    with Session(tmp_path, *extensions, "--stage=cpu-tp1", "--tb=no", "-k", chosen) as session:
+        assert session.process.wait(JUDGING_S) == pytest.ExitCode.TESTS_FAILED
+    entries = session.document()["conformance"]
+    assert {entry["verdict"] for entry in entries} == {"fail"}, "expected nothing but fails, and no error"
+    for name in hopeless:
+        own = [entry for entry in entries if entry["subject"] == name]
+        assert len(own) == 9, f"expected every case to be judged, found {[entry['requirement'] for entry in own]}"
+        took_s = sorted(entry["duration_s"] for entry in own)
+        assert took_s[-3] < HOPELESS_CASE_S, f"expected all cases of {name} but two to be short, found {took_s}"
+        if name == "HangsInEveryUpdate":
+            assert took_s[-3] == 0, f"expected it to be given up after two, found {took_s}"
+    text = "".join(session.output)
+    assert text.count("all engines ended the update, and 2 s later it was still being sent") < len(hopeless) * 3
 
 
 def test_a_run_that_is_killed_leaves_nothing(tmp_path: Path):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from extensions.group import LINGER_S, GroupError, stateless_init_process_group
-from suite.driver.trainers import free_port
-from suite.processes.process import Call, Process, RemoteError, Run, gather, launch
+from suite.processes.call import Call, Process, RemoteError, gather
+from suite.processes.local import LocalLauncher, free_port
 from suite.selftest.ranks import started
 
 DEADLINE_S = 30
@@ -186,8 +186,8 @@ def test_a_closed_communicator_says_so(ranks: list[Process]):
 
 
 def test_a_rank_that_died_fails_the_broadcast_of_the_others(ranks: list[Process], tmp_path: Path):
-    with Run(tmp_path / "logs") as run:
-        pair = [ranks[0], launch(run, "dying", "suite.selftest.ranks:Rank")]
+    with LocalLauncher(tmp_path / "logs") as launcher:
+        pair = [ranks[0], launcher.start("dying", "suite.selftest.ranks:Rank")]
         pair[1].ready(60)
         gather(joining(pair, (0, 2), (1, 2)), DEADLINE_S)
         pair[1].stop()

@@ -13,17 +13,9 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import rebuild_tensor, reduce_tensor
 
 from extensions.colocate import HandleSender
-from extensions.devices import (
-    CPU_DEVICE_ID,
-    CUDA_FIELDS,
-    RUN_ID,
-    SHARED_MEMORY,
-    HandleError,
-    SharedSegment,
-    _plain_cuda,
-    device_id,
-    open_handle,
-)
+from extensions.devices import CPU_DEVICE_ID, device_id
+from extensions.handles import CUDA_FIELDS, HandleError, _plain_cuda, open_handle
+from extensions.segments import RUN_ID, SHARED_MEMORY, SharedSegment
 from suite.processes import wire
 from suite.selftest.properties import examples
 from suite.selftest.ranks import same_bits, seeded

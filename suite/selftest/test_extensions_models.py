@@ -6,9 +6,9 @@ from functools import cache
 import pytest
 
 from suite import models
-from suite.driver.trainers import free_port
 from suite.models import TIED
-from suite.processes.process import Process, RemoteError, Run, launch
+from suite.processes.call import Process, RemoteError
+from suite.processes.local import LocalLauncher, free_port
 from suite.session import environment
 
 DEADLINE_S = 60
@@ -33,12 +33,12 @@ class Held:
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Held]:
     directory = tmp_path_factory.mktemp("models")
-    with Run(directory / "logs") as run:
+    with LocalLauncher(directory / "logs") as launcher:
         arguments = {"directory": str(directory), "port": free_port()}
         environment = {
             "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
         }  # fmt: skip
-        process = launch(run, "models", "suite.selftest.vllm_models:Models", arguments, environment, STARTING_S)
+        process = launcher.start("models", "suite.selftest.vllm_models:Models", arguments, environment, STARTING_S)
         process.ready()
         yield Held(process)
 

@@ -15,31 +15,38 @@ from extensions.group import GroupError, nccl, nccl_binding
 from extensions.group.basics import in_a_thread
 from extensions.group.nccl_binding import Comm, Config, Library, NcclError
 from extensions.group.rendezvous import Rendezvous
-from suite.driver.trainers import free_port
+from suite.processes.local import free_port
 
 SOON_S = 10.0
 FAILED = 3  # ncclInternalError
-HANDLE = 4711
+HANDLE, CHILD = 4711, 4712
 ID = bytes(range(128))
 
 
 class FakeNccl:
-    """A library whose functions take their arguments as C does. It answers from `states`, the last one for ever."""
+    """A library whose functions take their arguments as C does.
 
-    def __init__(self) -> None:
+    It answers from `states`, and from `splitting` once it is asked to split; the last one of each for ever.
+    """
+
+    def __init__(self, splits: bool = True) -> None:
         self.states = [nccl_binding.SUCCESS]
+        self.splitting = [nccl_binding.SUCCESS]
+        self.half_made = False  # whether a split that fails or is aborted leaves a communicator
+        self._child: object = None  # where the handle of the child goes
         self.made = nccl_binding.IN_PROGRESS  # what making a communicator returns
         self.seen: list[tuple] = []
         self.aborted = threading.Event()
         answers = {
             "ncclGetUniqueId": self._unique_id, "ncclCommInitRankConfig": self._init,
             "ncclCommGetAsyncError": self._state, "ncclBroadcast": self._broadcast, "ncclCommAbort": self._abort,
-        }  # fmt: skip
+        } | ({"ncclCommSplit": self._split} if splits else {})  # fmt: skip
         functions = {name: self._function(name, answer) for name, answer in answers.items()}
         self.library = SimpleNamespace(**functions, ncclGetErrorString=text, ncclGetLastError=text)
 
     def _function(self, name: str, answer: Callable[..., int]) -> object:
-        return ctypes.CFUNCTYPE(ctypes.c_int, *nccl_binding.SIGNATURES[name])(answer)
+        signatures = nccl_binding.SIGNATURES | {"ncclCommSplit": nccl_binding.SPLIT_SIGNATURE}
+        return ctypes.CFUNCTYPE(ctypes.c_int, *signatures[name])(answer)
 
     def _unique_id(self, made: object) -> int:
         ctypes.memmove(made, ID, len(ID))
@@ -51,9 +58,18 @@ class FakeNccl:
         self.seen.append((count, bytes(place), rank, given.size, given.magic, given.version, given.blocking))
         return self.made
 
+    def _split(self, comm: int, color: int, key: int, child: object, config: object) -> int:
+        given = config.contents
+        self.seen.append(("split", comm, color, key, given.size, given.magic, given.version, given.blocking))
+        child[0] = None
+        self.states, self._child = self.splitting, child
+        return nccl_binding.SUCCESS  # NCCL says so while the split is in progress
+
     def _state(self, comm: int, state: object) -> int:
-        assert comm == HANDLE
         state[0] = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if self._child and state[0] == nccl_binding.SUCCESS:
+            self._child[0] = CHILD
+        assert comm == HANDLE, "only the first communicator has calls that are waited for"
         return nccl_binding.SUCCESS
 
     def _broadcast(self, *arguments: int) -> int:
@@ -61,9 +77,10 @@ class FakeNccl:
         return self.states.pop(0)
 
     def _abort(self, comm: int) -> int:
-        assert comm == HANDLE
-        self.seen.append(("abort",))
+        self.seen.append(("abort", comm))
         self.aborted.set()
+        if self._child and self.half_made and comm == HANDLE:
+            self._child[0] = CHILD  # the thread that makes it ends as it ends always
         return nccl_binding.SUCCESS
 
 
@@ -127,8 +144,10 @@ def test_a_failure_is_in_nccls_words(fake: FakeNccl):
 
 def test_a_join_is_asked_for_until_it_has_succeeded(fake: FakeNccl, alone, monkeypatch):
     fake.states = [nccl_binding.IN_PROGRESS] * 5 + [nccl_binding.SUCCESS]
-    connect(fake, alone(10), monkeypatch).abort()
-    assert [one[0] for one in fake.seen] == [2, "abort"]
+    fake.splitting = [nccl_binding.IN_PROGRESS] * 5 + [nccl_binding.SUCCESS]
+    connect(fake, alone(10), monkeypatch)
+    assert (len(fake.states), len(fake.splitting)) == (1, 1)
+    assert [one[0] for one in fake.seen] == [2, "split"]
 
 
 def test_a_join_that_never_ends_is_aborted_at_the_deadline(fake: FakeNccl, alone, monkeypatch):
@@ -148,7 +167,7 @@ def test_a_join_ends_when_another_rank_refuses(fake: FakeNccl, alone, monkeypatc
     with pytest.raises(GroupError, match="rank 1 has no memory left"):
         connect(fake, meeting, monkeypatch)
     assert time.monotonic() - began_s < 4
-    assert fake.seen[-1] == ("abort",)
+    assert fake.seen[-1] == ("abort", HANDLE)
 
 
 def test_a_join_that_fails_is_aborted(fake: FakeNccl, alone, monkeypatch):
@@ -156,6 +175,60 @@ def test_a_join_that_fails_is_aborted(fake: FakeNccl, alone, monkeypatch):
     with pytest.raises(NcclError, match="socket closed"):
         connect(fake, alone(60), monkeypatch)
     assert [one[0] for one in fake.seen] == [2, "abort"]
+
+
+def test_the_broadcasts_are_those_of_a_child_that_blocks(fake: FakeNccl, alone, monkeypatch):
+    comm = connect(fake, alone(10), monkeypatch)
+    assert fake.seen[1:] == [("split", HANDLE, 0, 0, 24, 0xCAFEBEEF, 21400, 1)]
+    fake.states = [nccl_binding.SUCCESS]
+    assert comm.broadcast(2**40, 2**35, 1, 77)
+    assert fake.seen[-1] == (2**40, 2**40, 2**35, 0, 1, CHILD, 77)
+    comm.abort()
+    assert fake.seen[-2:] == [("abort", CHILD), ("abort", HANDLE)], "what runs on the device first"
+
+
+def test_the_key_of_a_split_is_the_rank(fake: FakeNccl):
+    comm = Comm(Library(fake.library), 3, 2, ID)
+    comm.split()
+    assert fake.seen[-1][:4] == ("split", HANDLE, 0, 2)
+
+
+def test_nccl_before_2_18_broadcasts_as_it_joined(alone, monkeypatch):
+    fake = FakeNccl(splits=False)
+    comm = connect(fake, alone(10), monkeypatch)
+    fake.states = [nccl_binding.IN_PROGRESS, nccl_binding.SUCCESS]
+    assert not comm.broadcast(2**40, 2**35, 1, 77)
+    assert fake.seen[-1][5] == HANDLE
+    assert comm.settled()
+    comm.abort()
+    assert [one[0] for one in fake.seen] == [2, 2**40, "abort"]
+
+
+@pytest.mark.parametrize("half_made", [False, True])
+def test_a_split_that_never_ends_is_aborted_at_the_deadline(fake: FakeNccl, alone, monkeypatch, half_made: bool):
+    fake.splitting, fake.half_made = [nccl_binding.IN_PROGRESS], half_made
+    began_s = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"rank 0 has not connected, for which it needs the others, within 0\.5 s"):
+        connect(fake, alone(0.5), monkeypatch)
+    assert time.monotonic() - began_s < 4
+    child = [("abort", CHILD)] if half_made else []
+    assert fake.seen[2:] == [("abort", HANDLE), *child], "what makes the child has to end first"
+
+
+def test_a_split_ends_when_another_rank_refuses(fake: FakeNccl, alone, monkeypatch):
+    fake.splitting = [nccl_binding.IN_PROGRESS]
+    meeting = alone(60)
+    threading.Timer(0.2, meeting.client().set, ["refused", "GroupError: rank 1 has no memory left"]).start()
+    with pytest.raises(GroupError, match="rank 1 has no memory left"):
+        connect(fake, meeting, monkeypatch)
+    assert fake.seen[2:] == [("abort", HANDLE)]
+
+
+def test_a_split_that_fails_is_aborted(fake: FakeNccl, alone, monkeypatch):
+    fake.splitting, fake.half_made = [nccl_binding.IN_PROGRESS, FAILED], True
+    with pytest.raises(NcclError, match="the call before failed; socket closed"):
+        connect(fake, alone(60), monkeypatch)
+    assert fake.seen[2:] == [("abort", HANDLE), ("abort", CHILD)]
 
 
 def test_where_no_communicator_was_made_nothing_is_aborted(fake: FakeNccl):

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from extensions.bracket import UpdateError
-from extensions.devices import HandleError, SharedSegment, device_id
+from extensions.devices import device_id
 from extensions.group import GroupError
+from extensions.handles import HandleError
 from extensions.manifest import ManifestError, manifest_of
+from extensions.segments import SharedSegment
 from suite.selftest.fakes import CPU, SHAPES, Worker, begin, fitted, tensors, untouched
 
 
@@ -318,7 +320,7 @@ def test_a_tensor_is_received_by_dtype_and_shape_in_every_spelling(worker: Worke
     worker._weight_sync_group = Group(torch.full((2, 3), 7.0))
     begin(worker)
     worker.update_weight("a.weight", dtype, form([2, 3]))
-    assert worker._weight_sync_load._taken["a.weight"].tolist() == [[7.0] * 3] * 2
+    assert worker._weight_sync_state.update.load.taken["a.weight"].tolist() == [[7.0] * 3] * 2
 
 
 def test_a_wrong_tensor_is_received_before_it_is_refused(worker: Worker):

@@ -95,8 +95,8 @@ def test_a_packed_copy_that_is_never_applied_does_not_count():
 
 
 def test_nothing_looked_at_is_not_zero():
-    assert all_zero(torch.nn.Module()) == (False, 0)
-    assert all_zero(model(a=torch.empty(0), b=torch.empty(0, 3))) == (False, 0)
+    assert not all_zero(torch.nn.Module())
+    assert not all_zero(model(a=torch.empty(0), b=torch.empty(0, 3)))
 
 
 @pytest.mark.parametrize(
@@ -104,29 +104,29 @@ def test_nothing_looked_at_is_not_zero():
 )
 def test_one_element_that_is_not_zero_is_found(dtype: torch.dtype):
     zero = torch.zeros(3, 4).to(dtype)
-    assert all_zero(model(a=zero)) == (True, 12)
+    assert all_zero(model(a=zero))
     other = zero.clone().view(torch.uint8)
     other.view(-1)[-1] = 0x38
-    assert all_zero(model(a=zero, b=other.view(dtype))) == (False, 24)
+    assert not all_zero(model(a=zero, b=other.view(dtype)))
 
 
 def test_minus_zero_is_zero_and_nan_is_not():
-    assert all_zero(model(a=torch.full((3,), -0.0))) == (True, 3)
-    assert all_zero(model(a=torch.full((3,), torch.nan))) == (False, 3)
+    assert all_zero(model(a=torch.full((3,), -0.0)))
+    assert not all_zero(model(a=torch.full((3,), torch.nan)))
 
 
 def test_a_packed_weight_is_looked_at_though_its_parameter_is_empty():
-    assert all_zero(model(proj=Packed(torch.zeros(5, 4)))) == (True, 20)
-    assert all_zero(model(norm=torch.zeros(4), proj=Packed(torch.ones(5, 4)))) == (False, 24)
+    assert all_zero(model(proj=Packed(torch.zeros(5, 4))))
+    assert not all_zero(model(norm=torch.zeros(4), proj=Packed(torch.ones(5, 4))))
 
 
 def test_a_packed_copy_that_was_not_updated_is_found():
     built = model(head=Packed(torch.ones(5, 4), keep=True))
     built.head.weight.data.zero_()
-    assert all_zero(built) == (False, 40)
+    assert not all_zero(built)
 
 
 def test_scales_of_quantised_weights_are_left_out():
     scales = model(weight=torch.zeros(4), weight_scale=torch.ones(4), weight_scale_inv=torch.ones(4))
-    assert all_zero(scales) == (True, 4)
-    assert all_zero(model(weight_scale=torch.zeros(4))) == (False, 0)
+    assert all_zero(scales)
+    assert not all_zero(model(weight_scale=torch.zeros(4)))

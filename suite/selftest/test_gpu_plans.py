@@ -10,21 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from suite.processes.process import ROOT
+from suite import ROOT
 
 DEADLINE_S = 60
+TRAINERS = "trainers"  # in a plan: those that see GPUs in their own way, as "CUDA_VISIBLE_DEVICES device"
 PLANNING = """
 import json
 import os
 from pathlib import Path
-from suite.session import environment
-from suite import fixtures
+from suite.session import environment, needs
 
 environment.lacks_engine = lambda kind: None
+TRAINERS = "trainers"
 
 
 def pytest_collection_finish(session):
-    plan = {item.name: [f"{k.stage}={k.copy}" for k in fixtures._engines_of(item)] for item in session.items}
+    plan = {item.name: [f"{k.stage}={k.copy}" for k in needs.engines_of(item)] for item in session.items}
+    plan[TRAINERS] = [" ".join(found) for item in session.items if (found := needs.trainer_of(item))]
     Path(os.environ["PLAN"]).write_text(json.dumps(plan))
 """
 Planned = tuple[int, dict[str, list[str]]]
@@ -76,6 +78,8 @@ def test_every_stage_that_is_there_has_its_engines(planned: Planned):
 def test_devices_are_told_apart_where_there_are_two(planned: Planned):
     gpus, plan = planned
     assert stages_of(plan, "test_remap") == ({"gpu-colocate-tp1=0"} if gpus > 1 else set())
+    each = ["0,1 cuda:0", "0,1 cuda:1", "0,1 cuda:1", "GPU-0000,GPU-1111 cuda:1", "1,0 cuda:1"]
+    assert plan[TRAINERS] == (each if gpus > 1 else [])
 
 
 def test_one_trainer_feeds_two_engines_on_one_gpu_and_on_three(planned: Planned):

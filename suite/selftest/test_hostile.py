@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import reduce_tensor
 
 from extensions.bracket import UpdateError
-from extensions.devices import HandleError, SharedSegment, device_id
+from extensions.devices import device_id
+from extensions.handles import HandleError
 from extensions.manifest import ManifestError, manifest_of
+from extensions.segments import SharedSegment
 from suite.actors import link
 from suite.actors.dialogue import ANNOUNCE, CALL_OFF, ENDED, GO, READY, REFUSED, Cancelled, NotAnnounced
 from suite.actors.engine import Engine, WorkerError

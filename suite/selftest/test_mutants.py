@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from extensions.broadcast import WorkerExtension
+from suite import ROOT
 from suite.actors import probe
 from suite.conformance.requirements import catalogue
 from suite.driver.together import Together
-from suite.processes import process as processes
 from suite.selftest import fakes
 from suite.selftest.mutants import MUTANTS, Mutant, plugin, registry, verdicts
 from suite.selftest.mutants.__main__ import _stages, main
@@ -202,9 +202,9 @@ def test_the_cases_that_are_left(item: SimpleNamespace, left: bool):
 
 def test_mutants_borrow_engines_and_patience_is_less(monkeypatch: pytest.MonkeyPatch):
     subjects = {name: subject_from(f"suite.selftest.mutants:{name}") for name in ("LoadsNothing", "ReadsFreedHandles")}
-    monkeypatch.setattr(plugin, "current_selection", lambda: SimpleNamespace(subjects=subjects))
+    monkeypatch.setattr(plugin, "selection_of", lambda config: SimpleNamespace(subjects=subjects))
     monkeypatch.setattr(Together, "call_deadline_s", 120.0)
-    hook = plugin.pytest_sessionstart(None)
+    hook = plugin.pytest_sessionstart(SimpleNamespace(config=None))
     next(hook)
     assert {subject.host for subject in subjects.values()} == {""}, "expected the suite's own plugin to come first"
     with pytest.raises(StopIteration):
@@ -358,7 +358,7 @@ def test_a_run_that_is_ended_ends_pytest(tmp_path: Path):
     run = "runpy.run_module('suite.selftest.mutants', run_name='__main__')"
     code = f"import runpy, sys; sys.executable = {str(program)!r}; {run}"
     runner = subprocess.Popen(
-        [sys.executable, "-c", code, ONE.name, "--report", str(tmp_path / "report")], cwd=processes.ROOT,
+        [sys.executable, "-c", code, ONE.name, "--report", str(tmp_path / "report")], cwd=ROOT,
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     with runner:
@@ -392,7 +392,7 @@ def test_a_worker_becomes_another_and_keeps_nothing(monkeypatch: pytest.MonkeyPa
     Worker.__bases__ = (Base, first)  # as vLLM does
     worker = Worker()
     worker.execute_model = worker._mutant_execute_model
-    worker._mutant_kept, worker._weight_sync_load, worker.vllms_own = 1, None, worker.probe_device
+    worker._mutant_kept, worker._weight_sync_state, worker.vllms_own = 1, None, worker.probe_device
     worker.probe_become("extensions.broadcast:WorkerExtension")
     assert isinstance(worker, WorkerExtension)
     assert not isinstance(worker, first)

@@ -1,5 +1,6 @@
 """The host's pace is measured inside an engine's process, once a run and stage, and stands in run.json."""
 
+import contextlib
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ from suite import fixtures, models
 from suite.actors.engine import Engine
 from suite.actors.probe import Probe
 from suite.benchmarks import pace, test_throughput
-from suite.processes.process import DeadlineExceeded
+from suite.driver.patience import Patience
+from suite.processes.call import DeadlineExceeded
 from suite.selftest.test_plugin import ONE_CASE, examine
 from suite.session.record import PACES
 
@@ -95,8 +97,8 @@ def test_an_engine_that_does_not_answer_leaves_the_pace_unknown_until_another_do
     config: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
     said = []
-    monkeypatch.setattr(pace, "announce", said.append)
-    pace.measure(config, engine_on("cpu-tp1", Process(DeadlineExceeded("no answer in 10 s", LOG))))
+    monkeypatch.setattr(pace, "state_of", lambda config: SimpleNamespace(announce=said.append))
+    pace.measure(config, engine_on("cpu-tp1", Process(DeadlineExceeded("no answer in 10 s", LOG, "pace()"))))
     assert config.stash[PACES] == {}
     assert said == ["cpu-tp1: the host's pace is not known: no answer in 10 s"]
     pace.measure(config, engine_on("cpu-tp1", Process()))
@@ -115,11 +117,15 @@ def test_the_first_engine_that_a_test_is_lent_measures_it(monkeypatch: pytest.Mo
     """Before the test has it, so that every run knows its pace."""
     measured = []
     monkeypatch.setattr(fixtures.pace, "measure", lambda *args: measured.append(args))
-    monkeypatch.setattr(fixtures, "_engines_of", lambda item: ["first", "second"])
+    monkeypatch.setattr(fixtures, "engines_of", lambda item: ["first", "second"])
     engines = {name: SimpleNamespace(key=SimpleNamespace(seed=0), become=lambda subject: None) for name in
                ("first", "second")}  # fmt: skip
-    pool = SimpleNamespace(too_large=lambda key: "", get=engines.get)
-    values = {"subject": SimpleNamespace(name="s"), "stage": SimpleNamespace(name="t"), "model": "qwen3-tied-tiny"}
+    pool = SimpleNamespace(
+        room=SimpleNamespace(too_large=lambda key: ""), get=engines.get,
+        timeline=lambda what, name: contextlib.nullcontext(),
+        patience=Patience(),
+    )  # fmt: skip
+    values = {"subject": SimpleNamespace(name="s"), "stage": SimpleNamespace(name="t"), "model": models.TIED}
     request = SimpleNamespace(getfixturevalue=values.get, node=None, config=config)
     next(fixtures.lend(pool, SimpleNamespace(), request))
     assert measured == [(config, engines["first"])]
@@ -138,7 +144,7 @@ def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.Mon
     monkeypatch.setattr(pace, "measure", lambda *args, quiet: seen.append((*args, quiet, state["quiet"])))
     moved = SimpleNamespace(elapsed_s=1.0, bytes_sent=8, tensors=1, steps_s={})
     sync = SimpleNamespace(
-        update=lambda: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
+        update=lambda pause: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
         engines=["engine"], subject=SimpleNamespace(name="s"), stage=SimpleNamespace(name="t"), model="m",
         spec=SimpleNamespace(elements=4),
     )  # fmt: skip

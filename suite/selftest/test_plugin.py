@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
+from suite import ROOT
+from suite.conformance import requirements
 from suite.processes import janitor
-from suite.processes import process as processes
 from suite.session import environment, selection
 
 DEADLINE_S = 60
@@ -49,14 +51,18 @@ SUBJECTS["lacking"] = dataclasses.replace(
 TESTS = """
 import time
 import pytest
-from suite import plugin
 from suite.session import verdicts
-from suite.processes.process import launch
+from suite.session.state import state_of
+
 
 ECHO = "suite.selftest.targets:Echo"
 
 def judged(requirement="update.exact", models=["qwen3-tied-tiny"]):
     return pytest.mark.requirement(requirement, models=models)
+
+@pytest.fixture
+def session(pytestconfig):
+    return state_of(pytestconfig)
 
 @pytest.fixture
 def failing_setup():
@@ -95,7 +101,7 @@ def begin(directory: Path, tests: str, *arguments: str, conftest: str = CONFTEST
     (directory / "conftest.py").write_text(conftest)
     (directory / "test_it.py").write_text(TESTS + tests)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={directory}", "--report=report"]
-    search = os.pathsep.join([str(processes.ROOT), os.environ.get("PYTHONPATH", "")])
+    search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [*command, *arguments], cwd=directory, env={**os.environ, "PYTHONPATH": search},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear_ctrl_c,
@@ -137,12 +143,16 @@ def test_fails(subject, stage, model):
     assert 1 + 1 == 3, "12 of 32768 elements differ"
 
 @judged()
-def test_fails_remotely(subject, stage, model, run):
-    launch(run, "worker", ECHO).call("fail", "no such weight", deadline_s=20)
+def test_fails_in_lines(subject, stage, model):
+    raise AssertionError("expected: zero\\nfound: 3 weights\\nwhere: rank 0 [subject=broadcast stage=cpu-tp1]")
 
 @judged()
-def test_is_late(subject, stage, model, run):
-    launch(run, "sleeper", ECHO).call("sleep", 60, deadline_s=2)
+def test_fails_remotely(subject, stage, model, launcher):
+    launcher.start("worker", ECHO).call("fail", "no such weight", deadline_s=20)
+
+@judged()
+def test_is_late(subject, stage, model, launcher):
+    launcher.start("sleeper", ECHO).call("sleep", 60, deadline_s=2)
 
 @judged()
 def test_expects_an_error(subject, stage, model):
@@ -197,6 +207,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     [
         ("passes", "pass", ""),
         ("fails", "fail", "12 of 32768 elements differ"),
+        ("fails_in_lines", "fail", "found: 3 weights"),
         ("fails_remotely", "fail", "LookupError in process worker: no such weight"),
         ("is_late", "fail", "sleep() in process sleeper has not answered after 2"),
         ("expects_an_error", "fail", "DID NOT RAISE"),
@@ -218,7 +229,7 @@ def test_verdict(judged: Finished, test: str, verdict: str, detail: str):
 
 
 def test_only_what_judges_a_requirement_is_recorded(judged: Finished):
-    assert len(judged.document["conformance"]) == 13
+    assert len(judged.document["conformance"]) == 14
     entry = judged.document["conformance"][0]
     assert {name: entry[name] for name in ("requirement", "level", "subject", "stage", "model")} == {
         "requirement": "update.exact",
@@ -239,6 +250,55 @@ def test_failing_reports_show_the_logs_of_the_processes_they_used(judged: Finish
     assert "worker.log" not in late
 
 
+def test_a_failure_shows_the_clause_and_what_was_found_and_how_to_repeat_it_line_by_line(judged: Finished):
+    shown = judged.output.partition("_ test_fails_in_lines")[2].partition("\n____")[0].rstrip().splitlines()
+    text = requirements.catalogue()["update.exact"].text
+    case = "test_it.py::test_fails_in_lines[broadcast-cpu-tp1-qwen3-tied-tiny]"
+    assert " fail: update.exact " in shown[-6]
+    assert shown[-5:] == [
+        f"clause: update.exact (MUST): {text}",
+        "expected: zero",
+        "found: 3 weights",
+        "where: rank 0 [subject=broadcast stage=cpu-tp1]",
+        f"repeat: pytest '{case}' --subject=broadcast --stage=cpu-tp1",
+    ]
+
+
+def test_the_cause_of_a_failure_is_what_was_expected_and_found_without_where(judged: Finished):
+    (cause,) = (e["cause"] for e in judged.document["conformance"] if "fails_in_lines" in e["nodeid"])
+    assert cause == "expected: zero\nfound: 3 weights"
+
+
+REPEATED = """
+@judged()
+def test_fails(subject, stage, model):
+    assert model == "qwen3-tied-tiny", "passed on the one that is repeated"
+
+@judged()
+def test_passes(subject, stage, model):
+    pass
+"""
+
+
+def test_the_command_of_a_failure_repeats_that_one_case(tmp_path: Path):
+    arguments = (
+        "-m",
+        "cpu",
+        "--extension",
+        "suite.selftest.targets:Reference",
+        "--sequences=7",
+        "--play=update x",
+    )
+    first = examine(tmp_path, REPEATED, *arguments)
+    entry = first.document["conformance"][0]
+    assert shlex.split(entry["repeat"]) == [
+        "pytest", "-m", "cpu", entry["nodeid"], "--extension=suite.selftest.targets:Reference", "--sequences=7",
+        "--play=update x",
+    ]  # fmt: skip
+    again = examine(tmp_path, REPEATED, *shlex.split(entry["repeat"])[1:])
+    assert [*again.verdicts] == [entry["nodeid"].partition("::")[2]]
+
+
 def test_artefacts(judged: Finished):
     assert judged.code == 1
     document = judged.document
@@ -247,7 +307,7 @@ def test_artefacts(judged: Finished):
     assert {"machine_info", "commit_info", "benchmarks", "datetime", "version", "timeline"} <= document.keys()
     assert "node" not in document["machine_info"]
     cases = ElementTree.parse(judged.report / "junit.xml").getroot().iter("testcase")
-    assert len(list(cases)) >= 14
+    assert len(list(cases)) >= 15
     assert sorted(path.name for path in (judged.report / "logs").iterdir()) == ["sleeper.log", "worker.log"]
     assert f"Artefacts in {judged.report}: " in judged.output
     assert (judged.report / "report.html").read_text().lstrip().lower().startswith("<!doctype html")
@@ -437,16 +497,16 @@ def test_what_judges_comes_first_and_what_measures_last_on_all_stages(tmp_path: 
 
 ENDING = """
 @pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
-def test_first(subject, stage, model, run):
-    with plugin.timeline("starting", "worker"):
-        pids = launch(run, "worker", ECHO).call("grandchildren", True, deadline_s=20)
+def test_first(subject, stage, model, launcher, session):
+    with session.timeline("starting", "worker"):
+        pids = launcher.start("worker", ECHO).call("grandchildren", True, deadline_s=20)
     print("captured")
-    plugin.announce(f"started {' '.join(map(str, pids))}")
+    session.announce(f"started {' '.join(map(str, pids))}")
 
 @pytest.mark.requirement("update.zeroed", models=["qwen3-tied-tiny"])
-def test_second(subject, stage, model, run):
-    plugin.announce("now")
-    run.processes[0].call("sleep", 60, deadline_s=60)
+def test_second(subject, stage, model, launcher, session):
+    session.announce("now")
+    launcher.processes[0].call("sleep", 60, deadline_s=60)
 """
 
 
@@ -480,10 +540,10 @@ def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path, n
 
 UNINTERRUPTED = """
 @pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
-def test_it(subject, stage, model, run):
-    worker = launch(run, "worker", ECHO)
+def test_it(subject, stage, model, launcher, session):
+    worker = launcher.start("worker", ECHO)
     worker.ready()
-    plugin.announce("waits")
+    session.announce("waits")
     number = signal.Signals[os.environ["SIGNAL"]]
     threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), number)).start()
     worker.call("sleep", 60, deadline_s=60)
@@ -583,7 +643,7 @@ def test_a_directory_that_cannot_be_written_to_is_said_and_ends_nothing(tmp_path
 
 
 def test_selftests_alone_leave_no_artefacts_and_may_pass(tmp_path: Path):
-    own = processes.ROOT / "suite" / "selftest" / "test_wire.py"
+    own = ROOT / "suite" / "selftest" / "test_wire.py"
     command = [
         sys.executable,
         "-m",
@@ -595,8 +655,6 @@ def test_selftests_alone_leave_no_artefacts_and_may_pass(tmp_path: Path):
         "selftest",
         f"--report={tmp_path / 'report'}",
     ]
-    done = subprocess.run(
-        [*command, f"{own}::test_tuples_arrive_as_lists_and_nan_as_nan"], cwd=processes.ROOT, timeout=60
-    )
+    done = subprocess.run([*command, f"{own}::test_tuples_arrive_as_lists_and_nan_as_nan"], cwd=ROOT, timeout=60)
     assert done.returncode == 0
     assert not (tmp_path / "report").exists()

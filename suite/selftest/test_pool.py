@@ -1,5 +1,6 @@
 """The pool starts engines in order and ahead, lends one to many tests, and says what became of those that fail."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from suite.driver import pool as module
-from suite.driver.pool import EngineKey, Pool
+from suite.driver import room, variables
+from suite.driver.engines import EngineKey
+from suite.driver.pool import Pool
 from suite.models import MODELS, TIED
 from suite.stages import Stage
 from suite.subjects import SUBJECTS
@@ -65,7 +68,7 @@ class Started:
         self.engines: list[Engine] = []
         self.said: list[str] = []
 
-    def launch(self, run: object, name: str, target: str, arguments: dict, env: dict, deadline_s: float) -> Engine:
+    def start(self, name: str, target: str, arguments: dict, env: dict, deadline_s: float) -> Engine:
         assert target == "suite.actors.engine:Engine"
         self.engines.append(Engine(name, arguments))
         return self.engines[-1]
@@ -124,18 +127,20 @@ class Asked:
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     """Two engines start at a time, and three may be there at once, unless a test says otherwise."""
     found = Started()
-    monkeypatch.setattr(module, "launch", found.launch)
     monkeypatch.setattr(module, "MIN_STARTS", 2)
     monkeypatch.setattr(module, "MAX_STARTS", 2)
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     return found
 
 
 @pytest.fixture
 def pool(started: Started, tmp_path: Path) -> Iterator[Pool]:
-    numbers = iter(range(1000))
-    run = SimpleNamespace(directory=tmp_path, label=lambda name: f"{name}.{next(numbers)}")
-    pool = Pool(run, STAGES, SUBJECTS, started.said.append)
+    numbers = itertools.count()
+    launcher = SimpleNamespace(
+        directory=tmp_path, start=started.start, link_path=lambda: str(tmp_path / f"link.{next(numbers)}"),
+        scratch=lambda stem: tmp_path / f"{stem}.{next(numbers)}",
+    )  # fmt: skip
+    pool = Pool(launcher, STAGES, SUBJECTS, started.said.append)
     yield pool
     pool.close()
     for engine in started.engines:
@@ -326,11 +331,11 @@ def test_a_start_that_fails_reaches_every_test_that_needs_it_and_no_other(pool: 
     assert started.stays_at(2), "expected a failed engine not to be tried again"
 
 
-def test_a_launch_that_fails_reaches_the_test(pool: Pool, monkeypatch: pytest.MonkeyPatch):
-    def launch(*_: object) -> None:
+def test_a_process_that_cannot_be_started_reaches_the_test(pool: Pool):
+    def start(*_: object) -> None:
         raise OSError("no more processes")
 
-    monkeypatch.setattr(module, "launch", launch)
+    pool.launcher.start = start
     plan(pool, [A], [B])
     for key in (A, B):
         with pytest.raises(OSError, match="no more processes"):
@@ -448,16 +453,16 @@ def test_another_subjects_engine_serves_where_it_computes_the_same(pool: Pool, o
 @pytest.mark.parametrize(("gpu_bytes", "fits"), [(151e9, True), (86e9, False)])
 def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started, gpu_bytes: float, fits: bool):
     """Two copies of 32B in bfloat16 are 131 GB."""
-    pool._gpu_memory = {"GPU-1": gpu_bytes}
+    pool.room.gpu_memory = {"GPU-1": gpu_bytes}
     large, small = (EngineKey(model, "gpu", "colocate", None) for model in ("qwen3-32b", "qwen3-14b"))
     plan(pool, [large])
     assert started.stays_at(int(fits))
-    assert pool.too_large(small) == ""
+    assert pool.room.too_large(small) == ""
     says = (
         "qwen3-32b on gpu: 65.5 GB of the engine's weights + 2.0 GB beside them + 65.5 GB of the trainer's weights"
         " = 133.0 GB on one GPU; the GPU has 86.0 GB, of which 90% may be planned for"
     )
-    assert pool.too_large(large) == ("" if fits else says)
+    assert pool.room.too_large(large) == ("" if fits else says)
 
 
 def test_an_engine_that_was_started_ahead_gives_way_to_a_trainer(
@@ -465,7 +470,7 @@ def test_an_engine_that_was_started_ahead_gives_way_to_a_trainer(
 ):
     """14B and 8B fit beside each other, but not with a trainer's copy of 14B."""
     monkeypatch.setattr(module, "_expect_on", lambda *_: None)
-    pool._gpu_memory = {"GPU-1": 86e9}
+    pool.room.gpu_memory = {"GPU-1": 86e9}
     first, later = (EngineKey(model, "gpu", "colocate", None) for model in ("qwen3-14b", "qwen3-8b"))
     plan(pool, [first], [later])
     for key in (first, later):
@@ -476,10 +481,10 @@ def test_an_engine_that_was_started_ahead_gives_way_to_a_trainer(
 
 def test_engines_that_share_a_gpu_pass_for_hosts_of_their_own():
     shared = replace(STAGES["gpu"], engines=2, hosts_apart=True, engine_visible=("1", "1"))
-    first, second = (module.engine_environment(shared, copy, eager=True) for copy in (0, 1))
+    first, second = (variables.of_engine(shared, copy, eager=True) for copy in (0, 1))
     assert first["CUDA_VISIBLE_DEVICES"] == second["CUDA_VISIBLE_DEVICES"] == "1"
     assert first["NCCL_HOSTID"] != second["NCCL_HOSTID"]
-    assert "NCCL_HOSTID" not in module.engine_environment(STAGES["gpu"], 0, eager=True)
+    assert "NCCL_HOSTID" not in variables.of_engine(STAGES["gpu"], 0, eager=True)
 
 
 def test_snapshots_have_paths_of_their_own(pool: Pool):

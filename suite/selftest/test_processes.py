@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,34 +14,36 @@ from pathlib import Path
 
 import pytest
 
-from suite.processes import janitor
-from suite.processes import process as processes
-from suite.processes.process import DeadlineExceeded, NotBegun, Process, ProcessDied, RemoteError, Run, gather, launch
+from suite import ROOT
+from suite.processes import janitor, local
+from suite.processes import process as module
+from suite.processes.call import DeadlineExceeded, NotBegun, Process, ProcessDied, RemoteError, gather
+from suite.processes.local import LocalLauncher
 
 ECHO = "suite.selftest.targets:Echo"
 GONE_WITHIN_S = 10
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    with Run(tmp_path / "logs") as run:
-        yield run
+def launcher(tmp_path: Path) -> Iterator[LocalLauncher]:
+    with LocalLauncher(tmp_path / "logs") as launcher:
+        yield launcher
 
 
 @pytest.fixture(scope="module")
-def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    with Run(tmp_path_factory.mktemp("shared") / "logs") as run:
-        yield run
+def shared_launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher]:
+    with LocalLauncher(tmp_path_factory.mktemp("shared") / "logs") as launcher:
+        yield launcher
 
 
 @pytest.fixture(scope="module")
-def echo(shared_run: Run) -> Process:
+def echo(shared_launcher: LocalLauncher) -> Process:
     """One process for the tests that leave it usable."""
-    return start(shared_run, "echo")
+    return start(shared_launcher, "echo")
 
 
-def start(run: Run, name: str = "worker", **kwargs: object) -> Process:
-    process = launch(run, name, ECHO, kwargs)
+def start(launcher: LocalLauncher, name: str = "worker", **kwargs: object) -> Process:
+    process = launcher.start(name, ECHO, kwargs)
     process.ready(20)
     return process
 
@@ -80,11 +83,11 @@ def test_calls_are_served_one_at_a_time_in_order(echo: Process):
     assert [result[0][0] for result in gather(calls, deadline_s=10)] == list(range(20))
 
 
-def test_environment_is_pytests_own_with_changes(shared_run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_environment_is_pytests_own_with_changes(shared_launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WS_KEPT", "kept")
     monkeypatch.setenv("WS_REMOVED", "removed")
-    process = launch(shared_run, "environment", ECHO, env={"WS_SET": "set", "WS_REMOVED": None})
-    wanted = {"WS_KEPT": "kept", "WS_SET": "set", "WS_REMOVED": None, janitor.RUN_VARIABLE: shared_run.id}
+    process = shared_launcher.start("environment", ECHO, env={"WS_SET": "set", "WS_REMOVED": None})
+    wanted = {"WS_KEPT": "kept", "WS_SET": "set", "WS_REMOVED": None, janitor.RUN_VARIABLE: shared_launcher.id}
     assert {name: process.call("environment", name, deadline_s=20) for name in wanted} == wanted
 
 
@@ -121,8 +124,8 @@ def test_data_that_is_not_plain_is_refused_on_both_sides(echo: Process):
         echo.call("unsendable", deadline_s=5)
 
 
-def test_a_failing_constructor_says_why(run: Run):
-    process = launch(run, "broken", ECHO, {"fail": "no weights here"})
+def test_a_failing_constructor_says_why(launcher: LocalLauncher):
+    process = launcher.start("broken", ECHO, {"fail": "no weights here"})
     with pytest.raises(RemoteError) as caught:
         process.ready(20)
     assert caught.value.message == "no weights here"
@@ -133,18 +136,18 @@ def test_a_failing_constructor_says_why(run: Run):
 
 
 @pytest.mark.parametrize("target", ["suite.selftest.no_such_module:Echo", "suite.selftest.targets:NoSuchClass"])
-def test_a_missing_class_says_so(run: Run, target: str):
+def test_a_missing_class_says_so(launcher: LocalLauncher, target: str):
     with pytest.raises(RemoteError, match=r"no_such_module|NoSuchClass"):
-        launch(run, "missing", target).ready(20)
+        launcher.start("missing", target).ready(20)
 
 
-def test_a_constructor_has_a_deadline(run: Run):
+def test_a_constructor_has_a_deadline(launcher: LocalLauncher):
     with pytest.raises(DeadlineExceeded, match=r"starting suite\.selftest\.targets:Echo in process slow"):
-        launch(run, "slow", ECHO, deadline_s=0.001).ready(20)
+        launcher.start("slow", ECHO, deadline_s=0.001).ready(20)
 
 
-def test_a_late_answer_raises_with_the_stacks(run: Run):
-    process = start(run)
+def test_a_late_answer_raises_with_the_stacks(launcher: LocalLauncher):
+    process = start(launcher)
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded) as caught:
         process.call("sleep", 30, deadline_s=0.5)
@@ -156,8 +159,8 @@ def test_a_late_answer_raises_with_the_stacks(run: Run):
     assert str(process.log_path) in message
 
 
-def test_a_dead_process_fails_its_calls_and_later_ones(run: Run):
-    process = start(run)
+def test_a_dead_process_fails_its_calls_and_later_ones(launcher: LocalLauncher):
+    process = start(launcher)
     pending = [process.submit("vanish"), process.submit("echo")]
     for call in pending:
         with pytest.raises(ProcessDied, match=r"(?s)worker exited with code 7.*about to vanish"):
@@ -167,8 +170,8 @@ def test_a_dead_process_fails_its_calls_and_later_ones(run: Run):
         process.call("echo", deadline_s=5)
 
 
-def test_a_killed_process_with_living_descendants_is_noticed(run: Run):
-    process = start(run)
+def test_a_killed_process_with_living_descendants_is_noticed(launcher: LocalLauncher):
+    process = start(launcher)
     process.call("hand_connection_down", deadline_s=10)
     pending = process.submit("sleep", 30)
     os.kill(process.pid, signal.SIGKILL)
@@ -176,8 +179,8 @@ def test_a_killed_process_with_living_descendants_is_noticed(run: Run):
         pending.result(5)
 
 
-def test_gather_raises_the_first_failure_and_tells_of_the_others(run: Run):
-    failing, hanging, fine = (start(run, name) for name in ("failing", "hanging", "fine"))
+def test_gather_raises_the_first_failure_and_tells_of_the_others(launcher: LocalLauncher):
+    failing, hanging, fine = (start(launcher, name) for name in ("failing", "hanging", "fine"))
     calls = [hanging.submit("sleep", 30), failing.submit("fail", "bad tensor"), fine.submit("echo")]
     started = time.monotonic()
     with pytest.raises(RemoteError, match="bad tensor") as caught:
@@ -188,39 +191,63 @@ def test_gather_raises_the_first_failure_and_tells_of_the_others(run: Run):
     assert "echo() in process fine took" in notes
 
 
-def test_gather_has_a_deadline(run: Run):
-    process = start(run)
+def test_gather_has_a_deadline(launcher: LocalLauncher):
+    process = start(launcher)
     with pytest.raises(DeadlineExceeded, match="sleep"):
         gather([process.submit("echo"), process.submit("sleep", 30)], deadline_s=0.5)
 
 
-def test_a_call_that_waits_behind_what_makes_the_process_ready_has_not_begun(run: Run):
-    process = start(run)
+def test_a_call_that_waits_behind_what_makes_the_process_ready_has_not_begun(launcher: LocalLauncher):
+    process = start(launcher)
     process.prepare("sleep", 30)
     with pytest.raises(NotBegun, match=r"echo\(\) in process .* has not begun .* still busy with sleep"):
         process.call("echo", deadline_s=0.3)
 
 
-def test_a_call_that_waits_behind_another_call_is_late(run: Run):
-    process = start(run)
+def test_a_call_that_waits_behind_another_call_is_late(launcher: LocalLauncher):
+    process = start(launcher)
     process.submit("sleep", 30)
     with pytest.raises(DeadlineExceeded, match=r"echo\(\) in process"):
         process.call("echo", deadline_s=0.3)
 
 
-def test_what_has_not_begun_comes_before_the_failures_of_those_that_waited_for_it(run: Run):
-    preparing, failing = start(run, "preparing"), start(run, "failing")
+def test_what_has_not_begun_comes_before_the_failures_of_those_that_waited_for_it(launcher: LocalLauncher):
+    preparing, failing = start(launcher, "preparing"), start(launcher, "failing")
     preparing.prepare("sleep", 30)
     with pytest.raises(NotBegun) as caught:
         gather([failing.submit("fail", "nobody came"), preparing.submit("echo")], deadline_s=20, after_failure_s=0.3)
     assert "nobody came" in "".join(caught.value.__notes__)
 
 
+# ---- ports
+
+
+def test_a_port_is_free_and_outside_of_what_the_system_hands_out(launcher: LocalLauncher):
+    for port in {launcher.free_port() for _ in range(50)}:
+        assert local.PORTS[0] <= port < local.PORTS[1]
+        with socket.create_server((launcher.address, port)):
+            pass
+
+
+def test_a_port_that_is_taken_is_not_given(launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server((launcher.address, 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(local, "PORTS", (port, port + 1))
+        with pytest.raises(OSError, match=f"no port of {port}"):
+            launcher.free_port()
+
+
+def test_paths_are_given_once(launcher: LocalLauncher):
+    assert launcher.link_path() != launcher.link_path()
+    assert launcher.scratch("snapshot") != launcher.scratch("snapshot")
+    assert launcher.scratch("snapshot").parent == launcher.directory
+
+
 # ---- ends
 
 
-def test_stop_ends_descendants_and_their_shared_memory(run: Run):
-    process = start(run)
+def test_stop_ends_descendants_and_their_shared_memory(launcher: LocalLauncher):
+    process = start(launcher)
     pids = [process.pid, *process.call("grandchildren", True, deadline_s=10)]
     memory = [process.call(kind, deadline_s=10) for kind in ("shared_memory", "semaphore")]
     assert all((janitor.SHARED_MEMORY / name).exists() for name in memory)
@@ -231,8 +258,8 @@ def test_stop_ends_descendants_and_their_shared_memory(run: Run):
         process.call("echo", deadline_s=5)
 
 
-def test_stop_finds_shared_memory_of_descendants_that_died_before(run: Run):
-    process = launch(run, "leaky", "suite.selftest.targets:Leaky")
+def test_stop_finds_shared_memory_of_descendants_that_died_before(launcher: LocalLauncher):
+    process = launcher.start("leaky", "suite.selftest.targets:Leaky")
     name = process.ready(20)["name"]
     process.call("end_owner", deadline_s=10)
     assert (janitor.SHARED_MEMORY / name).exists()
@@ -241,9 +268,11 @@ def test_stop_finds_shared_memory_of_descendants_that_died_before(run: Run):
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["stopped", "killed"])
-def test_stop_finds_shared_memory_that_is_named_after_processes_that_were_killed(run: Run, dies: bool, request):
+def test_stop_finds_shared_memory_that_is_named_after_processes_that_were_killed(
+    launcher: LocalLauncher, dies: bool, request
+):
     """The CUDA driver's stayed after trainers and workers that were killed on an H200."""
-    process = launch(run, "leaky", "suite.selftest.targets:Leaky")
+    process = launcher.start("leaky", "suite.selftest.targets:Leaky")
     process.ready(20)
     stranger = janitor.SHARED_MEMORY / f"cuda.shm.0.{os.getpid():x}.1"
     stranger.touch()
@@ -269,9 +298,9 @@ def test_shared_memory_says_whose_it_is(name: str, owner: int | None):
     assert janitor._owner(name) == owner
 
 
-def test_who_stops_a_process_that_another_thread_stops_waits_for_the_end_of_it(run: Run, monkeypatch):
+def test_who_stops_a_process_that_another_thread_stops_waits_for_the_end_of_it(launcher: LocalLauncher, monkeypatch):
     """Or a run would end, and pytest with it, before what the process left is removed."""
-    process, removed = start(run), threading.Event()
+    process, removed = start(launcher), threading.Event()
 
     def slow(*arguments: object) -> None:
         time.sleep(1)
@@ -282,12 +311,12 @@ def test_who_stops_a_process_that_another_thread_stops_waits_for_the_end_of_it(r
     monkeypatch.setattr(janitor, "end_process", slow)
     threading.Thread(target=process.stop, daemon=True).start()
     time.sleep(0.2)
-    run.close()
+    launcher.close()
     assert removed.is_set()
 
 
-def test_stop_leaves_shared_memory_that_others_use(run: Run):
-    owner, user = start(run, "owner"), start(run, "user")
+def test_stop_leaves_shared_memory_that_others_use(launcher: LocalLauncher):
+    owner, user = start(launcher, "owner"), start(launcher, "user")
     name = owner.call("shared_memory", deadline_s=10)
     user.call("attach", name, deadline_s=10)
     user.stop(grace_s=0)
@@ -297,8 +326,8 @@ def test_stop_leaves_shared_memory_that_others_use(run: Run):
 
 
 @pytest.mark.parametrize("hold_interpreter", [False, True])
-def test_stop_ends_a_process_stuck_in_native_code(run: Run, hold_interpreter: bool):
-    process = start(run)
+def test_stop_ends_a_process_stuck_in_native_code(launcher: LocalLauncher, hold_interpreter: bool):
+    process = start(launcher)
     process.submit("sleep_in_native_code", 600, hold_interpreter)
     time.sleep(0.3)
     started = time.monotonic()
@@ -308,48 +337,48 @@ def test_stop_ends_a_process_stuck_in_native_code(run: Run, hold_interpreter: bo
 
 
 def test_close_ends_everything_and_removes_the_directory(tmp_path: Path):
-    run = Run(tmp_path / "logs")
-    processes_ = [start(run, "same name"), start(run, "same name")]
+    launcher = LocalLauncher(tmp_path / "logs")
+    processes_ = [start(launcher, "same name"), start(launcher, "same name")]
     pids = [pid for process in processes_ for pid in [process.pid, *process.call("grandchildren", deadline_s=10)]]
-    assert run.directory.exists()
-    run.close(grace_s=0.5)
+    assert launcher.directory.exists()
+    launcher.close(grace_s=0.5)
     assert [pid for pid in pids if running(pid)] == []
-    assert not run.directory.exists()
-    assert sorted(path.name for path in run.logs.iterdir()) == ["same_name.2.log", "same_name.log"]
-    run.close()
+    assert not launcher.directory.exists()
+    assert sorted(path.name for path in launcher.logs.iterdir()) == ["same_name.2.log", "same_name.log"]
+    launcher.close()
 
 
 def test_close_does_the_janitors_work_when_that_is_gone(tmp_path: Path):
-    run = Run(tmp_path / "logs")
-    run.janitor.kill()
-    run.janitor.wait(5)
-    process = start(run)
-    run.close(grace_s=0)
+    launcher = LocalLauncher(tmp_path / "logs")
+    launcher.janitor.kill()
+    launcher.janitor.wait(5)
+    process = start(launcher)
+    launcher.close(grace_s=0)
     assert not running(process.pid)
-    assert not run.directory.exists()
+    assert not launcher.directory.exists()
 
 
-def test_processes_outlive_the_thread_that_launched_them(run: Run):
+def test_processes_outlive_the_thread_that_launched_them(launcher: LocalLauncher):
     found: list[Process] = []
-    thread = threading.Thread(target=lambda: found.append(start(run)))
+    thread = threading.Thread(target=lambda: found.append(start(launcher)))
     thread.start()
     thread.join(20)
     time.sleep(0.2)
     assert found[0].call("echo", 1, deadline_s=5) == [[1], {}]
 
 
-def test_a_full_disk_loses_output_and_nothing_else(run: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(processes, "_open_log", lambda path: os.open("/dev/full", os.O_WRONLY))
-    process = start(run)
+def test_a_full_disk_loses_output_and_nothing_else(launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_open_log", lambda path: os.open("/dev/full", os.O_WRONLY))
+    process = start(launcher)
     process.call("say", "lost", deadline_s=5)
     with pytest.raises(RemoteError, match="bad"):
         process.call("fail", "bad", deadline_s=5)
     assert process.call("echo", 1, deadline_s=5) == [[1], {}]
 
 
-def test_a_log_that_cannot_be_created_is_no_reason_to_fail(run: Run):
-    (run.logs / "worker.log").mkdir()
-    process = start(run)
+def test_a_log_that_cannot_be_created_is_no_reason_to_fail(launcher: LocalLauncher):
+    (launcher.logs / "worker.log").mkdir()
+    process = start(launcher)
     assert process.call("echo", 1, deadline_s=5) == [[1], {}]
     assert "cannot be read" in process.tail()
 
@@ -357,24 +386,22 @@ def test_a_log_that_cannot_be_created_is_no_reason_to_fail(run: Run):
 HOST = """
 import json, sys, time
 from pathlib import Path
-from suite.processes.process import Run, launch
+from suite.processes.local import LocalLauncher
 
-run = Run(Path(sys.argv[1]))
-stuck, busy = (launch(run, name, "suite.selftest.targets:Echo") for name in ("stuck", "busy"))
-pids = [stuck.pid, busy.pid, run.janitor.pid, *busy.call("grandchildren", True, deadline_s=20)]
+launcher = LocalLauncher(Path(sys.argv[1]))
+stuck, busy = (launcher.start(name, "suite.selftest.targets:Echo") for name in ("stuck", "busy"))
+pids = [stuck.pid, busy.pid, launcher.janitor.pid, *busy.call("grandchildren", True, deadline_s=20)]
 memory = [busy.call(kind, deadline_s=20) for kind in ("shared_memory", "semaphore")]
 memory += [*busy.call("torch_shared_memory", deadline_s=60)]
 stuck.submit("sleep_in_native_code", 600, True)
-print(json.dumps({"pids": pids, "memory": memory, "directory": str(run.directory)}), flush=True)
+print(json.dumps({"pids": pids, "memory": memory, "directory": str(launcher.directory)}), flush=True)
 time.sleep(600)
 """
 
 
 def test_nothing_is_left_when_pytest_is_killed(tmp_path: Path):
     pytest.importorskip("torch", reason="torch's shared memory is part of what has to be gone")
-    host = subprocess.Popen(
-        [sys.executable, "-c", HOST, str(tmp_path / "logs")], stdout=subprocess.PIPE, cwd=processes.ROOT
-    )
+    host = subprocess.Popen([sys.executable, "-c", HOST, str(tmp_path / "logs")], stdout=subprocess.PIPE, cwd=ROOT)
     found = json.loads(host.stdout.readline())
     assert len(found["memory"]) >= 3
     assert all(running(pid) for pid in found["pids"])
@@ -387,21 +414,21 @@ def test_nothing_is_left_when_pytest_is_killed(tmp_path: Path):
 LONELY = """
 import sys, time
 from pathlib import Path
-from suite.processes.process import Run, launch
+from suite.processes.local import LocalLauncher
 
-run = Run(Path(sys.argv[1]))
-run.janitor.kill()
-process = launch(run, "lonely", "suite.selftest.targets:Echo")
+launcher = LocalLauncher(Path(sys.argv[1]))
+launcher.janitor.kill()
+process = launcher.start("lonely", "suite.selftest.targets:Echo")
 process.ready(20)
 process.submit("sleep_in_native_code", 600, False)
-print(process.pid, run.directory, flush=True)
+print(process.pid, launcher.directory, flush=True)
 time.sleep(600)
 """
 
 
 def test_processes_end_without_a_janitor_too(tmp_path: Path):
     command = [sys.executable, "-c", LONELY, str(tmp_path)]
-    host = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=processes.ROOT, text=True)
+    host = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True)
     pid, directory = host.stdout.readline().split()
     host.kill()
     host.wait(5)
@@ -414,7 +441,7 @@ import sys
 import threading
 from pathlib import Path
 from suite.processes import janitor
-from suite.processes.process import Run
+from suite.processes.local import LocalLauncher
 
 class Stuck:
     pid = 0
@@ -423,14 +450,14 @@ class Stuck:
         threading.Event().wait()
 
 janitor.END_DEADLINE_S = 0.1
-run = Run(Path(sys.argv[1]))
-run.processes.append(Stuck())
-run.close(0.1)
+launcher = LocalLauncher(Path(sys.argv[1]))
+launcher.processes.append(Stuck())
+launcher.close(0.1)
 print("closed")
 """
 
 
 def test_what_can_not_be_stopped_keeps_nobody_from_ending(tmp_path: Path):
     command = [sys.executable, "-c", STUCK, str(tmp_path / "logs")]
-    done = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.stdout == "closed\n", done.stderr

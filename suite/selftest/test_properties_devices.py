@@ -17,13 +17,15 @@ from torch.multiprocessing import reductions
 
 from extensions import colocate, devices
 from extensions.colocate import HandleSender
-from extensions.devices import CUDA_FIELDS, device_id
+from extensions.devices import device_id
+from extensions.handles import CUDA_FIELDS, HandleError
 from extensions.manifest import ManifestError
 from suite.processes import wire
 from suite.selftest.cuda_rules import Gpu, Physical, enumerated, listing, physical_devices
 from suite.selftest.fakes import Worker, begin, fitted, tensors, untouched
 from suite.selftest.properties import examples
-from suite.stages import Machine, available_stages, parse_listing, visible_devices
+from suite.stages import available_stages
+from suite.stages.hardware import Machine, parse_listing, visible_devices
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICE_INDEX = CUDA_FIELDS.index("device_index") + 1
@@ -91,7 +93,7 @@ def test_a_stage_names_its_devices_so_that_cuda_shows_just_them(data: st.DataObj
     machine = data.draw(machines())
     listed = parse_listing(listing(machine))
     usable = visible_devices(data.draw(visibilities(machine)), listed)
-    for stage in available_stages(Machine(tuple(usable), cpu_cores=2, memory_bytes=2**34)):
+    for stage in available_stages(Machine(tuple(usable), cpu_cores=2)):
         if stage.kind == "cpu":
             continue
         assert set(stage.engine_devices + stage.trainer_devices) <= {device.uuid for device in usable}
@@ -369,7 +371,7 @@ def test_the_property_finds(break_it: Callable, found: type[AssertionError], mon
     def broken(both: tuple[Process, Process], form: str, explicit: bool) -> None:
         try:
             judge(*both, form, explicit)
-        except (AssertionError, RuntimeError, devices.HandleError) as error:
+        except (AssertionError, RuntimeError, HandleError) as error:
             if isinstance(error, found):
                 raise
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch.multiprocessing import reductions
 
 from extensions.bracket import UpdateError
-from extensions.devices import CUDA_FIELDS, HandleError, SharedSegment, _plain_cuda, device_id, open_handle
+from extensions.devices import device_id
+from extensions.handles import CUDA_FIELDS, HandleError, _plain_cuda, open_handle
 from extensions.manifest import ManifestError, check, manifest_of, parse
+from extensions.segments import SharedSegment
 from extensions.tensors import dtype_name, dtype_of
 from suite.actors.link import Link, LinkError
 from suite.processes import wire

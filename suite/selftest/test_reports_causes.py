@@ -51,6 +51,13 @@ def test_a_cause_that_the_message_says_already_is_not_said_twice():
     assert told(failing(CAUSE, f"{CAUSE} in {{}}")).count(CAUSE) == 1
 
 
+def test_a_cause_of_the_messages_own_words_is_not_said_twice():
+    cause = "AssertionError: expected 3 weights, found 4 after update 2"
+    detail = "expected 3 weights, found 4 after update 2 [subject=broadcast stage=cpu-tp1 model=tiny]; see {}"
+    assert told(failing(cause, detail)).count("expected 3 weights, found 4") == 1
+    assert told(failing(cause, "it broke in {}")).count(cause) == 1
+
+
 def test_other_causes_subjects_and_verdicts_stay_apart():
     made = failing(CAUSE)
     for entry in failing(CAUSE, subject="colocate")["conformance"]:

@@ -11,7 +11,7 @@ from reports.__main__ import main
 from reports.compare import Comparison, compare
 from reports.load import Run, UnusableInput
 from reports.pace import Against
-from reports.statistics import Ratio, mirrored
+from reports.statistics import Ratio
 from suite.selftest import reports_data as data
 
 STAGE = data.GPU_STAGES[0]
@@ -117,7 +117,7 @@ def test_swapping_two_runs_mirrors_the_verdicts():
     for host, updates in ((2.0, 2.0), (0.5, 1.0), (1.5, 2.5), (2.0, 1.0)):
         a, b = run(seed=8), run(host, updates, seed=9)
         there, back = compare(a, b), compare(b, a)
-        expected = [mirrored(change.verdict) for change in back.timings]
+        expected = [data.mirrored(change.verdict) for change in back.timings]
         assert [change.verdict for change in there.timings] == expected
 
 

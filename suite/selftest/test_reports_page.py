@@ -205,7 +205,7 @@ def test_a_stage_that_could_not_be_held_has_no_column_and_its_reason():
     shown = page.run_page(load.parse(document, "run.json"))
     assert ">gpu-split</th>" not in shown
     assert ">cpu-tp2</th>" in shown
-    assert "2 cases that could not be held" in shown
+    assert "2 cases that could not run" in shown
     assert "<li>2 x gpu-split: needs 2 whole GPUs, found 0</li>" in shown
     for entry in document["conformance"]:
         entry["verdict"] = "not-applicable"

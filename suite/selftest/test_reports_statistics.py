@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from reports import load, statistics
 from reports.compare import compare
 from reports.load import Run
-from reports.statistics import mirrored
 from suite.selftest import reports_data as data
 from suite.selftest.properties import examples
 
@@ -35,7 +34,7 @@ def test_swapping_the_sides_mirrors_verdict_ratio_and_interval(a, b, roofline, t
     roofline = roofline[0] if roofline else ()
     there = statistics.compare_relative(a, roofline, b, b, threshold)
     back = statistics.compare_relative(b, b, a, roofline, threshold)
-    assert mirrored(there.verdict) == back.verdict
+    assert data.mirrored(there.verdict) == back.verdict
     assert there.ratio == pytest.approx(1 / back.ratio)
     assert (there.low, there.high) == pytest.approx((1 / back.high, 1 / back.low))
     assert there.p == pytest.approx(back.p)
@@ -135,7 +134,7 @@ def test_swapping_two_runs_mirrors_every_verdict(seed, other, slower, without, v
     timed = {change.key: change.verdict for change in back.timings}
     sides = {"only in A": "only in B", "only in B": "only in A"}
     for change in there.timings:
-        assert timed[change.key] == sides.get(change.verdict, mirrored(change.verdict)), change.label
+        assert timed[change.key] == sides.get(change.verdict, data.mirrored(change.verdict)), change.label
     judged = {change.key: (change.now, change.was) for change in back.requirements}
     assert judged == {change.key: (change.was, change.now) for change in there.requirements}
 

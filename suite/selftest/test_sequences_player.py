@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from suite.models import MODELS, TIED, tensors
-from suite.processes.process import RemoteError
+from suite.processes.call import RemoteError
 from suite.sequences import player as sequences
 from suite.sequences.player import Player, Step
 

@@ -1,12 +1,11 @@
 """Stages follow from the devices that this process may use, and every stage that does not has its reason."""
 
 import os
-from pathlib import Path
 
 import pytest
 
-from suite import stages
-from suite.stages import STAGES, Device, Machine, available_stages, parse_listing, unavailable, visible_devices
+from suite.stages import STAGES, available_stages, hardware, unavailable
+from suite.stages.hardware import Device, Machine, parse_listing, visible_devices
 
 pytestmark = pytest.mark.selftest
 
@@ -24,7 +23,7 @@ GPU0, GPU1 = parse_listing(LISTING)
 
 
 def machine_of(gpus: int, cores: int = 2, note: str = "") -> Machine:
-    return Machine(tuple(Device(f"GPU-{i}", "H100", i) for i in range(gpus)), cores, 2**34, note)
+    return Machine(tuple(Device(f"GPU-{i}", "H100", i) for i in range(gpus)), cores, note)
 
 
 def uuid_of(name: str) -> str:
@@ -87,7 +86,7 @@ def test_reasons_say_what_is_needed_what_is_there_and_why():
 
 
 def test_slices_hold_a_stage_of_one_device():
-    machine = Machine(tuple(parse_listing(SLICED)), 2, 2**34)
+    machine = Machine(tuple(parse_listing(SLICED)), 2)
     held = {stage.name: stage for stage in available_stages(machine)}
     assert held["gpu-colocate-tp1"].engine_devices == ("MIG-bbbb1111-0000-0000-0000-000000000000",)
     assert held["gpu-colocate-tp1"].visible_to_engine() == "MIG-bbbb1111-0000-0000-0000-000000000000"
@@ -155,13 +154,12 @@ def nvidia_smi(tmp_path, monkeypatch):
 def test_this_machine_as_nvidia_smi_and_the_environment_say(nvidia_smi, monkeypatch):
     nvidia_smi(LISTING)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    found = stages.machine()
+    found = hardware.machine()
     assert found.devices == (GPU0, GPU1)
     assert found.note == ""
     assert found.cpu_cores == len(os.sched_getaffinity(0))
-    assert 2**28 < found.memory_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aaaa2")
-    found = stages.machine()
+    found = hardware.machine()
     assert found.devices == (GPU1,)
     assert found.note == "CUDA_VISIBLE_DEVICES='GPU-aaaa2' shows 1 of the 2 devices"
 
@@ -177,15 +175,12 @@ def test_this_machine_as_nvidia_smi_and_the_environment_say(nvidia_smi, monkeypa
 )
 def test_a_machine_without_gpus_says_why(nvidia_smi, said, code, note):
     nvidia_smi(said, code)
-    found = stages.machine()
+    found = hardware.machine()
     assert found.devices == ()
     assert note in found.note
     assert note in unavailable(found)["gpu-colocate-tp1"]
 
 
-def test_a_limit_of_the_control_group_counts(tmp_path: Path, monkeypatch):
-    for text, expected in (("268435456\n", 2**28), ("max\n", stages.machine().memory_bytes)):
-        (tmp_path / "memory.max").write_text(text)
-        monkeypatch.setattr(stages, "CGROUP_MEMORY", tmp_path / "memory.max")
-        assert stages.machine().memory_bytes == expected
-        monkeypatch.undo()
+def test_the_memory_of_gpus_goes_by_uuid(nvidia_smi):
+    nvidia_smi("GPU-1, 81559\nGPU-2, [N/A]\nno such line\n")
+    assert hardware.gpu_memory_bytes() == {"GPU-1": 81559 << 20, "GPU-2": None}

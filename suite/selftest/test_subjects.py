@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from suite.processes import process as processes
+from suite import ROOT
 from suite.stages import STAGES
 from suite.subjects import SUBJECTS, from_plain, known_subjects, load, registry, subject_from
 from suite.subjects.broadcast import Broadcast
@@ -178,7 +178,7 @@ def test_what_cannot_be_imported_is_refused_with_the_reason(modules: Path, exten
 def test_a_wrong_extension_is_an_error_of_usage_not_a_traceback(modules: Path, extension: str, said: str):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
     ended = subprocess.run(
-        [*command, f"--extension={extension}"], cwd=processes.ROOT, capture_output=True, text=True, timeout=60,
+        [*command, f"--extension={extension}"], cwd=ROOT, capture_output=True, text=True, timeout=60,
         env={"PYTHONPATH": str(modules)}, check=False,
     )  # fmt: skip
     assert ended.returncode == pytest.ExitCode.USAGE_ERROR
@@ -191,9 +191,9 @@ def test_a_module_beside_the_user_is_found(modules: Path):
     """As with `python -m pytest`, also where pytest is started by its own name."""
     script = Path(sys.executable).with_name("pytest")
     command = [str(script) if script.exists() else "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
-    options = ["-c", str(processes.ROOT / "pyproject.toml"), f"--rootdir={processes.ROOT}"]
+    options = ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
     ended = subprocess.run(
-        [*command, *options, "--extension=ws_theirs:Broadcasting", str(processes.ROOT / "suite" / "conformance")],
+        [*command, *options, "--extension=ws_theirs:Broadcasting", str(ROOT / "suite" / "conformance")],
         cwd=modules, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert ended.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), ended.stdout + ended.stderr
@@ -205,7 +205,7 @@ def test_a_sender_of_its_own_is_taken_from_the_class(modules: Path):
 
 
 def test_nobody_outside_asks_a_subject_for_a_transport():
-    suite = processes.ROOT / "suite"
+    suite = ROOT / "suite"
     inside = (suite / "subjects", suite / "selftest")
     files = [path for path in suite.rglob("*.py") if not any(folder in path.parents for folder in inside)]
     assert len(files) > 40
@@ -269,7 +269,7 @@ def test_an_entry_point_that_fails_is_an_error_of_usage_not_a_traceback(install:
     path = install("ws_raising:SUBJECT")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
     ended = subprocess.run(
-        command, cwd=processes.ROOT, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(path)},
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(path)},
         check=False,
     )  # fmt: skip
     assert ended.returncode == pytest.ExitCode.USAGE_ERROR

@@ -1,7 +1,6 @@
 """The trainer holds what was written, gives it out under the checkpoint's names, trains, and speaks for itself."""
 
 import random
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from suite.actors import checkpoint
 from suite.actors.trainer import LoadError, Trainer
 from suite.driver.expecting import CLEAR_GAP, LOGPROB_TOLERANCE
 from suite.models import MODELS, TIED
-from suite.processes.process import Process, Run, gather, launch
+from suite.processes.call import Process, gather
+from suite.processes.local import LocalLauncher
 
 pytestmark = pytest.mark.selftest
 
@@ -42,13 +42,10 @@ def trainer() -> Iterator[Trainer]:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Iterator[list[Process]]:
     """Two ranks, in processes of their own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with Run(tmp_path_factory.mktemp("pair") / "logs") as run:
+    with LocalLauncher(tmp_path_factory.mktemp("pair") / "logs") as launcher:
+        port = launcher.free_port()
         both = [
-            launch(
-                run,
+            launcher.start(
                 f"trainer-{rank}",
                 "suite.actors.trainer:Trainer",
                 {"rank": rank, "world_size": 2, "master_port": port},

@@ -1,14 +1,13 @@
 """Trainers get the environment of their stage, and ports are free and stay so."""
 
-import socket
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from suite.driver import trainers
-from suite.driver.trainers import PORTS, TrainerFailed, TrainerGroup, Trainers, free_port
-from suite.processes.process import Call, RemoteError
+from suite.driver.trainers import TrainerFailed, TrainerGroup, Trainers
+from suite.processes.call import Call, RemoteError
 from suite.session.verdicts import ERROR, judge
 from suite.stages import Stage
 
@@ -17,47 +16,49 @@ SHARED = Stage(
 )
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict, dict]]:
-    """(name, arguments, environment) of every process."""
-    found: list[tuple[str, dict, dict]] = []
+class Noting:
+    """A launcher that notes (name, arguments, environment) of every process."""
 
-    def launch(run: object, name: str, target: str, arguments: dict, env: dict, deadline_s: float) -> SimpleNamespace:
+    address = "10.0.0.7"
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, dict, dict]] = []
+        self._ports = itertools.count(15000)
+
+    def free_port(self) -> int:
+        return next(self._ports)
+
+    def start(self, name: str, target: str, arguments: dict, env: dict, deadline_s: float) -> object:
         assert target == "suite.actors.trainer:Trainer"
-        found.append((name, arguments, env))
+        self.started.append((name, arguments, env))
+        return self.process(name)
+
+    def process(self, name: str) -> object:
         return SimpleNamespace(prepare=lambda method: None)
 
-    monkeypatch.setattr(trainers, "launch", launch)
-    return found
+
+@pytest.fixture
+def launcher() -> Noting:
+    return Noting()
 
 
-def test_a_trainer_that_shares_its_gpu_passes_for_a_host_of_its_own(launched: list):
-    TrainerGroup.of_stage(None, "doomed", SHARED)
-    [(name, arguments, env)] = launched
+def test_a_trainer_that_shares_its_gpu_passes_for_a_host_of_its_own(launcher: Noting):
+    TrainerGroup.of_stage(launcher, "doomed", SHARED)
+    [(name, arguments, env)] = launcher.started
     assert (name, arguments["device"]) == ("doomed-gpu-shared-rank0", "cuda")
     assert (env["CUDA_VISIBLE_DEVICES"], env["NCCL_HOSTID"], env["NCCL_NET"]) == ("3", "trainer-0", "Socket")
 
 
-def test_ranks_see_a_gpu_each_and_nothing_of_other_hosts(launched: list):
-    TrainerGroup.of_stage(None, "trainer", replace(SHARED, hosts_apart=False, trainer_visible=("0", "1")), 2)
-    assert [env["CUDA_VISIBLE_DEVICES"] for _, _, env in launched] == ["0", "1"]
-    assert len({arguments["master_port"] for _, arguments, _ in launched}) == 1
-    assert not any("NCCL_HOSTID" in env for _, _, env in launched)
+def test_ranks_see_a_gpu_each_and_nothing_of_other_hosts(launcher: Noting):
+    TrainerGroup.of_stage(launcher, "trainer", replace(SHARED, hosts_apart=False, trainer_visible=("0", "1")), 2)
+    assert [env["CUDA_VISIBLE_DEVICES"] for _, _, env in launcher.started] == ["0", "1"]
+    assert not any("NCCL_HOSTID" in env for _, _, env in launcher.started)
 
 
-def test_a_port_is_free_and_outside_of_what_the_system_hands_out():
-    for port in {free_port() for _ in range(50)}:
-        assert PORTS[0] <= port < PORTS[1]
-        with socket.create_server((trainers.ADDRESS, port)):
-            pass
-
-
-def test_a_port_that_is_taken_is_not_given(monkeypatch: pytest.MonkeyPatch):
-    with socket.create_server((trainers.ADDRESS, 0)) as taken:
-        port = taken.getsockname()[1]
-        monkeypatch.setattr(trainers, "PORTS", (port, port + 1))
-        with pytest.raises(OSError, match=f"no port of {port}"):
-            free_port()
+def test_ranks_meet_where_their_launcher_says(launcher: Noting):
+    TrainerGroup.of_stage(launcher, "trainer", replace(SHARED, trainer_visible=("0", "1")), 2)
+    meeting = [(arguments["master_address"], arguments["master_port"]) for _, arguments, _ in launcher.started]
+    assert meeting == [("10.0.0.7", 15000)] * 2
 
 
 class Rank:
@@ -84,24 +85,45 @@ class Rank:
         self.alive = False
 
 
+class Ranks(Noting):
+    """A launcher that keeps every rank that it starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranks: list[Rank] = []
+
+    def process(self, name: str) -> "Rank":
+        self.ranks.append(Rank(name))
+        return self.ranks[-1]
+
+
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> list[Rank]:
+def starting() -> Ranks:
+    return Ranks()
+
+
+@pytest.fixture
+def ranks(starting: Ranks) -> list[Rank]:
     """Every rank that was started."""
-    found: list[Rank] = []
+    return starting.ranks
 
-    def launch(run: object, name: str, *_: object) -> Rank:
-        found.append(Rank(name))
-        return found[-1]
 
-    monkeypatch.setattr(trainers, "launch", launch)
-    return found
+def test_a_trainer_that_sees_gpus_in_its_own_way_is_started_ahead_and_given_once(starting: Ranks, ranks: list[Rank]):
+    given = Trainers(starting, ahead=1)
+    given.start_seeing("1,0", "cuda:1")
+    assert given.seeing("1,0", "cuda:1").processes == [ranks[0]]
+    assert given.seeing("1,0", "cuda:1").processes == [ranks[1]], "expected another one for who comes next"
+    given.seeing(None, "cuda:1").ready()
+    assert [env["CUDA_VISIBLE_DEVICES"] for _, _, env in starting.started] == ["1,0", "1,0", None]
+    assert {arguments["device"] for _, arguments, _ in starting.started} == {"cuda:1"}
+    assert ranks[0].calls == [("warm_up_computing", ())], "expected nothing to be imported for groups it never joins"
 
 
 CPU = Stage("cpu-tp1", "cpu", 1, 1, True)
 
 
-def test_spare_trainers_start_before_one_is_asked_for(ranks: list[Rank]):
-    given = Trainers(None, ahead=2)
+def test_spare_trainers_start_before_one_is_asked_for(starting: Ranks, ranks: list[Rank]):
+    given = Trainers(starting, ahead=2)
     given.start(CPU, 1)
     assert len(ranks) == 1, "expected the spare ones to start once a test has its trainer"
     given.of(CPU, 1)
@@ -110,13 +132,13 @@ def test_spare_trainers_start_before_one_is_asked_for(ranks: list[Rank]):
     assert len(ranks) == 4, "expected another spare one to have been started"
 
 
-def test_none_is_kept_ready_for_trainers_of_several_ranks(ranks: list[Rank]):
-    Trainers(None, ahead=2).of(CPU, 2)
+def test_none_is_kept_ready_for_trainers_of_several_ranks(starting: Ranks, ranks: list[Rank]):
+    Trainers(starting, ahead=2).of(CPU, 2)
     assert len(ranks) == 2
 
 
-def test_a_spare_trainer_takes_the_place_of_one_that_has_ended_and_holds_the_same(ranks: list[Rank]):
-    given = Trainers(None, ahead=1)
+def test_a_spare_trainer_takes_the_place_of_one_that_has_ended_and_holds_the_same(starting: Ranks, ranks: list[Rank]):
+    given = Trainers(starting, ahead=1)
     trainer = given.of(CPU, 1)
     trainer.load("there")
     trainer.step(2, 7, 0.1)
@@ -131,8 +153,8 @@ def test_a_spare_trainer_takes_the_place_of_one_that_has_ended_and_holds_the_sam
     assert len(ranks[1].calls) == 3, "expected it to be restored once"
 
 
-def test_what_a_new_trainer_is_to_load_is_all_that_it_loads(ranks: list[Rank]):
-    trainer = Trainers(None, ahead=1).of(CPU, 1)
+def test_what_a_new_trainer_is_to_load_is_all_that_it_loads(starting: Ranks, ranks: list[Rank]):
+    trainer = Trainers(starting, ahead=1).of(CPU, 1)
     trainer.load("there")
     trainer.renew()
     trainer.load("elsewhere", "float32")
@@ -140,8 +162,8 @@ def test_what_a_new_trainer_is_to_load_is_all_that_it_loads(ranks: list[Rank]):
     assert ranks[1].calls == [("warm_up", ()), ("load", ("elsewhere", "float32"))]
 
 
-def test_a_trainer_that_can_not_do_what_the_suite_asks_says_nothing_of_the_subject(ranks: list[Rank]):
-    trainer = Trainers(None, ahead=1).of(CPU, 1)
+def test_a_trainer_that_can_not_do_what_the_suite_asks_says_nothing_of_the_subject(starting: Ranks, ranks: list[Rank]):
+    trainer = Trainers(starting, ahead=1).of(CPU, 1)
     ranks[0].fails = RemoteError(
         SimpleNamespace(name="trainer", log_path=""), {"kind": "LoadError", "message": "no such file", "traceback": ""}
     )
@@ -150,7 +172,7 @@ def test_a_trainer_that_can_not_do_what_the_suite_asks_says_nothing_of_the_subje
     assert judge("call", failed.value).verdict == ERROR
 
 
-def test_a_trainer_without_a_replacement_just_ends(ranks: list[Rank]):
-    trainer = Trainers(None, ahead=1).spare(CPU)
+def test_a_trainer_without_a_replacement_just_ends(starting: Ranks, ranks: list[Rank]):
+    trainer = Trainers(starting, ahead=1).spare(CPU)
     trainer.renew()
     assert not trainer.alive

@@ -10,7 +10,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from reports.__main__ import main
-from suite.processes import process as processes
+from suite import ROOT
 from suite.selftest.test_plugin import CONFTEST, Finished, examine
 from suite.session import environment
 from suite.session.waivers import Case, Ledger, Waiver, read
@@ -488,7 +488,7 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, content: str | byt
 
 
 def test_the_example_of_the_readme_can_be_used(tmp_path: Path):
-    (example,) = re.findall(r"```toml\n(.*?)```", (processes.ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     file = tmp_path / "waivers.toml"
     file.write_text(example)
     (waiver,) = read(file)

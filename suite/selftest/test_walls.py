@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from suite import ROOT
+from suite.processes import janitor
 
 # What a room's modules do not import. What is not here is a package of another project.
 OURS = ("extensions", "reports", "suite")
@@ -14,9 +15,11 @@ PYTESTS_SIDE = ("pytest", "suite.plugin", "suite.fixtures", "suite.session", "su
 WALLS = {
     "extensions": ("reports", "suite"),
     "reports": ("torch", "vllm"),
-    "suite.driver": ("suite.plugin", "suite.fixtures"),
+    "suite.driver": ("pytest", "suite.plugin", "suite.fixtures", "suite.session"),
     "suite.actors": PYTESTS_SIDE,
     "suite.processes": PYTESTS_SIDE,
+    "suite.stages": PYTESTS_SIDE,
+    "suite.models": PYTESTS_SIDE,
     "suite.subjects": PYTESTS_SIDE,
 }
 # Imports that cross a wall and wait to be mended: (importing module, imported module).
@@ -98,6 +101,28 @@ def test_nothing_crosses(imported: Graph, room: str):
 def test_what_waits_to_be_mended_is_still_there(imported: Graph):
     mended = [edge for edge in WAITING if edge[1] not in imported.get(edge[0], ())]
     assert not mended, f"expected imports that wait to be mended, found them gone: {mended}; remove them from WAITING"
+
+
+# ---- facts that a wall has stand twice
+
+
+def texts(room: Path) -> set[str]:
+    """Every text that stands in a room's modules."""
+    nodes = (node for path in room.rglob("*.py") for node in ast.walk(ast.parse(path.read_text())))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+@pytest.mark.parametrize("fact", [janitor.RUN_VARIABLE, str(janitor.SHARED_MEMORY)])
+def test_extensions_and_the_janitor_mean_the_same(fact: str):
+    """The janitor imports no torch and the extensions nothing of the suite, so each says it for itself."""
+    found = texts(ROOT / "extensions")
+    assert fact in found, f"expected {fact!r} in extensions/, as in suite/processes/janitor.py; found it nowhere there"
+
+
+def test_what_extensions_keep_in_shared_memory_is_what_the_janitor_removes():
+    names = [text for text in texts(ROOT / "extensions") if text.startswith("weight-sync-")]
+    assert names, "expected extensions/ to name what it keeps in shared memory"
+    assert [name for name in names if not name.startswith(janitor.SEGMENT_PREFIX)] == []
 
 
 # ---- that it finds what crosses

@@ -146,13 +146,13 @@ class Models:
 
     def break_end(self) -> None:
         """Have the next end_update fail when it has begun."""
-        original = loading._finalize
+        original = loading.finalize
 
         def failing(*_: object) -> None:
-            loading._finalize = original
+            loading.finalize = original
             raise MemoryError("no room to end")
 
-        loading._finalize = failing
+        loading.finalize = failing
 
     def fused_as_whole(self) -> dict[str, Any]:
         """The names expected of a fused layer with a bias, of sizes 6 and 2, by how a checkpoint has it."""

@@ -18,7 +18,7 @@ from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.driver.together import MAX_TOKENS
 from suite.driver.trainers import TrainerGroup
-from suite.processes.process import RemoteError
+from suite.processes.call import RemoteError
 
 DEADLINE_S = 60.0
 LONG_PROMPT = 200  # tokens: more than one block of the prefix cache on every backend

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from suite.processes.process import DeadlineExceeded, ProcessDied
+from suite.processes.call import DeadlineExceeded, ProcessDied
 from suite.sequences.player import Player, Sequence, Step, text
 from suite.session.verdicts import FAILURES
 

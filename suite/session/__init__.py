@@ -1,1 +1,1 @@
-"""What one run of pytest holds: selection, record, verdicts, waivers, environment."""
+"""What one run of pytest holds: options, selection, needs, record, verdicts, waivers, environment."""

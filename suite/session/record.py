@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from reports.load import SCHEMA
 from suite.session import environment
 
-SCHEMA = 1
+TRIED = pytest.StashKey[dict[str, int]]()  # what a test has tried and how often
 PACES = pytest.StashKey[dict[str, dict[str, Any]]]()  # by stage: the host's pace, once an engine has measured it
 RUN, JUNIT, PAGE, LOGS = "run.json", "junit.xml", "report.html", "logs"
 

@@ -12,7 +12,7 @@ from suite import models, stages
 from suite.conformance.requirements import Requirement, catalogue
 from suite.session import environment, waivers
 from suite.session.waivers import Case, Ledger
-from suite.stages import Stage
+from suite.stages import Stage, hardware
 from suite.subjects import SUBJECTS, Subject, known_subjects, subject_from
 
 KINDS = ("cpu", "gpu")
@@ -192,7 +192,7 @@ def _of_kind(wanted: Models, stage: Stage | None) -> Sequence[str]:
 
 def all_stages() -> tuple[dict[str, Stage], dict[str, MissingStage]]:
     """Every stage: those that this machine can hold with the installed vLLM, and those that it cannot."""
-    machine = stages.machine()
+    machine = hardware.machine()
     available, missing = {}, {}
     for stage in stages.available_stages(machine):
         reason = environment.lacks_engine(stage.kind)

@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 
 from suite.driver.patience import GivenUp
-from suite.processes.process import DeadlineExceeded, ProcessDied, RemoteError
+from suite.processes.call import DeadlineExceeded, ProcessDied, RemoteError
 
 PASS, FAIL, ERROR = "pass", "fail", "error"
 UNSUPPORTED, NOT_APPLICABLE = "unsupported", "not-applicable"
@@ -22,6 +22,7 @@ JUDGED = (PASS, FAIL, ERROR, WAIVED)
 SUITE_KINDS = ("NotAnnounced",)  # raised in other processes, by what is not examined
 FAILURES = (AssertionError, pytest.fail.Exception, RemoteError, DeadlineExceeded, ProcessDied)
 DETAIL_CHARACTERS, CAUSE_CHARACTERS = 2000, 300
+SAYS = ("expected: ", "found: ")
 CASE = re.compile(r" \[subject=[^\]]*\]")
 
 
@@ -75,8 +76,15 @@ def judge(phase: str, error: BaseException | None) -> Judgement:
 def cause_of(error: BaseException) -> str:
     """What is the same wherever the same fault shows: neither the case nor the process nor the time."""
     error = error.__cause__ if isinstance(error, AssertionError) and hasattr(error.__cause__, "cause") else error
-    said = getattr(error, "cause", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
+    named = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+    said = getattr(error, "cause", None) or named + _without_case(str(error))
     return CASE.sub("", said)[:CAUSE_CHARACTERS]
+
+
+def _without_case(message: str) -> str:
+    """The first line of a message, or what it says in lines that begin with "expected: " and "found: "."""
+    lines = message.splitlines() or [""]
+    return "\n".join(line for line in lines if line.startswith(SAYS)) or lines[0]
 
 
 def _is_failure(error: BaseException) -> bool:
@@ -90,7 +98,7 @@ def _is_failure(error: BaseException) -> bool:
 def _detail(error: BaseException) -> str:
     """What was raised in a few lines: without remote tracebacks and logs, which the log files have."""
     if isinstance(error, BaseExceptionGroup):
-        return "; ".join(_detail(inner) for inner in error.exceptions)[:DETAIL_CHARACTERS]
+        return "\n".join(_detail(inner) for inner in error.exceptions)[:DETAIL_CHARACTERS]
     said = getattr(error, "said", None) or str(error)
     if not isinstance(error, FAILURES):
         said = f"{type(error).__name__}: {said}"

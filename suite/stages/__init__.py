@@ -1,46 +1,12 @@
-"""From a machine's devices to the stages that it can hold.
+"""From a machine's devices to the stages that it can hold. What the machine has is asked in suite.stages.hardware."""
 
-GPUs go by UUID: nvidia-smi (NVML) says which there are, and nothing here initialises CUDA or imports torch.
-"""
-
-import os
-import re
-import subprocess
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-NVIDIA_SMI_DEADLINE_S = 30
+from suite.stages.hardware import Device, Machine
+
 # How long a reference extension and the trainer wait for a peer that has stopped in the middle of a tensor, by kind of
 # stage: GPUs move the largest in less than a second; gloo on cores that others use too may take several.
 UPDATE_TIMEOUT_S = {"cpu": 15.0, "gpu": 6.0}
-CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
-
-# Lines of `nvidia-smi -L`: "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-...)" and, below it, the slices it is cut into.
-GPU_LINE = re.compile(r"GPU (?P<gpu>\d+): (?P<name>.*) \(UUID: (?P<uuid>GPU-[^)]+)\)")
-SLICE_LINE = re.compile(r"\s+(?P<name>MIG .*\S)\s+Device\s+\d+: \(UUID: (?P<uuid>MIG-[^)]+)\)")
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU, or a MIG slice of one; `gpu` is the GPU's place in nvidia-smi's list."""
-
-    uuid: str
-    name: str
-    gpu: int
-
-    @property
-    def is_slice(self) -> bool:
-        return self.uuid.startswith("MIG-")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What this process may use. `note` says why there are no GPUs, or not all, where that is so."""
-
-    devices: tuple[Device, ...]
-    cpu_cores: int
-    memory_bytes: int
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,87 +134,3 @@ def _placed(stage: Stage, machine: Machine) -> Stage:
 def _called(device: Device) -> str:
     """A GPU by its ordinal, which is all that vLLM understands before 0.24 (vllm#41848); a slice has none."""
     return device.uuid if device.is_slice else str(device.gpu)
-
-
-def machine() -> Machine:
-    """This machine, as far as this process may use it: CPU affinity, memory limit, CUDA_VISIBLE_DEVICES."""
-    listed, note = _nvidia_devices()
-    value = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible_devices(value, listed)
-    if len(devices) < len(listed):
-        note = f"CUDA_VISIBLE_DEVICES={value!r} shows {len(devices)} of the {len(listed)} devices"
-    return Machine(tuple(devices), len(os.sched_getaffinity(0)), _memory_bytes(), note)
-
-
-def visible_devices(value: str | None, listed: list[Device]) -> list[Device]:
-    """The devices that CUDA_VISIBLE_DEVICES leaves of the listed ones, in its order; all where it is None (unset).
-
-    CUDA's rules: entries are ordinals, or UUIDs of GPUs, or UUIDs of slices, abbreviated as long as they are unique.
-    The first entry that names nothing, or is of another sort, ends the list; a device named twice leaves none. Ordinals
-    count in nvidia-smi's order, which is CUDA's where the GPUs are alike or CUDA_DEVICE_ORDER is PCI_BUS_ID. A GPU in
-    slices stands for its first one.
-    """
-    if value is None:
-        return list(listed)
-    entries = [entry.strip() for entry in value.split(",")]
-    found: list[Device] = []
-    for entry in entries:
-        device = _device_named(entry, listed)
-        if device is None or _sort(entry) != _sort(entries[0]):
-            break
-        if device in found:
-            return []
-        found.append(device)
-    return found
-
-
-def _sort(entry: str) -> str:
-    return entry[:4] if entry.startswith(("GPU-", "MIG-")) else "ordinal"
-
-
-def _device_named(entry: str, listed: list[Device]) -> Device | None:
-    if _sort(entry) != "ordinal":
-        fitting = [device for device in listed if device.uuid.startswith(entry)]
-        return fitting[0] if len(fitting) == 1 else None
-    digits = re.match(r"\+?\d+", entry)  # as strtol reads it: "1x" is 1
-    return next((device for device in listed if digits and device.gpu == int(digits[0])), None)
-
-
-def _nvidia_devices() -> tuple[list[Device], str]:
-    """What nvidia-smi lists, and why it lists nothing where that is so."""
-    command = ["nvidia-smi", "-L"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_DEADLINE_S, check=False)
-    except FileNotFoundError:
-        return [], "there is no nvidia-smi"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [], f"nvidia-smi -L: {error}"
-    devices = parse_listing(answer.stdout)
-    if devices:
-        return devices, ""
-    said = " ".join((answer.stdout + answer.stderr).split()) or "nothing"
-    return [], f"nvidia-smi -L ended with {answer.returncode} and said: {said[:200]}"
-
-
-def parse_listing(text: str) -> list[Device]:
-    """The devices in the output of `nvidia-smi -L`; a GPU that is cut into slices gives way to them."""
-    devices: list[Device] = []
-    for line in text.splitlines():
-        if found := GPU_LINE.match(line):
-            devices.append(Device(found["uuid"], found["name"], int(found["gpu"])))
-        elif (found := SLICE_LINE.match(line)) and devices:
-            gpu = devices[-1].gpu
-            if not devices[-1].is_slice:
-                devices.pop()
-            devices.append(Device(found["uuid"], found["name"], gpu))
-    return devices
-
-
-def _memory_bytes() -> int:
-    """The host's memory, or the control group's limit where that is lower."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = CGROUP_MEMORY.read_text().strip()
-    except OSError:
-        return physical
-    return min(physical, int(limit)) if limit.isdigit() else physical

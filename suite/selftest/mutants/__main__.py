@@ -15,10 +15,11 @@ import threading
 from pathlib import Path
 from typing import TextIO
 
-from suite.processes.process import ROOT
+from suite import ROOT
 from suite.selftest.mutants import Mutant, verdicts
 from suite.session.record import RUN
-from suite.stages import machine, unavailable
+from suite.stages import unavailable
+from suite.stages.hardware import machine
 from suite.subjects import SUBJECTS
 
 DEADLINE_S, ENDING_S = 4 * 3600.0, 60.0
@@ -81,7 +82,7 @@ def _judged(report: Path, kind: str, arguments: list[str]) -> list[verdicts.Entr
     run.unlink(missing_ok=True)
     report.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-p", "suite.plugin", "-p", "suite.fixtures",
+        sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-p", "suite.plugin",
         "-p", "suite.selftest.mutants.plugin", "-p", "no:cacheprovider", "-m", kind, "--tb=no", f"--report={report}",
         *(f"--subject={name}" for name in SUBJECTS), *arguments,
     ]  # fmt: skip

@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from extensions.colocate import ColocateWorkerExtension, HandleSender
-from extensions.devices import open_handle
+from extensions.handles import open_handle
 from suite.selftest.mutants.registry import ACCEPTED, HANDLES, PACKAGE, Named, mutant
 
 Handles = dict[str, dict[str, dict]]

@@ -26,7 +26,7 @@ class TakesWhatCameForAll(WorkerExtension):
         try:
             super().update_weight(name, dtype, shape)
         except GroupError:
-            self._weight_sync_pending[name] = None
+            self._weight_sync_state.update.arrived.add(name)
 
     def end_update(self) -> int:
         return UpdateBracket.end_update(self)

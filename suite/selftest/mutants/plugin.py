@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from suite.driver.together import Together
-from suite.plugin import current_selection
 from suite.selftest.mutants import MUTANTS, Mutant
 from suite.session.selection import requirement_of
+from suite.session.state import selection_of
 from suite.subjects import SUBJECTS
 
 PATIENCE_S = 40.0  # a mutant that hangs costs this; what does not hang takes a few seconds
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_sessionstart(session: pytest.Session) -> Iterator[None]:
     """Have mutants examined on the engines of the references, and those that hang waited for less long."""
     yield
-    subjects = current_selection().subjects
+    subjects = selection_of(session.config).subjects
     for name in subjects.keys() & MUTANTS.keys():
         subjects[name] = replace(subjects[name], host=MUTANTS[name].host)
     if subjects.keys() & MUTANTS.keys():
@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the cases of the references and, of a run of mutants, those that judge one."""
-    mutants = [MUTANTS[name] for name in current_selection().subjects if name in MUTANTS]
+    mutants = [MUTANTS[name] for name in selection_of(config).subjects if name in MUTANTS]
     left = [item for item in items if (_wanted(item, mutants) if mutants else requirement_of(item))]
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = left

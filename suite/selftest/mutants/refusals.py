@@ -8,7 +8,8 @@ from extensions.bracket import UpdateError
 from extensions.broadcast import WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
 from extensions.manifest import ManifestError
-from extensions.model.expected import Shapes, expected_weights
+from extensions.model.expected import expected_weights
+from extensions.tensors import Shapes
 from suite.selftest.mutants.registry import ACCEPTED, BROADCAST, HANDLES, Loader, Meddles, Unchecked, mutant
 
 
@@ -20,8 +21,8 @@ class IgnoresUnknownNames(WorkerExtension):
         return super().begin_update([entry for entry in manifest if entry["name"] in _known(self)])
 
     def _weight_sync_accept(self, tensors: dict[str, torch.Tensor]) -> None:
-        pending = self._weight_sync_pending
-        super()._weight_sync_accept({name: tensor for name, tensor in tensors.items() if name in pending})
+        announced = self._weight_sync_state.update.announced
+        super()._weight_sync_accept({name: tensor for name, tensor in tensors.items() if name in announced})
 
 
 @mutant("errors.unknown_name", r"an error that names", **BROADCAST)
@@ -70,7 +71,7 @@ class StretchesShapes(WorkerExtension):
         )
 
     def _weight_sync_accept(self, tensors: dict[str, torch.Tensor]) -> None:
-        shapes = {name: self._weight_sync_pending[name][1] for name in tensors}
+        shapes = {name: self._weight_sync_state.update.announced[name][1] for name in tensors}
         super()._weight_sync_accept(
             {n: t if t.shape == shapes[n] else t[:1].expand(shapes[n]).contiguous() for n, t in tensors.items()}
         )

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from extensions.bracket import State, Update
 from extensions.manifest import parse
 from extensions.model.loading import new_load
 from suite import stages
 from suite.conformance.requirements import catalogue
+from suite.stages import hardware
 from suite.subjects import SUBJECTS, subject_from
 
 PACKAGE = __package__
@@ -79,7 +81,7 @@ class Mutant:
 
 @functools.cache
 def _one_gpu() -> bool:
-    return "gpu-shared" not in stages.unavailable(stages.machine())
+    return "gpu-shared" not in stages.unavailable(hardware.machine())
 
 
 MUTANTS: dict[str, Mutant] = {}
@@ -109,13 +111,14 @@ class Meddles:
     def begin_update(self, manifest: list[dict]) -> int:
         count = super().begin_update(manifest)
         self._mutant_updates += 1
-        load_all = self._weight_sync_load.load
+        loading = self._weight_sync_state.update.load
+        load_all = loading.load
 
         def load_each(tensors: dict[str, torch.Tensor]) -> None:
             for name, tensor in tensors.items():
                 self._mutant_load(lambda name, tensor: load_all({name: tensor}), name, tensor)
 
-        self._weight_sync_load.load = load_each
+        loading.load = load_each
         return count
 
     def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
@@ -132,7 +135,7 @@ class Unchecked:
     """Mixed into a reference extension: an update begins whatever it announces."""
 
     def begin_update(self, manifest: list[dict]) -> int:
-        self._weight_sync_load = new_load(self.model_runner.get_model(), self.vllm_config)
-        self._weight_sync_pending = parse(manifest)
-        self._weight_sync_load.begin()
+        update = Update(new_load(self.model_runner.get_model(), self.vllm_config), parse(manifest))
+        self._weight_sync_state = State(update, self._weight_sync_state.inconsistent)
+        update.load.begin()
         return len(manifest)

@@ -50,8 +50,8 @@ class StaysUpdating(WorkerExtension):
     """Puts an aborted update back and does not close it."""
 
     def abort_update(self) -> str:
-        if self._weight_sync_load is not None:
-            self._weight_sync_load.abort()
+        if self._weight_sync_state.update is not None:
+            self._weight_sync_state.update.load.abort()
         return "the weights are as they were before the update"
 
 

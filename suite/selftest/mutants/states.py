@@ -7,10 +7,11 @@ import threading
 
 import torch
 
+from extensions.bracket import State
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension, HandleSender
-from extensions.devices import open_handle
 from extensions.group import Communicator
+from extensions.handles import open_handle
 from suite.selftest.mutants.registry import (
     ANSWERS,
     BROADCAST,
@@ -53,8 +54,8 @@ class AcknowledgesWhatIsQueued(ColocateWorkerExtension):
         return len(handles)
 
     def end_update(self) -> int:
-        self._weight_sync_load.end()
-        self._weight_sync_load = self._weight_sync_pending = None
+        self._weight_sync_state.update.load.end()
+        self._weight_sync_state = State()
         return len(self._mutant_opened)
 
 

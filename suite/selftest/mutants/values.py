@@ -7,6 +7,7 @@ import torch
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
 from extensions.model import loading
+from extensions.model.weights import is_packed
 from extensions.tensors import dtype_of
 from suite.selftest.mutants.registry import (
     ANSWERS,
@@ -59,7 +60,7 @@ class DropsTheLastTensor(Meddles, WorkerExtension):
     """Ends one tensor too early."""
 
     def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
-        if any(waiting is not None for other, waiting in self._weight_sync_pending.items() if other != name):
+        if self._weight_sync_state.update.missing() != [name]:
             load(name, tensor)
 
 
@@ -120,7 +121,7 @@ class KeepsThePackedCopies(WorkerExtension):
 
     def begin_update(self, manifest: list[dict]) -> int:
         modules = self.model_runner.get_model().modules()
-        self._mutant_packed = [(module, module.cpu_linear) for module in modules if hasattr(module, "cpu_linear")]
+        self._mutant_packed = [(module, module.cpu_linear) for module in modules if is_packed(module)]
         return super().begin_update(manifest)
 
     def end_update(self) -> int:
@@ -186,12 +187,12 @@ class ForgetsThePackedHead(WorkerExtension):
 
     def begin_update(self, manifest: list[dict]) -> int:
         count = super().begin_update(manifest)
-        self._weight_sync_load.end = self._mutant_end
+        self._weight_sync_state.update.load.end = self._mutant_end
         return count
 
     def _mutant_end(self) -> None:
-        with loading._current(self.vllm_config):
-            loading._finalize(self.model_runner.get_model(), self.model_config)
+        with loading.configured(self.vllm_config):
+            loading.finalize(self.model_runner.get_model(), self.model_config)
 
 
 @mutant("update.untied", DIFFER, "vllm#51063", **BROADCAST)
@@ -218,7 +219,9 @@ class OffByOneExpert(Meddles, WorkerExtension):
     """Loads every expert into the place of the next one."""
 
     def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
-        experts = {int(found[1]) for other in self._weight_sync_pending if (found := EXPERT.search(other))}
+        experts = {
+            int(found[1]) for other in self._weight_sync_state.update.announced if (found := EXPERT.search(other))
+        }
         load(EXPERT.sub(lambda found: f".experts.{(int(found[1]) + 1) % len(experts)}.", name), tensor)
 
 
@@ -341,7 +344,7 @@ class PacksExpertsOnce(WorkerExtension):
 
     def begin_update(self, manifest: list[dict]) -> int:
         count = super().begin_update(manifest)
-        for method, kernel in self._weight_sync_load._expert_kernels:
+        for method, kernel in self._weight_sync_state.update.load.expert_kernels:
             method.moe_kernel = kernel
         return count
 

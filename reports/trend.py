@@ -9,8 +9,8 @@ from reports import statistics, units
 from reports.compare import TimingChange, compare_timing
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, SYMBOL, Cell, cells
-from reports.table import markdown_table, text_table
-from reports.text import VERDICT_SYMBOL
+from reports.rows import VERDICT_SYMBOL
+from reports.table import markdown_table, text_table, wrapped
 
 PACE = "the host's pace"
 LEGEND = (
@@ -19,15 +19,21 @@ LEGEND = (
 )
 
 
-def requirement_rows(runs: Sequence[Run], all_of_them: bool = False) -> list[tuple[str, ...]]:
-    """(requirement, verdict in each run) of those that any run fails, waived or not, or cannot judge, or of all."""
+def requirement_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """(requirement, verdict in each run) of those that a run fails, waived or not, or cannot judge."""
     found = [cells(run.outcomes, "requirement") for run in runs]
     rows = []
     for key in dict.fromkeys(key for judged in found for key in judged):
         row = [judged.get(key) for judged in found]
-        if all_of_them or any(cell and cell.verdict in FOUND_WANTING for cell in row):
+        if any(cell and cell.verdict in FOUND_WANTING for cell in row):
             rows.append((*key, *(_counted(cell) for cell in row)))
     return rows
+
+
+def met_row(runs: Sequence[Run]) -> tuple[str, ...]:
+    """How many requirements each run meets, of how many that it knows."""
+    found = [[cell.verdict for cell in cells(run.outcomes, "requirement").values()] for run in runs]
+    return ("requirements met", *(f"{verdicts.count('pass')} of {len(verdicts)}" for verdicts in found))
 
 
 def seconds_rows(
@@ -35,8 +41,7 @@ def seconds_rows(
 ) -> list[tuple[str, ...]]:
     """One row a benchmark: seconds, GB/s and fraction of roofline in each run, marked where it became slower.
 
-    In the order in which the runs have them, but one subject's on one stage together, small models first: no single run
-    may have all of them.
+    Benchmarks of one subject and stage stand together, small models first; a run may lack some of them.
     """
     rows = []
     for key in _ordered(timing for run in runs for timing in run.timings):
@@ -75,18 +80,15 @@ def trend_text(runs: Sequence[Run], threshold: float = statistics.THRESHOLD, wid
     parts += [text_table(head, rows, width, range(1, len(head)))] if rows else []
     paces = pace_rows(runs, threshold)
     parts += [text_table((PACE, *labels), paces, width, range(1, len(head)))] if paces else []
-    return "\n\n".join([*parts, *([LEGEND] if rows or paces else [])])
+    return "\n\n".join([*parts, *([wrapped(LEGEND, width, "")] if rows or paces else [])])
 
 
 def markdown_tables(runs: Sequence[Run], threshold: float = statistics.THRESHOLD) -> str:
-    """The two tables for a README."""
+    """What fails, the times and the host's pace, as tables for a page of text."""
     labels = [run.label for run in runs]
     parts = []
     if any(run.outcomes for run in runs):
-        met = [sum(cell.verdict == "pass" for cell in cells(run.outcomes, "requirement").values()) for run in runs]
-        totals = [len(cells(run.outcomes, "requirement")) for run in runs]
-        summary = ("requirements met", *(f"{count} of {total}" for count, total in zip(met, totals, strict=True)))
-        parts.append(markdown_table(("requirement", *labels), [*requirement_rows(runs), summary]))
+        parts.append(markdown_table(("requirement", *labels), [*requirement_rows(runs), met_row(runs)]))
     if any(run.timings for run in runs):
         head = ("median time, GB/s, of roofline", *labels)
         parts += [markdown_table(head, seconds_rows(runs, threshold), range(1, len(head)))]
@@ -121,7 +123,7 @@ def _pace(samples_s: tuple[float, ...] | None, before: tuple[float, ...] | None,
 
 
 def _marked(change: TimingChange) -> bool:
-    """What is open for want of samples, and not because something drifted, is not worth a mark."""
+    """Whether a timing became slower or faster, or drift leaves that open. A lack of samples gets no mark."""
     drifted = change.verdict == "inconclusive" and change.judged_by != "seconds"
     return drifted or change.verdict in ("slower", "faster")
 

@@ -1,0 +1,68 @@
+"""What makes two engines the same, a started engine as pytest sees it, and with which options one starts."""
+
+from dataclasses import dataclass, field
+
+from suite.processes.call import Process
+from suite.stages import Stage
+from suite.subjects import Subject
+
+BECOME_DEADLINE_S = 15.0
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """What makes two engines the same.
+
+    seed: of the checkpoint that it cold-loads, None for dummy weights. options: further arguments of vllm.LLM.
+    visible: its CUDA_VISIBLE_DEVICES where that is not its stage's; None for unset. copy: counts engines of a stage.
+    """
+
+    model: str
+    stage: str
+    subject: str
+    seed: int | None
+    options: tuple[tuple[str, object], ...] = ()
+    visible: str | None = ""
+    copy: int = 0
+
+    def __str__(self) -> str:
+        extra = [f"{name}={value}" for name, value in self.options]
+        extra += [] if self.visible == "" else [f"CUDA_VISIBLE_DEVICES={self.visible}"]
+        extra += [f"#{self.copy}"] if self.copy else []
+        return " ".join([self.model, self.stage, self.subject, f"seed={self.seed}", *extra])
+
+
+@dataclass
+class EngineHandle:
+    """A started engine as pytest sees it."""
+
+    key: EngineKey
+    process: Process
+    link_path: str
+    ranks: int
+    extension: str  # what its workers have now
+    connection: object = None  # which trainer and group it last joined
+    facts: dict = field(default_factory=dict)
+
+    def become(self, subject: Subject) -> None:
+        """Have the workers exchange their extension for this subject's, unless they have it."""
+        if self.extension != subject.extension:
+            self.extension, self.connection = "", None
+            self.process.call("become", subject.plain(), deadline_s=BECOME_DEADLINE_S)
+            self.extension = subject.extension
+
+
+def seed_of(subject_index: int) -> int:
+    """The checkpoint that a subject's engines start from: two subjects are each other's cold-loaded reference."""
+    return 0 if subject_index == 0 else 1
+
+
+def engine_options(stage: Stage) -> dict:
+    """Arguments of vllm.LLM that every engine of a stage gets."""
+    options = {"dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 16, "seed": 0, "enforce_eager": True}
+    options["kv_cache_memory_bytes"] = (64 if stage.kind == "cpu" else 512) * 2**20
+    if stage.kind == "gpu":
+        options["gpu_memory_utilization"] = 0.05  # the cache's size is given; this is only what has to be free
+    if stage.pipeline_parallel_size > 1:
+        options["pipeline_parallel_size"] = stage.pipeline_parallel_size
+    return options

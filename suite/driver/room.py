@@ -1,0 +1,87 @@
+"""Which engines have room beside each other: arithmetic with the memory of GPUs and of the host."""
+
+import math
+from collections.abc import Iterable
+
+import psutil
+
+from suite import models
+from suite.driver.engines import EngineKey
+from suite.stages import Stage
+
+ENGINE_BYTES = 2.0e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
+GPU_FRACTION = 0.9  # of a GPU's memory may be planned for
+HOST_BYTES = 4e9  # of host memory, for an engine and what it loads
+MIN_ENGINES = 3  # at once, whatever the host's memory
+GB = 1e9
+
+
+def engines_at_once(started: int) -> int:
+    """How many engines may be there at once: one that starts ahead must not crowd out the `started` ones."""
+    return max(MIN_ENGINES, int(psutil.virtual_memory().available / HOST_BYTES) + started)
+
+
+class Room:
+    """What the GPUs of a machine have room for.
+
+    Args:
+        stages: by name.
+        gpu_memory: bytes of every GPU, by UUID. One whose memory is not known counts as large enough.
+    """
+
+    def __init__(self, stages: dict[str, Stage], gpu_memory: dict[str, int | None]) -> None:
+        self._stages = stages
+        self.gpu_memory = {uuid: found for uuid, found in gpu_memory.items() if found is not None}
+
+    def too_large(self, key: EngineKey) -> str:
+        """Why an engine and the trainer of its stage have no room even alone; empty where they have."""
+        for device in self._places_of(key):
+            wanted, found = self._wanted_bytes(device, [key], key), self.gpu_memory.get(device, math.inf)
+            if wanted > GPU_FRACTION * found:
+                share = f"the GPU has {found / GB:.1f} GB, of which {GPU_FRACTION:.0%} may be planned for"
+                return f"{key.model} on {key.stage}: {self._sum(device, key)}; {share}"
+        return ""
+
+    def fits(self, key: EngineKey, there: Iterable[EngineKey], trained: EngineKey | None) -> bool:
+        """Whether the GPUs of an engine have room beside those that are there, and those of a trainer at work.
+
+        Engines add up. A trainer is one process for all engines and holds one model at a time, that of `trained`.
+        """
+        others = [other for other in there if other != key]
+        return not others or all(
+            self._wanted_bytes(device, [key, *others], trained) <= GPU_FRACTION * self.gpu_memory.get(device, math.inf)
+            for device in self._places_of(key)
+        )
+
+    def shares_a_gpu(self, one: EngineKey, other: EngineKey) -> bool:
+        """Whether an engine is on a GPU of another one or of its trainer."""
+        return not self._places_of(other).isdisjoint(self.devices_of(one))
+
+    def devices_of(self, key: EngineKey) -> tuple[str, ...]:
+        """The UUIDs of an engine's GPUs; none on a CPU."""
+        return self._stages[key.stage].devices_of_engine(key.copy)
+
+    def _places_of(self, key: EngineKey) -> set[str]:
+        """The GPUs of an engine and of its stage's trainer."""
+        return {*self.devices_of(key), *self._stages[key.stage].trainer_devices}
+
+    def _wanted_bytes(self, device: str, keys: list[EngineKey], trained: EngineKey | None) -> float:
+        engines = [key for key in keys if device in self.devices_of(key)]
+        wanted = sum(ENGINE_BYTES + self._bytes(k, self._stages[k.stage].engine_ranks) for k in engines)
+        if trained is None or device not in self._stages[trained.stage].trainer_devices:
+            return wanted
+        return wanted + self._bytes(trained, self._stages[trained.stage].trainer_world_size)
+
+    def _sum(self, device: str, key: EngineKey) -> str:
+        """What makes up `_wanted_bytes` of one engine, in words."""
+        stage, parts = self._stages[key.stage], []
+        if device in self.devices_of(key):
+            weights = self._bytes(key, stage.engine_ranks)
+            parts += [f"{weights / GB:.1f} GB of the engine's weights", f"{ENGINE_BYTES / GB:.1f} GB beside them"]
+        if device in stage.trainer_devices:
+            parts.append(f"{self._bytes(key, stage.trainer_world_size) / GB:.1f} GB of the trainer's weights")
+        return f"{' + '.join(parts)} = {self._wanted_bytes(device, [key], key) / GB:.1f} GB on one GPU"
+
+    def _bytes(self, key: EngineKey, ranks: int) -> float:
+        """The weights of an engine's model in bfloat16, on one of so many ranks."""
+        return 2 * models.MODELS[key.model].elements / ranks

@@ -1,0 +1,153 @@
+"""Models by architecture and size: the content of their config.json, and the names and shapes that follow from it.
+
+They follow from the config alone, independently of transformers and vLLM, so that they can judge both.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from suite.models.values import Shape
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model: `config` is the content of its config.json, `purpose` says where it is of use.
+
+    tiny: correctness anywhere; ladder: throughput on CPUs; published: the released dimensions, for GPUs;
+    reduced: correctness on GPUs, at dimensions that their kernels are made for; given: read from a directory.
+    """
+
+    name: str
+    architecture: str  # "qwen3" | "llama" | "qwen3_moe"
+    config: dict[str, Any]
+    purpose: str
+
+    @property
+    def elements(self) -> int:
+        """How many weights the checkpoint holds; a tied output layer is not counted again."""
+        return sum(math.prod(shape) for _, shape in tensors(self))
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config["tie_word_embeddings"])
+
+
+def tensors(spec: ModelSpec) -> list[tuple[str, Shape]]:
+    """Names and shapes of the checkpoint's tensors, in the order of the layers; no lm_head where it is tied."""
+    config = spec.config
+    vocabulary, hidden = config["vocab_size"], config["hidden_size"]
+    found: list[tuple[str, Shape]] = [("model.embed_tokens.weight", (vocabulary, hidden))]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        found += [(prefix + name, shape) for name, shape in (*_attention(spec), *_feed_forward(spec))]
+    found.append(("model.norm.weight", (hidden,)))
+    if not spec.tied:
+        found.append(("lm_head.weight", (vocabulary, hidden)))
+    return found
+
+
+def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
+    config = spec.config
+    hidden, head = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    yield "input_layernorm.weight", (hidden,)
+    yield "self_attn.q_proj.weight", (queries, hidden)
+    yield "self_attn.k_proj.weight", (keys, hidden)
+    yield "self_attn.v_proj.weight", (keys, hidden)
+    yield "self_attn.o_proj.weight", (hidden, queries)
+    if spec.architecture != "llama":
+        yield "self_attn.q_norm.weight", (head,)
+        yield "self_attn.k_norm.weight", (head,)
+
+
+def _feed_forward(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
+    config = spec.config
+    hidden = config["hidden_size"]
+    yield "post_attention_layernorm.weight", (hidden,)
+    if spec.architecture != "qwen3_moe":
+        yield from _gated("mlp.", hidden, config["intermediate_size"])
+        return
+    yield "mlp.gate.weight", (config["num_experts"], hidden)
+    for expert in range(config["num_experts"]):
+        yield from _gated(f"mlp.experts.{expert}.", hidden, config["moe_intermediate_size"])
+
+
+def _gated(prefix: str, hidden: int, intermediate: int) -> Iterator[tuple[str, Shape]]:
+    yield prefix + "gate_proj.weight", (intermediate, hidden)
+    yield prefix + "up_proj.weight", (intermediate, hidden)
+    yield prefix + "down_proj.weight", (hidden, intermediate)
+
+
+class Size(NamedTuple):
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    experts: tuple[int, int, int] | None = None  # (how many, how many chosen for a token, width of one)
+
+
+def _config(architecture: str, purpose: str, size: Size) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[architecture]],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": size.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": size.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": size.intermediate,
+        "max_position_embeddings": 40960 if purpose == "published" else 4096,
+        "model_type": architecture,
+        "num_attention_heads": size.heads,
+        "num_hidden_layers": size.layers,
+        "num_key_value_heads": size.kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0 if purpose == "published" else 10000.0,
+        "tie_word_embeddings": size.tied,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": size.vocabulary,
+    }
+    if size.experts is not None:
+        config["num_experts"], config["num_experts_per_tok"], config["moe_intermediate_size"] = size.experts
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    return config
+
+
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+
+TIED = "qwen3-tied-tiny"  # the model of a test that needs no other
+
+# Every dimension halves without remainder, for tensor-parallel engines of two.
+# fmt: off
+_CATALOGUE = [
+    # hidden, intermediate, layers, heads, kv heads, head dim, vocabulary, tied, experts
+    (TIED,                "qwen3",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, True)),
+    ("qwen3-untied-tiny", "qwen3",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False)),
+    ("llama-tiny",        "llama",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False)),
+    ("qwen3-moe-tiny",    "qwen3_moe", "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False, (8, 2, 128))),
+    ("qwen3-1m",          "qwen3",     "ladder",    Size( 128,   320,  4,  4, 2,  64,   1024, True)),
+    ("qwen3-10m",         "qwen3",     "ladder",    Size( 384,  1152,  5,  6, 2,  64,   4096, True)),
+    ("qwen3-100m",        "qwen3",     "ladder",    Size( 768,  2048, 14, 12, 4,  64,  16384, True)),
+    ("qwen3-moe-reduced", "qwen3_moe", "reduced",   Size(1024,  2048,  4, 16, 4, 128,  16384, False, (32, 4, 512))),
+    ("qwen3-0.6b",        "qwen3",     "published", Size(1024,  3072, 28, 16, 8, 128, 151936, True)),
+    ("qwen3-1.7b",        "qwen3",     "published", Size(2048,  6144, 28, 16, 8, 128, 151936, True)),
+    ("qwen3-4b",          "qwen3",     "published", Size(2560,  9728, 36, 32, 8, 128, 151936, True)),
+    ("qwen3-8b",          "qwen3",     "published", Size(4096, 12288, 36, 32, 8, 128, 151936, False)),
+    ("qwen3-14b",         "qwen3",     "published", Size(5120, 17408, 40, 40, 8, 128, 151936, False)),
+    ("qwen3-32b",         "qwen3",     "published", Size(5120, 25600, 64, 64, 8, 128, 151936, False)),
+    ("qwen3-30b-a3b",     "qwen3_moe", "published", Size(2048,  6144, 48, 32, 4, 128, 151936, False, (128, 8, 768))),
+]
+# fmt: on
+
+MODELS: dict[str, ModelSpec] = {
+    name: ModelSpec(name, architecture, _config(architecture, purpose, size), purpose)
+    for name, architecture, purpose, size in _CATALOGUE
+}

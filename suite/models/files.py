@@ -1,0 +1,49 @@
+"""Models on disk: config.json and model.safetensors, as engines and trainers load them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from suite.models.catalogue import ARCHITECTURES, ModelSpec, tensors
+from suite.models.values import values
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write_config(spec: ModelSpec, directory: Path | str, dtype: torch.dtype | str = "bfloat16") -> Path:
+    """Write config.json alone, which is enough for an engine with load_format="dummy"."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = spec.config | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return directory
+
+
+def write_checkpoint(spec: ModelSpec, seed: int, directory: Path | str, dtype: torch.dtype | str = "bfloat16") -> Path:
+    """Write config.json and model.safetensors with the weights of `seed`; the whole model is held in memory once."""
+    weights = {name: values(name, shape, seed, dtype) for name, shape in tensors(spec)}
+    return save(spec, weights, directory)
+
+
+def save(spec: ModelSpec, weights: dict[str, torch.Tensor], directory: Path | str) -> Path:
+    """Write config.json and model.safetensors with these weights, all of one dtype, on the CPU and contiguous."""
+    from safetensors.torch import save_file
+
+    directory = write_config(spec, directory, next(iter(weights.values())).dtype)
+    # A model loaded from the file that was there may still map it: replaced, not written over.
+    partial = directory / "model.safetensors.partial"
+    save_file(weights, partial, metadata={"format": "pt"})
+    partial.replace(directory / "model.safetensors")
+    return directory
+
+
+def read_spec(directory: Path | str) -> ModelSpec:
+    """The spec of the model in `directory`, from its config.json; KeyError for an architecture not in the catalogue."""
+    config = json.loads((Path(directory) / "config.json").read_text())
+    architecture = config["model_type"]
+    if architecture not in ARCHITECTURES:
+        raise KeyError(f"{directory}: architecture {architecture!r}, expected one of {sorted(ARCHITECTURES)}")
+    return ModelSpec(Path(directory).name, architecture, config, "given")

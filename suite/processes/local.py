@@ -1,0 +1,124 @@
+"""Processes on this machine: the folder, the ports and the sockets that they share, and the janitor who ends them."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+from suite import ROOT
+from suite.processes import janitor, wire
+from suite.processes.launcher import Launcher
+from suite.processes.process import LocalProcess
+
+PORTS = (15000, 32000)  # below those that Linux hands out: from 32768 on, see ip_local_port_range
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port that nothing listens on now, and that Linux by default gives to nobody who asks for any, as NCCL does."""
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind((address, port))
+            return port
+    raise OSError(f"no port of {PORTS[0]}..{PORTS[1]} could be bound at {address}, in 1000 tries")
+
+
+class LocalLauncher(Launcher):
+    """Starts the processes of one run of the suite on this machine, and ends what is left of them.
+
+    Whatever ends pytest, a janitor (suite.processes.janitor) that outlives it ends the processes and their descendants.
+
+    Args:
+        logs: directory for one log file a process; created if missing.
+    """
+
+    address = "127.0.0.1"
+
+    def __init__(self, logs: Path) -> None:
+        self.id = uuid.uuid4().hex[:8]
+        self.logs = Path(logs).resolve()
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.directory = Path(tempfile.mkdtemp(prefix=f"ws-{self.id}-"))
+        self.kept = sorted(os.listdir(janitor.SHARED_MEMORY)) if janitor.SHARED_MEMORY.is_dir() else []
+        self.processes: list[LocalProcess] = []
+        self.janitor = self._start_janitor()
+        self._labels: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "LocalLauncher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(
+        self,
+        name: str,
+        target: str,
+        kwargs: dict[str, Any] | None = None,
+        env: dict[str, str | None] | None = None,
+        deadline_s: float = 120,
+    ) -> LocalProcess:
+        task = wire.encode({"target": target, "kwargs": kwargs or {}})
+        process = LocalProcess(self, name, target, deadline_s)
+        process.start(task, env or {})
+        self.processes.append(process)
+        with contextlib.suppress(OSError):  # without a janitor, close() does its work
+            self.janitor.stdin.write(f"{process.pid}\n".encode())
+        return process
+
+    def free_port(self) -> int:
+        return free_port(self.address)
+
+    def link_path(self) -> str:
+        return str(self.directory / f"{self.label('link')}.sock")
+
+    def scratch(self, stem: str) -> Path:
+        return self.directory / self.label(stem)
+
+    def close(self, grace_s: float = 5) -> None:
+        """End processes side by side, then whatever the janitor finds."""
+        if self.janitor.stdin is None or self.janitor.stdin.closed:
+            return
+        # Daemons, or the interpreter would wait for one that a signal's exception has left without its lock.
+        stopping = [threading.Thread(target=process.stop, args=(grace_s,), daemon=True) for process in self.processes]
+        for thread in stopping:
+            thread.start()
+        for thread in stopping:
+            thread.join(grace_s + janitor.END_DEADLINE_S + 5)
+        self.janitor.stdin.close()
+        try:
+            self.janitor.wait(janitor.END_DEADLINE_S + 5)
+        except subprocess.TimeoutExpired:
+            self.janitor.kill()
+        if self.janitor.returncode != 0:  # it was killed: do its work here
+            janitor.sweep(self.id, self.directory, self.kept, [process.pid for process in self.processes])
+
+    def label(self, name: str) -> str:
+        """A name for files and marks, unused so far in this run: `engine`, then `engine.2`, ..."""
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+        with self._lock:
+            candidates = itertools.chain([stem], (f"{stem}.{count}" for count in itertools.count(2)))
+            label = next(candidate for candidate in candidates if candidate not in self._labels)
+            self._labels.add(label)
+        return label
+
+    def _start_janitor(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "suite.processes.janitor"]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True, bufsize=0,
+        )  # fmt: skip
+        task = {"run_id": self.id, "directory": str(self.directory), "kept": self.kept}
+        process.stdin.write(json.dumps(task).encode() + b"\n")
+        return process

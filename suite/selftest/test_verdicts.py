@@ -1,0 +1,51 @@
+"""A case ends with its subject's fail or the suite's own error, and with a cause that other cases can share."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from suite.processes.call import DeadlineExceeded, NotBegun, ProcessDied, RemoteError
+from suite.session.verdicts import ERROR, FAIL, Judgement, judge
+
+
+def raised(kind: str, message: str, process: str = "engine-1") -> RemoteError:
+    where = SimpleNamespace(name=process, log_path="")
+    return RemoteError(where, {"kind": kind, "message": message, "traceback": ""})
+
+
+def late(kind: type[Exception], said: str) -> Exception:
+    process = SimpleNamespace(name="engine-1", log_path="", tail=lambda: "")
+    return kind(said, process, "update()")
+
+
+@pytest.mark.parametrize("error", [raised("WorkerError", "no"), late(DeadlineExceeded, ""), late(ProcessDied, "")])
+def test_what_the_subjects_half_of_an_update_ends_with_is_a_fail(error: Exception):
+    assert judge("call", error).verdict == FAIL
+    assert judge("setup", error).verdict == ERROR
+
+
+@pytest.mark.parametrize("error", [raised("NotAnnounced", "nothing came"), late(NotBegun, "still importing")])
+def test_what_only_the_suite_was_too_slow_for_is_an_error(error: Exception):
+    assert judge("call", error).verdict == ERROR
+
+
+def test_the_cause_is_the_same_in_another_case_and_another_process():
+    first = judge("call", raised("WorkerError", "update_weight: rank 0: RuntimeError: no\nmore", "engine-1"))
+    second = judge("call", raised("WorkerError", "update_weight: rank 0: RuntimeError: no\nother", "engine-2"))
+    assert first.cause == second.cause == "WorkerError: update_weight: rank 0: RuntimeError: no"
+    assert first.detail != second.detail
+
+
+def test_the_cause_of_a_sequence_is_that_of_the_step_that_failed():
+    error = AssertionError("after: update(seed=1)")
+    error.__cause__ = raised("WorkerError", "no")
+    assert judge("call", error).cause == "WorkerError: no"
+
+
+def test_the_cause_of_an_assertion_leaves_the_case_out():
+    error = AssertionError("expected one, found two [subject=broadcast stage=cpu-tp1 model=m]")
+    assert judge("call", error).cause == "AssertionError: expected one, found two"
+
+
+def test_a_pass_has_no_cause():
+    assert judge("call", None) == Judgement()

@@ -1,0 +1,57 @@
+"""Which engines and trainers a collected test needs, so that they can be started ahead.
+
+A test that takes `sync` or `sharded` needs one engine, and a test that takes `fanout` needs two. Another says it by a
+marker: `@pytest.mark.needs(engines=choose)`, where choose(key, params) returns the engines in place of the case's own.
+With `trainer=choose` it needs one that sees GPUs in its own way: choose(params) returns what Trainers.seeing takes.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from suite.driver.engines import EngineKey, seed_of
+from suite.models import MODELS
+from suite.session.items import params_of
+from suite.session.selection import Selection
+from suite.session.state import selection_of
+from suite.stages import Stage
+from suite.subjects import Subject
+
+
+def engines_of(item: pytest.Item) -> list[EngineKey]:
+    """The engines that a collected test updates."""
+    params, selection = params_of(item), selection_of(item.config)
+    subject, stage, model = (params.get(name) for name in ("subject", "stage", "model"))
+    if not isinstance(stage, Stage) or not isinstance(subject, Subject) or model is None:
+        return []
+    if subject.unfit(stage):
+        return []
+    names, options = set(item.fixturenames), item.get_closest_marker("engine")
+    seed = None if MODELS[model].purpose == "published" else seed_of(index_of(subject, selection))
+    given = tuple(sorted(options.kwargs.items())) if options else ()
+    key = EngineKey(model, stage.name, subject.host or subject.name, seed, given)
+    if needs := item.get_closest_marker("needs"):
+        return needs.kwargs["engines"](key, params)
+    if "fanout" in names:
+        return _two_engines(key, stage, selection)
+    return [key] if names & {"sync", "sharded"} else []
+
+
+def trainer_of(item: pytest.Item) -> tuple[str | None, str] | None:
+    """What `Trainers.seeing` is to be asked for by a collected test; None where it takes a trainer of its stage."""
+    needs = item.get_closest_marker("needs")
+    choose = needs.kwargs.get("trainer") if needs else None
+    return choose(params_of(item)) if choose and engines_of(item) else None
+
+
+def index_of(subject: Subject, selection: Selection) -> int:
+    """The place of a subject among those that are examined: of its host's where it is examined on another's engines."""
+    return list(selection.subjects).index(subject.host or subject.name)
+
+
+def _two_engines(key: EngineKey, stage: Stage, selection: Selection) -> list[EngineKey]:
+    """On CPUs this stage's engine and one of another tensor-parallel size; elsewhere two where the stage says so."""
+    others = [s for s in selection.stages.values() if s.kind == stage.kind == "cpu" and s.name != stage.name]
+    if others:
+        return [key, replace(key, stage=others[0].name)]
+    return [key, replace(key, copy=1)] if stage.kind == "cpu" or stage.engines > 1 else [key]
