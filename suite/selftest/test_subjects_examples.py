@@ -1,6 +1,8 @@
 """What extensions of vLLM's RLHF example are given: dtypes and handles in the form that they take."""
 
+import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from suite.selftest import copied
 from suite.stages import STAGES
 from suite.subjects import SUBJECTS, known_subjects, subject_from
 from suite.subjects.adapting import adapted, expect_known_forms, pair
+from suite.subjects.example_senders import GroupSender, IpcSender
 from suite.subjects.handles import HandlesEngine
 
 CPU = torch.device("cpu")
@@ -179,3 +182,53 @@ def test_the_colocated_example_loads_what_the_pairs_rebuild_on_its_own_device():
         worker.update_weights_from_ipc_handles({"mine": {"a": (rebuild, tuple(range(15)))}, "other": {}})
     assert rebuilt == [(0, 1, 2, 3, 4, 5, 2, 7, 8, 9, 10, 11, 12, 13, 14)]
     assert loaded == [("a", "a tensor"), "synchronized"]
+
+
+# ---- the example's senders
+
+
+class Communicator:
+    """What of vLLM's PyNcclCommunicator is used."""
+
+    disabled = False
+    broadcasts: ClassVar[list[tuple[list, int]]] = []
+
+    def __init__(self, group: tuple, device: torch.device) -> None:
+        self.group = group
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: str) -> None:
+        assert (self.group, stream) == (("127.0.0.1", 15000, 0, 2), "the current stream")
+        self.broadcasts.append((tensor.tolist(), src))
+
+
+@pytest.fixture
+def communicator(monkeypatch: pytest.MonkeyPatch) -> type[Communicator]:
+    created = lambda host, port, rank, world_size: (host, port, rank, world_size)  # noqa: E731
+    group = SimpleNamespace(StatelessProcessGroup=SimpleNamespace(create=created))
+    monkeypatch.setitem(sys.modules, "vllm.distributed.utils", group)
+    pynccl = SimpleNamespace(PyNcclCommunicator=Communicator)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.device_communicators.pynccl", pynccl)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(Communicator, "broadcasts", [])
+    return Communicator
+
+
+def test_the_examples_sender_is_rank_0_and_broadcasts_every_tensor(communicator: type[Communicator]):
+    sender = GroupSender("127.0.0.1", 15000, 2, CPU)
+    column = torch.arange(4.0).reshape(2, 2)[:, 0]
+    assert sender.send([("a", torch.ones(2)), ("b", column)]) == 16
+    assert communicator.broadcasts == [([1.0, 1.0], 0), ([0.0, 2.0], 0)]
+
+
+def test_a_communicator_that_would_broadcast_nothing_is_refused(
+    communicator: type[Communicator], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(communicator, "disabled", True)
+    with pytest.raises(RuntimeError, match="it would broadcast nothing"):
+        GroupSender("127.0.0.1", 15000, 2, CPU)
+
+
+def test_the_examples_handles_tell_the_senders_ordinal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(HandleSender, "handles", lambda self, named: {"GPU-1": {name: {} for name, _ in named}})
+    assert IpcSender("cuda:2").handles([("a", None)]) == {"GPU-1": {"a": {"device_index": 2}}}
