@@ -135,6 +135,17 @@ def test_a_gpu_is_the_same_with_and_without_its_prefix(sent_as: str, reported: s
     assert given == [{reported: {"a": {}}, "GPU-other": {"b": {}}}]
 
 
+def test_workers_that_share_a_device_find_its_handles_each_by_its_own_name():
+    given, called = [], ["worker-0", "worker-1"]
+    rpc = lambda method, *args: called if method == "report_device_id" else given.extend(args)  # noqa: E731
+    subject = subject_from("suite.selftest.copied:TakesPairs")
+    half = HandlesEngine(subject, SimpleNamespace(rpc=rpc, devices=[{"id": "CPU-1"}, {"id": "CPU-1"}]))
+    half.connect("", 0, 1, 3)
+    half.receive([{"manifest": [], "handles": {"CPU-1": {"a": {}}}}])
+    half.transfer([])
+    assert given == [{"worker-0": {"a": {}}, "worker-1": {"a": {}}}]
+
+
 def test_a_reference_gets_handles_under_the_senders_key_whatever_it_reports():
     given = []
     rpc = lambda method, *args: ["mine"] if method == "report_device_id" else given.extend(args)  # noqa: E731

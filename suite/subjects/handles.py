@@ -24,14 +24,16 @@ class HandlesEngine(EngineHalf):
     def __init__(self, subject: "Handles", engine: Engine) -> None:
         super().__init__(subject, engine)
         self._plain = getattr(subject.load(), "weight_sync_handles", "") == PLAIN
-        self._reported: dict[str, str] = {}
+        self._reported: dict[str, set[str]] = {}  # what workers call a device, by its id
         self._handles: dict[str, dict] = {}
 
     def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Ask every worker for its device, as a training loop does before its first update."""
         reported = self.engine.rpc("report_device_id")
-        ids = [_bare(device["id"]) for device in self.engine.devices]
-        self._reported = {} if self._plain else dict(zip(ids, reported, strict=True))
+        self._reported = {}
+        if not self._plain:
+            for device, called in zip(self.engine.devices, reported, strict=True):
+                self._reported.setdefault(_bare(device["id"]), set()).add(called)
 
     def receive(self, announced: list[dict[str, Any]]) -> list[dict]:
         """Put the handles of all ranks together; ranks that share a device, as on CPUs, send the same."""
@@ -41,7 +43,8 @@ class HandlesEngine(EngineHalf):
             if not isinstance(handles, dict) or not all(isinstance(named, dict) for named in handles.values()):
                 raise ValueError(f"the trainer sent no {{device: {{name: handle}}}}, but {handles!r:.120}")
             for device, named in handles.items():
-                self._handles.setdefault(self._reported.get(_bare(device), device), {}).update(named)
+                for called in self._reported.get(_bare(device), {device}):
+                    self._handles.setdefault(called, {}).update(named)
         return manifest
 
     def transfer(self, manifest: list[dict]) -> None:
