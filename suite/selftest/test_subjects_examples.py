@@ -88,8 +88,9 @@ def test_a_pair_of_a_cpu_tensor_rebuilds_it(sender: HandleSender):
     assert torch.equal(function(*arguments), sent)
 
 
-def test_plain_handles_stay_as_they_are():
-    worker, handles = worker_with(weight_sync_handles="plain"), {"GPU-1": {"a": CUDA_HANDLE}}
+@pytest.mark.parametrize("said", [{"weight_sync_handles": "plain"}, {"weight_sync_sender": "theirs:Sender"}])
+def test_what_a_classs_own_sender_makes_stays_as_it_is(said: dict):
+    worker, handles = worker_with(**said), {"GPU-1": {"a": {"path": "anything"}}}
     assert adapted(worker, "update_weights_from_ipc_handles", [handles]) == [handles]
 
 

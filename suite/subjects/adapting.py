@@ -3,8 +3,9 @@ but plain data.
 
     weight_sync_dtype    "torch" or "text": what update_weight gets. Where a class does not say, torch where the
                          parameter is called dtype, else text.
-    weight_sync_handles  "plain" or "pairs": plain data, or the pairs that torch's reduce_tensor makes, which is what a
-                         class gets that does not say.
+    weight_sync_handles  "plain" or "pairs": what the sender made, under the device's own id, or the pairs that torch's
+                         reduce_tensor makes, under what the worker reported. Where a class does not say, plain if it
+                         names its sender, else pairs.
 """
 
 import inspect
@@ -25,10 +26,16 @@ def adapted(worker: Any, method: str, args: list) -> list:
     if method == "update_weight":
         name, dtype, shape = args
         return [name, _dtype(dtype) if _takes_torch(worker) else dtype, shape]
-    if method == "update_weights_from_ipc_handles" and getattr(worker, "weight_sync_handles", "pairs") == "pairs":
+    if method == "update_weights_from_ipc_handles" and takes_pairs(worker):
         (handles,) = args
         return [{device: _pairs(named, worker.device) for device, named in handles.items()}]
     return args
+
+
+def takes_pairs(extension: Any) -> bool:
+    """Whether an extension, or a worker that has it, takes handles as pairs."""
+    said = getattr(extension, "weight_sync_handles", "")
+    return said == "pairs" if said else not getattr(extension, "weight_sync_sender", "")
 
 
 def _takes_torch(worker: Any) -> bool:

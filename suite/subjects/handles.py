@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from suite.stages import Stage
+from suite.subjects.adapting import takes_pairs
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf, load
-
-PLAIN = "plain"  # an extension's `weight_sync_handles` where it takes handles as they travel, by the device's own id
 
 EXAMPLES_SENDER = "suite.subjects.example_senders:IpcSender"  # of an extension that names none
 NO_IPC_ON_CPU = (
@@ -18,12 +17,12 @@ NO_IPC_ON_CPU = (
 class HandlesEngine(EngineHalf):
     """Asks the workers for their devices, and gives them the handles of all ranks of the trainer.
 
-    An extension that does not say that it takes plain handles finds them under what its workers reported.
+    An extension that takes pairs finds them under what its workers reported.
     """
 
     def __init__(self, subject: "Handles", engine: Engine) -> None:
         super().__init__(subject, engine)
-        self._plain = getattr(subject.load(), "weight_sync_handles", "") == PLAIN
+        self._by_report = takes_pairs(subject.load())
         self._reported: dict[str, set[str]] = {}  # what workers call a device, by its id
         self._handles: dict[str, dict] = {}
 
@@ -31,7 +30,7 @@ class HandlesEngine(EngineHalf):
         """Ask every worker for its device, as a training loop does before its first update."""
         reported = self.engine.rpc("report_device_id")
         self._reported = {}
-        if not self._plain:
+        if self._by_report:
             for device, called in zip(self.engine.devices, reported, strict=True):
                 self._reported.setdefault(_bare(device["id"]), set()).add(called)
 
