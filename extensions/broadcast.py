@@ -19,6 +19,7 @@ class WorkerExtension(UpdateBracket):
     Call the methods on all workers through `collective_rpc`, while the trainer's `BroadcastSender` does its half.
     """
 
+    weight_sync_sender = "extensions.broadcast:BroadcastSender"
     _weight_sync_group: Communicator | None = None
 
     def init_weight_update_group(

@@ -18,6 +18,8 @@ from extensions.segments import SharedSegment
 class ColocateWorkerExtension(UpdateBracket):
     """Maps the trainer's tensors into the worker's process; give it to vLLM as `worker_extension_cls`."""
 
+    weight_sync_sender, weight_sync_handles = "extensions.colocate:HandleSender", "plain"
+
     def report_device_id(self) -> str:
         """The id of this worker's device, the same in every process: the key under which its handles are sent."""
         return device_id(self.device)

@@ -167,7 +167,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         verdicts.not_applicable(f"{params['stage'].name}: {params['stage'].reason}")
     subject = params.get("subject")
     if isinstance(params.get("stage"), Stage) and isinstance(subject, Subject):
-        reason = params["stage"].refuses(subject.transport)
+        reason = subject.unfit(params["stage"])
         if reason:
             verdicts.not_applicable(reason)
     if requirement and isinstance(subject, Subject) and requirement.id in subject.lacks:

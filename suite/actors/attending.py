@@ -1,52 +1,42 @@
 """A trainer sends while it listens to the engines: where one fails, the sending ends too."""
 
 import threading
-import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-import torch
-
-from suite.actors.link import Link, LinkError
-
-TOLD_S = 2.0  # how long a side that was told of the other's failure has to end its own half
+from suite.actors.dialogue import REFUSED, TOLD_S, Line, Refused, TrainerSide
+from suite.actors.link import LinkError
 
 
-class Refused(RuntimeError):
-    """An engine refused the update; nothing, or not all, was sent."""
+class Sends(Protocol):
+    """What is attended to: the trainer's half of a subject."""
+
+    def send(self, tensors: Any, acknowledged: Callable[[], None]) -> int:
+        """Send all tensors; `acknowledged()` waits until all engines have ended. Returns the bytes sent."""
+
+    def abort(self, reason: str) -> None:
+        """End a send() in another thread, where that can be done."""
 
 
-def send_attended(
-    sender: Any,
-    named_tensors: Iterable[tuple[str, torch.Tensor]],
-    engines: tuple[Link, ...],
-    deadline_s: float,
-    sent_all: Callable[[], None],
-) -> int:
+def send_attended(sender: Sends, tensors: Any, trainer: TrainerSide, sent_all: Callable[[], None]) -> int:
     """Have `sender` send, call `sent_all`, and wait until all engines have acknowledged. Returns the bytes sent.
 
     Where an engine refuses meanwhile or is gone, or where all have ended and the sender still sends `TOLD_S` later, the
-    sender's `abort(reason)` is called, if it has one, and Refused says why. A sender without `abort` may never come
-    back: whoever started this process ends it then. What the sender itself raises is raised, after its `abort`.
+    sender's `abort(reason)` is called, and Refused says why. A sender that can't be aborted may never come back:
+    whoever started this process ends it then. What the sender itself raises is raised, after its `abort`.
     """
-    attending = _Attending(sender, engines, deadline_s)
+    attending = _Attending(sender, trainer)
     try:
-        sent = sender.send(named_tensors)
+        sent = sender.send(tensors, attending.expect_ended)
     except Exception as error:
-        if attending.reason:
+        if attending.reason and not isinstance(error, Refused):
             raise Refused(attending.reason) from error
         attending.abort(f"the trainer's sender raised {type(error).__name__}: {error}")
         raise
     attending.sent.set()
     sent_all()
-    expect_ended(attending.answers(deadline_s))
+    attending.expect_ended()
     return sent
-
-
-def expect_ended(answers: list[dict[str, Any]]) -> None:
-    """Raises Refused where an engine says that it has refused."""
-    if refusals := [answer["refused"] for answer in answers if "refused" in answer]:
-        raise Refused("; ".join(refusals))
 
 
 class _Attending:
@@ -55,35 +45,40 @@ class _Attending:
     reason: why the sending was aborted; empty as long as it was not.
     """
 
-    def __init__(self, sender: Any, engines: tuple[Link, ...], deadline_s: float) -> None:
-        self._sender, self._deadline = sender, time.monotonic() + deadline_s
+    def __init__(self, sender: Sends, trainer: TrainerSide) -> None:
+        self._sender, self._deadline_s = sender, trainer.deadline_s
         self._changed = threading.Condition()
-        self._said: dict[int, dict[str, Any] | LinkError] = {}
-        self._engines = len(engines)
+        self._said: dict[int, tuple[str, Any] | LinkError] = {}
+        self._engines = len(trainer.lines)
         self.sent = threading.Event()
         self.reason = ""
-        for index, engine in enumerate(engines):
-            threading.Thread(target=self._listen, args=(index, engine, deadline_s), daemon=True).start()
+        for index, line in enumerate(trainer.lines):
+            threading.Thread(target=self._listen, args=(index, line), daemon=True).start()
 
-    def answers(self, deadline_s: float) -> list[dict[str, Any]]:
-        """What the engines said, once all have; raises LinkError for one that is gone or silent."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: len(self._said) == self._engines, deadline_s + TOLD_S):
-                raise LinkError(f"{self._engines - len(self._said)} engines have not answered within {deadline_s:g} s")
-        answers = [self._said[index] for index in range(self._engines)]
-        if gone := next((answer for answer in answers if isinstance(answer, LinkError)), None):
+    def expect_ended(self) -> None:
+        """Wait for all engines. Raises Refused where one refuses, LinkError for one that is gone or silent."""
+        said = self._all_said()
+        if gone := next((heard for heard in said if isinstance(heard, LinkError)), None):
             raise gone
-        return answers
+        if refusals := [why for what, why in said if what == REFUSED]:
+            raise Refused("; ".join(refusals))
 
     def abort(self, reason: str) -> None:
         """End the sending, where the sender can be made to."""
         self.reason = self.reason or reason
-        if hasattr(self._sender, "abort"):
-            self._sender.abort(reason)
+        self._sender.abort(reason)
 
-    def _listen(self, index: int, engine: Link, deadline_s: float) -> None:
+    def _all_said(self) -> list[tuple[str, Any] | LinkError]:
+        wait_s = self._deadline_s + TOLD_S
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._said) == self._engines, wait_s):
+                silent = self._engines - len(self._said)
+                raise LinkError(f"{silent} engines have not answered within {self._deadline_s:g} s")
+        return [self._said[index] for index in range(self._engines)]
+
+    def _listen(self, index: int, line: Line) -> None:
         try:
-            said: dict[str, Any] | LinkError = engine.receive(deadline_s)
+            said: tuple[str, Any] | LinkError = line.hear(self._deadline_s)
         except LinkError as error:
             said = error
         with self._changed:
@@ -92,8 +87,8 @@ class _Attending:
             all_said = len(self._said) == self._engines
         if isinstance(said, LinkError):
             self._abort_sending(f"an engine was lost during the transfer: {said}")
-        elif "refused" in said:
-            self._abort_sending(said["refused"])
+        elif said[0] == REFUSED:
+            self._abort_sending(said[1])
         elif all_said and not self.sent.wait(TOLD_S):
             self._abort_sending(f"all engines ended the update, and {TOLD_S:g} s later it was still being sent")
 

@@ -4,24 +4,13 @@ import os
 import time
 from typing import Any
 
-from suite.actors.link import CALLED_OFF, Link, LinkError, Listener, Silent
+from suite.actors.dialogue import EngineSide
+from suite.actors.link import Link, Listener
 from suite.actors.probe import EXTENSION, PROBED
 from suite.actors.watch import Watch
-from suite.subjects import Subject, load
+from suite.subjects import from_plain
 
 LINK_WAIT_S = 60.0
-
-
-class Cancelled(RuntimeError):
-    """The trainer called the update off: another engine has refused it, say."""
-
-
-class NotAnnounced(RuntimeError):
-    """The trainer announced nothing in time: the subject has not been called, neither here nor there."""
-
-
-class TrainerFailed(RuntimeError):
-    """The trainer's half of the update has failed before the transfer."""
 
 
 class WorkerError(RuntimeError):
@@ -33,7 +22,7 @@ class Engine:
 
     Args:
         model: directory of the checkpoint (or of its config, with `load_format="dummy"` in options).
-        subject: {"name", "extension", "transport"} of the subject.
+        subject: `Subject.plain()` of the subject.
         link_path: Unix socket on which trainers are awaited.
         tensor_parallel_size: ranks of the engine.
         oracle_path: where to write the weights it starts with, for others to be compared with; None for nowhere.
@@ -60,17 +49,18 @@ class Engine:
             tensor_parallel_size=tensor_parallel_size,
             worker_extension_cls=PROBED,
             skip_tokenizer_init=True,
+            **self._subject.engine_arguments(),
             **options,
         )
         self._watch = Watch()
-        self._devices = self.rpc("probe_device")
-        self._watch.look_after([device["pid"] for device in self._devices])
+        self.devices = self.rpc("probe_device")
+        self._watch.look_after([device["pid"] for device in self.devices])
         if oracle_path is not None:
             self.rpc("probe_save", oracle_path)
 
     def facts(self) -> dict:
         """Which devices the workers are on."""
-        return {"devices": self._devices}
+        return {"devices": self.devices}
 
     def become(self, subject: dict) -> None:
         """Exchange the workers' extension for another subject's. Trainers have to connect anew."""
@@ -121,9 +111,13 @@ class Engine:
         """Forget keys and values of earlier prompts, which old weights have computed."""
         return bool(self._llm.reset_prefix_cache())
 
-    def join_group(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
-        """Have the workers join the trainer's group."""
-        self.rpc("init_weight_update_group", address, port, rank_offset, world_size)
+    def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
+        """Meet the trainer, in whatever way the subject does; see `EngineHalf.connect`."""
+        self._half.connect(address, port, rank_offset, world_size)
+
+    def half(self, step: str, *args: Any) -> Any:
+        """Take a single step of an update: "begin", "end", "abort" or "state" of the subject's `EngineHalf`."""
+        return getattr(self._half, step)(*args)
 
     def accept(self, trainer_ranks: int) -> None:
         """Await this many trainer ranks; lines to earlier trainers are closed."""
@@ -153,38 +147,32 @@ class Engine:
         `reset_cache=False` leaves out what the extension asks of its caller, `bracket=False` the calls that say where
         the update begins and ends. Raises what the extension raised, after telling the trainer.
         """
-        started, brackets = time.monotonic(), self._brackets and bracket
+        started, half, said = time.monotonic(), self._half, EngineSide(self._links, deadline_s)
         try:
-            announced = [self._announcement(link, deadline_s) for link in self._links]
-            manifest = announced[0]["manifest"]
+            announced = said.announced()
             arrived = time.monotonic()
-            if brackets:
-                self.rpc("begin_update", manifest)
+            manifest = half.receive(announced)
+            if bracket:
+                half.begin(manifest)
         except Exception as error:
-            self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)
+            said.refuse(error)
             raise
-        self._answer({"ready": True}, deadline_s)
         try:
-            decisions = [_expect_well(link.receive(deadline_s)) for link in self._links]
-            if any(decision != {"go": True} for decision in decisions):
-                raise Cancelled(CALLED_OFF)
+            said.expect_go()
             begun = time.monotonic()
-            self._transfer(manifest, announced)
+            half.transfer(manifest)
             transferred = time.monotonic()
-            if brackets:
-                self.rpc("end_update")
-            if reset_cache and not self._resets_cache:
+            if bracket:
+                half.end()
+            if reset_cache and not half.resets_cache:
                 self.reset_prefix_cache()
         except Exception as error:
-            if not isinstance(
-                error, Cancelled | TrainerFailed
-            ):  # before aborting, which a dead worker may make impossible
-                self._answer({"refused": f"{type(error).__name__}: {error}"}, deadline_s)
-            if brackets:
+            said.refuse(error)  # before aborting, which a dead worker may make impossible
+            if bracket:
                 self._abort(error)
             raise
         ended = time.monotonic()
-        self._answer({"ended": True}, deadline_s)
+        said.ended()
         steps_s = {"begin": begun - arrived, "transfer": transferred - begun, "end": ended - transferred}
         return {"started_s": started, "ended_s": ended, "steps_s": steps_s}
 
@@ -205,55 +193,14 @@ class Engine:
             shutdown()
 
     def _examine(self, subject: dict) -> None:
-        self._subject = Subject(**subject)
-        extension = load(self._subject.extension)
-        self._brackets = hasattr(extension, "begin_update")
-        self._resets_cache = getattr(extension, "weight_sync_resets_cache", False)
-
-    def _transfer(self, manifest: list[dict], announced: list[dict]) -> None:
-        if self._subject.transport == "broadcast":
-            for entry in manifest:
-                self.rpc("update_weight", entry["name"], entry["dtype"], entry["shape"])
-            return
-        handles: dict[str, dict] = {}
-        for message in announced:
-            for device, named in message["handles"].items():
-                handles.setdefault(device, {}).update(named)  # ranks that share a device, as on CPUs, send the same
-        self.rpc("update_weights_from_ipc_handles", handles)
-
-    def _announcement(self, link: Link, deadline_s: float) -> dict:
-        """What a trainer's rank announces, where it is an announcement."""
-        try:
-            message = _expect_well(link.receive(deadline_s))
-        except Silent as error:
-            raise NotAnnounced(f"expected a trainer's rank to announce the update: {error}") from error
-        expected = {"manifest", "handles"} if self._subject.transport == "handles" else {"manifest"}
-        if message.keys() != expected:
-            raise LinkError(f"the trainer sent {sorted(message)!r:.120}, expected {sorted(expected)}")
-        handles = message.get("handles", {})
-        if not isinstance(handles, dict) or not all(isinstance(named, dict) for named in handles.values()):
-            raise LinkError(f"the trainer sent no {{device: {{name: handle}}}}, but {handles!r:.120}")
-        return message
+        self._subject = from_plain(subject)
+        self._half = self._subject.engine_half(self)
 
     def _abort(self, cause: Exception) -> None:
         try:
-            self.rpc("abort_update")
+            self._half.abort()
         except Exception as error:
             cause.add_note(f"nor could the update be aborted: {type(error).__name__}: {error}")
-
-    def _answer(self, message: dict, deadline_s: float) -> None:
-        for link in self._links:
-            try:
-                link.send(message, deadline_s)
-            except LinkError as error:
-                print(f"the trainer was not told {message}: {error}")  # goes to the log; the call itself says why
-
-
-def _expect_well(message: dict) -> dict:
-    """A trainer's message, unless it says that the trainer's half has failed."""
-    if "failed" in message:
-        raise TrainerFailed(f"the trainer's half of the update failed: {message['failed']}")
-    return message
 
 
 def _continuation(output: Any) -> dict:

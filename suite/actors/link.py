@@ -13,7 +13,6 @@ from typing import Any
 
 from suite.processes import wire
 
-CALLED_OFF = "the trainer called the update off"
 GREETING = b"weight-sync 1\n"  # the first thing that a trainer's rank says: a peer that does not is none
 STRANGERS = 16  # how many peers that say nothing are kept waiting
 
@@ -30,7 +29,7 @@ class Link:
     """One connected line. Both sides call `send` and `receive`."""
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
-        self._sock, self._peer = sock, peer
+        self._sock, self.peer = sock, peer
 
     def send(self, message: dict[str, Any], deadline_s: float) -> None:
         """Send plain data. Raises LinkError where the peer is gone or takes nothing for `deadline_s`."""
@@ -38,7 +37,7 @@ class Link:
             self._sock.settimeout(deadline_s)
             wire.send(self._sock, message)
         except OSError as error:
-            raise LinkError(f"{self._peer} could not be sent {sorted(message)}: {error!r}") from error
+            raise LinkError(f"{self.peer} could not be sent {sorted(message)}: {error!r}") from error
 
     def receive(self, deadline_s: float) -> dict[str, Any]:
         """The next message. Raises LinkError where the peer is gone or sends nonsense, Silent after `deadline_s`."""
@@ -46,11 +45,11 @@ class Link:
         try:
             message = wire.receive(self._sock, wait=lambda: self._sock.settimeout(_left(deadline)))
         except TimeoutError:
-            raise Silent(f"{self._peer} sent nothing for {deadline_s:g} s") from None
+            raise Silent(f"{self.peer} sent nothing for {deadline_s:g} s") from None
         except (EOFError, OSError, wire.WireError) as error:
-            raise LinkError(f"{self._peer} is gone or sends nonsense: {error!r}") from error
+            raise LinkError(f"{self.peer} is gone or sends nonsense: {error!r}") from error
         if not isinstance(message, dict):
-            raise LinkError(f"{self._peer} sends nonsense: expected a mapping, found {message!r:.80}")
+            raise LinkError(f"{self.peer} sends nonsense: expected a mapping, found {message!r:.80}")
         return message
 
     def close(self) -> None:

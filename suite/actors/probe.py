@@ -20,6 +20,7 @@ from extensions.group import Communicator, stateless_init_process_group
 from extensions.model.weights import applied_weight, effective_weights
 from suite.actors import memory
 from suite.subjects import load
+from suite.subjects.adapting import adapted
 
 EXTENSION = "WEIGHT_SYNC_EXTENSION"
 PROBED = "suite.actors.probe.ProbedExtension"
@@ -40,7 +41,7 @@ class Probe:
         travels as a result leaves the queues in step, and tells what every rank found.
         """
         try:
-            return {"result": getattr(self, method)(*args)}
+            return {"result": getattr(self, method)(*adapted(self, method, args))}
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 

@@ -1,62 +1,114 @@
-"""The trainer's half of every update, whatever trains: it needs `named_tensors`, `named_layout`, `rank`,
-`world_size` and `device`.
-"""
+"""The trainer's half of every update, beside whatever trains. What is sent how is the subject's."""
 
-import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 
-from extensions.broadcast import BroadcastSender
-from extensions.colocate import HandleSender
-from extensions.group import Communicator, stateless_init_process_group
 from extensions.manifest import manifest_of
-from suite.actors import link, memory
-from suite.actors.attending import TOLD_S, Refused, expect_ended, send_attended
-from suite.subjects import SENDERS, load
+from suite.actors import link
+from suite.actors.attending import send_attended
+from suite.actors.dialogue import CALLED_OFF, Refused, TrainerSide
+from suite.subjects import Subject, from_plain
+from suite.subjects.protocol import TrainerHalf
+
+Named = Iterator[tuple[str, torch.Tensor]]
 
 
-class Sending:
-    """Mixed into the trainer. Several engines may be fed at once."""
+class Trains(Protocol):
+    """A rank of what trains. The methods are those of suite.actors.trainer.Trainer."""
 
     rank: int
     world_size: int
     device: torch.device
 
-    _links: tuple[link.Link, ...] = ()
-    _fault: dict | None = None
-    _call_off: bool = False
-    _sender: str = ""
-    _broadcaster: BroadcastSender | None = None
-    _hander: HandleSender | None = None
-    _roofline: Communicator | None = None
-    _roofline_buffer: torch.Tensor | None = None
+    def named_tensors(self, order: str, alter: dict[str, Any] | None) -> Named:
+        """Whole tensors by name; all ranks gather them together."""
 
-    def connect(self, link_paths: list[str], deadline_s: float, sender: str = "") -> None:
-        """Connect to the engines that listen at these paths, and hang up on earlier ones.
+    def named_layout(self, order: str, alter: dict[str, Any] | None) -> Named:
+        """The same without data."""
 
-        `sender` is `pkg.module:Class` of what sends to them; by default the reference's for the transport.
+
+class Fault:
+    """What a test has happen to this process, or to another, in an update.
+
+    Args:
+        asked: {"moment": "before" | "during" | "after" the transfer, "signal": "KILL" or "STOP"} and the "pid" that is
+            struck, where that is not this process; None for nothing.
+    """
+
+    def __init__(self, asked: dict | None) -> None:
+        self._asked = asked
+
+    def strike(self, moment: str) -> None:
+        """Strike, if this is the moment."""
+        if self._asked and self._asked["moment"] == moment:
+            number = signal.Signals[f"SIG{self._asked['signal']}"]
+            os.kill(self._asked.get("pid", os.getpid()), number)
+
+
+class Outgoing:
+    """The tensors of one update, as a subject's half gets them."""
+
+    def __init__(self, trainer: Trains, order: str, alter: dict | None, fault: Fault) -> None:
+        self._trainer, self._how, self._fault = trainer, (order, alter), fault
+        self._held: list[tuple[str, torch.Tensor]] = []
+        self.count = 0
+
+    def held(self) -> list[tuple[str, torch.Tensor]]:
+        """All of them at once, from now on."""
+        self._held = self._held or list(self._trainer.named_tensors(*self._how))
+        return self._held
+
+    def manifest(self) -> list[dict]:
+        """[{"name", "dtype", "shape"}, ...], in the order of sending."""
+        manifest = manifest_of(self._held or self._trainer.named_layout(*self._how))
+        self.count = len(manifest)
+        return manifest
+
+    def gather(self) -> None:
+        """Take part in gathering, which all ranks do: another one sends."""
+        for _ in self._trainer.named_tensors(*self._how):
+            pass
+
+    def __iter__(self) -> Named:
+        """One after the other; a fault may strike half way."""
+        for index, named in enumerate(self._held or self._trainer.named_tensors(*self._how)):
+            if index == self.count // 2:
+                self._fault.strike("during")
+            yield named
+
+
+class Sending:
+    """One rank's half of updates. Several engines may be fed at once."""
+
+    def __init__(self, trainer: Trains) -> None:
+        self._trainer = trainer
+        self._subject: Subject | None = None
+        self._half: TrainerHalf | None = None
+        self._links: tuple[link.Link, ...] = ()
+
+    def connect(self, subject: dict, link_paths: list[str], deadline_s: float) -> None:
+        """Be a rank of this subject, and let go of earlier engines. A rank that speaks gets a line to each engine.
+
+        `subject` is `Subject.plain()`, `link_paths` where the engines listen.
         """
-        if self._hander is not None:
-            self._hander.release()
-        self._hander, self._sender = None, sender
-        for old in self._links:
-            old.close()
-        self._links = tuple(link.connect(path, deadline_s) for path in link_paths)
+        self.close()
+        self._subject = from_plain(subject)
+        self._half = self._subject.trainer_half(self._trainer)
+        if self._speaks:
+            self._links = tuple(link.connect(path, deadline_s) for path in link_paths)
 
-    def open_group(self, address: str, port: int, world_size: int) -> None:
-        """Serve the group of this trainer's rank 0 and all workers of the connected engines."""
-        if self._broadcaster is not None:
-            self._broadcaster.close()
-        self._broadcaster = load(self._sender or SENDERS["broadcast"])(address, port, world_size, self.device)
+    def invite(self, address: str, port: int, world_size: int) -> None:
+        """Meet the engines, in whatever way the subject does."""
+        if self._speaks:
+            self._half.invite(address, port, world_size)
 
     def update(
         self,
-        transport: str,
         deadline_s: float,
         order: str = "checkpoint",
         alter: dict | None = None,
@@ -67,128 +119,60 @@ class Sending:
         """This rank's half of one update. Returns when it started and ended (monotonic clock) and what was sent.
 
         `order` and `alter` are those of `named_tensors`. `relabel` names the device of the handles falsely; where it
-        is empty there are none. `fault` has {"moment": "before" | "during" | "after" the transfer, "signal": "KILL" or
-        "STOP"} sent to this process then, or to that of "pid". `call_off` ends the update when all engines have begun
-        it. Raises Refused where an engine refuses, and where it is called off. What else it raises, engines are told.
+        is empty there are none. `fault` is that of `Fault`. `call_off` ends the update when all engines have begun it.
+        Raises Refused where an engine refuses, and where it is called off. What else it raises, engines are told.
         """
-        started, self._fault, self._call_off = time.monotonic(), fault, call_off
+        started, striking = time.monotonic(), Fault(fault)
+        tensors, said = Outgoing(self._trainer, order, alter, striking), TrainerSide(self._links, deadline_s)
         try:
-            if transport == "broadcast":
-                sent = self._update_by_broadcast(deadline_s, order, alter)
-            else:
-                sent = self._update_by_handles(deadline_s, order, alter, relabel)
+            self._agree(said, striking, self._announcement(tensors, relabel), call_off)
+            sent = self._send(tensors, said, striking)
         except Refused:
+            self._half.release()
             raise
-        except Exception as error:
-            self._say_failed(error)
+        except Exception as error:  # an engine may still read what was handed over
+            said.failed(error)
             raise
-        return {"started_s": started, "ended_s": time.monotonic(), **sent}
+        self._half.release()
+        return {"started_s": started, "ended_s": time.monotonic(), "bytes_sent": sent, "tensors": tensors.count}
 
-    def join_roofline(self, address: str, port: int, world_size: int) -> None:
-        """Serve the probes' group."""
-        if self._roofline is not None:
-            self._roofline.close()
-        self._roofline = stateless_init_process_group(address, port, 0, world_size, self.device)
+    def close(self) -> None:
+        """Hang up, and let go of what was handed over and of whom it went to."""
+        if self._half is not None:
+            self._half.close()
+        for old in self._links:
+            old.close()
+        self._half, self._links = None, ()
 
-    def send_roofline(self, nbytes: int) -> dict:
-        """Broadcast `nbytes`, piece by piece; returns when it started and ended (monotonic clock)."""
-        piece = min(nbytes, memory.PIECE_BYTES)
-        if self._roofline_buffer is None or self._roofline_buffer.numel() != piece:
-            self._roofline_buffer = torch.ones(piece, dtype=torch.uint8, device=self.device)
-        started = time.monotonic()
-        for count in memory.pieces(nbytes):
-            self._roofline.broadcast(self._roofline_buffer[:count], src=0)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return {"started_s": started, "ended_s": time.monotonic()}
+    @property
+    def _speaks(self) -> bool:
+        return self._trainer.rank < self._subject.speakers(self._trainer.world_size)
 
-    def disconnect(self) -> None:
-        """Close groups and lines, and release what was handed over."""
-        for closing in (self._broadcaster, self._roofline, *self._links):
-            if closing is not None:
-                closing.close()
-        if self._hander is not None:
-            self._hander.release()
-        self._broadcaster = self._roofline = self._roofline_buffer = self._hander = None
-        self._links = ()
+    def _announcement(self, tensors: Outgoing, relabel: str | None) -> dict[str, Any]:
+        announced = self._half.announce(tensors) if self._speaks else {}
+        announced = self._half.mislabelled(announced, relabel) if relabel is not None else announced
+        return {"manifest": tensors.manifest(), **announced}
 
-    def _update_by_broadcast(self, deadline_s: float, order: str, alter: dict | None) -> dict:
-        manifest = manifest_of(self.named_layout(order, alter))
-        go = True
-        if self.rank == 0:
-            refusals = self._announce({"manifest": manifest}, deadline_s)
-            go = not refusals
-        if not self._agreed(go):
-            raise Refused("; ".join(refusals) if self.rank == 0 else "an engine refused rank 0's update")
-        sent = 0
-        if self.rank == 0:
-            named = self._struck_half_way(self.named_tensors(order, alter), len(manifest))
-            sent = send_attended(self._broadcaster, named, self._links, deadline_s, lambda: self._strike("after"))
-        else:
-            for _ in self.named_tensors(order, alter):
-                pass  # every rank takes part in gathering; rank 0 sends
-        return {"bytes_sent": sent, "tensors": len(manifest)}
+    def _agree(self, said: TrainerSide, fault: Fault, announcement: dict[str, Any], call_off: bool) -> None:
+        """Announce the update, and have all engines start it and all ranks send it, or none. Raises Refused."""
+        refusals = said.announce(announcement)
+        if call_off and said.lines and not refusals:
+            refusals.append(CALLED_OFF)
+        fault.strike("before")
+        said.decide(go=not refusals)
+        if not self._all_agree(not refusals):
+            raise Refused("; ".join(refusals) or "an engine refused another rank's update")
 
-    def _update_by_handles(self, deadline_s: float, order: str, alter: dict | None, relabel: str | None) -> dict:
-        if self._hander is None:
-            self._hander = load(self._sender or SENDERS["handles"])(self.device)
-        named = list(self.named_tensors(order, alter))
-        handles = self._hander.handles(named)
-        if relabel is not None:
-            handles = {relabel: next(iter(handles.values()))} if relabel else {}
-        manifest = manifest_of(named)
-        refusals = self._announce({"manifest": manifest, "handles": handles}, deadline_s)
-        if not refusals:
-            self._strike("during")
-            self._await_end(deadline_s)
-            self._strike("after")
-        if self.device.type == "cuda":
-            self._hander.release()
-        if refusals:
-            raise Refused("; ".join(refusals))
-        return {"bytes_sent": sum(t.numel() * t.element_size() for _, t in named), "tensors": len(named)}
+    def _send(self, tensors: Outgoing, said: TrainerSide, fault: Fault) -> int:
+        if not self._speaks:
+            tensors.gather()
+            return 0
+        return send_attended(self._half, tensors, said, lambda: fault.strike("after"))
 
-    def _announce(self, message: dict[str, Any], deadline_s: float) -> list[str]:
-        """Announce the update to all engines, and have all start it or none. Returns why engines refused."""
-        for engine in self._links:
-            engine.send(message, deadline_s)
-        answers = [engine.receive(deadline_s) for engine in self._links]
-        refusals = [answer["refused"] for answer in answers if "refused" in answer]
-        if self._call_off and not refusals:
-            refusals.append(link.CALLED_OFF)
-        self._strike("before")
-        for engine, answer in zip(self._links, answers, strict=True):
-            if "refused" not in answer:
-                engine.send({"go": not refusals}, deadline_s)
-        return refusals
-
-    def _await_end(self, deadline_s: float) -> None:
-        """Wait until every engine has acknowledged: only then may the tensors be changed or freed."""
-        expect_ended([engine.receive(deadline_s) for engine in self._links])
-
-    def _say_failed(self, error: Exception) -> None:
-        """Tell the engines, which may wait for what now never comes."""
-        for engine in self._links:
-            with contextlib.suppress(link.LinkError):
-                engine.send({"failed": f"{type(error).__name__}: {error}"}, TOLD_S)
-
-    def _agreed(self, go: bool) -> bool:
-        """Rank 0's decision, on all ranks of the trainer."""
-        if self.world_size == 1:
+    def _all_agree(self, go: bool) -> bool:
+        """Rank 0's decision, on the ranks that hear no engine themselves."""
+        if self._subject.speakers(self._trainer.world_size) == self._trainer.world_size:
             return go
-        decision = torch.tensor([int(go)], device=self.device)
+        decision = torch.tensor([int(go)], device=self._trainer.device)
         torch.distributed.broadcast(decision, src=0)
         return bool(decision.item())
-
-    def _struck_half_way(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], count: int
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for index, named in enumerate(named_tensors):
-            if index == count // 2:
-                self._strike("during")
-            yield named
-
-    def _strike(self, moment: str) -> None:
-        if self._fault and self._fault["moment"] == moment:
-            number = signal.Signals[f"SIG{self._fault['signal']}"]
-            os.kill(self._fault.get("pid", os.getpid()), number)

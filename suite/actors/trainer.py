@@ -17,6 +17,7 @@ from extensions.devices import device_id
 from extensions.group import prepare
 from suite import models
 from suite.actors import checkpoint, memory, oracles
+from suite.actors.roofline import Roofline
 from suite.actors.sending import Sending
 
 GROUP_TIMEOUT = timedelta(seconds=120)
@@ -27,7 +28,7 @@ class LoadError(RuntimeError):
     """A checkpoint that does not hold exactly the model's tensors."""
 
 
-class Trainer(Sending):
+class Trainer:
     """One rank of a trainer. With several ranks, every method but the memory ones is called on all of them at once."""
 
     def __init__(
@@ -46,6 +47,7 @@ class Trainer(Sending):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self._mesh = self._join(master_address, master_port) if world_size > 1 else None
+        self._sending, self._roofline = Sending(self), Roofline(self.device)
         self._forget()
 
     def warm_up(self) -> None:
@@ -67,10 +69,31 @@ class Trainer(Sending):
 
     def close(self) -> None:
         """Let go of engines, model and group."""
-        self.disconnect()
+        self._sending.close()
+        self._roofline.close()
         self._forget()
         if self._mesh is not None:
             torch.distributed.destroy_process_group()
+
+    def connect(self, subject: dict, link_paths: list[str], deadline_s: float) -> None:
+        """Connect to the engines that listen at these paths; see `Sending.connect`."""
+        self._sending.connect(subject, link_paths, deadline_s)
+
+    def invite(self, address: str, port: int, world_size: int) -> None:
+        """Meet the engines before the first update; see `Sending.invite`."""
+        self._sending.invite(address, port, world_size)
+
+    def update(self, deadline_s: float, **how: Any) -> dict:
+        """This rank's half of one update; see `Sending.update`."""
+        return self._sending.update(deadline_s, **how)
+
+    def join_roofline(self, address: str, port: int, world_size: int) -> None:
+        """Serve the group of the probes in the workers."""
+        self._roofline.join(address, port, world_size)
+
+    def send_roofline(self, nbytes: int) -> dict:
+        """Broadcast so many bytes to the probes; see `Roofline.send`."""
+        return self._roofline.send(nbytes)
 
     def load(self, path: str, dtype: str = "bfloat16") -> dict[str, int]:
         """Load a checkpoint directory as transformers does, in place of what was held; its sizes.

@@ -7,9 +7,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from suite.benchmarks import pace
 from suite.benchmarks.clock import moved_clock
+from suite.driver.moving import Moved
 from suite.driver.pool import Pool
 from suite.driver.room import GB
-from suite.driver.sync import Moved, Sync
+from suite.driver.sync import Sync
 
 ROUNDS = 10
 SEED = 1

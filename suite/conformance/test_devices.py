@@ -9,6 +9,7 @@ import pytest
 
 from suite.conformance.requirements import MUST, requirement
 from suite.driver.engines import EngineKey
+from suite.driver.expected import expect
 from suite.driver.pool import Pool
 from suite.driver.sync import Sync
 from suite.driver.trainers import Trainers
@@ -120,8 +121,8 @@ def test_remap(remapped: Callable[[], Sync], target: int, visibility: Visibility
     expected = visibility.device(machine().devices)
     engine = sync.engines[0].facts["devices"][0]
     trainer = sync.trainer.processes[0].ready()
-    assert engine["id"] == expected, f"expected the engine on {expected}, found {engine} {sync.where}"
-    assert trainer["device_id"] == expected, f"expected the trainer on {expected}, found {trainer} {sync.where}"
+    expect(engine["id"] == expected, f"the engine on {expected}", engine, sync.where)
+    expect(trainer["device_id"] == expected, f"the trainer on {expected}", trainer, sync.where)
     for seed in (target, sync.seed):
         sync.load(seed)
         sync.update()
@@ -141,16 +142,14 @@ def test_remap(remapped: Callable[[], Sync], target: int, visibility: Visibility
 )
 def test_identity(sync: Sync) -> None:
     found = [device["id"] for device in sync.engines[0].facts["devices"]]
-    assert found == list(sync.stage.devices_of_engine()), (
-        f"expected the engine on {sync.stage.devices_of_engine()} as NVML lists them, found {found} {sync.where}"
-    )
+    devices = list(sync.stage.devices_of_engine())
+    expect(found == devices, f"the engine on {devices} as NVML lists them", found, sync.where)
     trainer = [process.ready()["device_id"] for process in sync.trainer.processes]
-    assert trainer == list(sync.stage.trainer_devices), (
-        f"expected the trainer's ranks on {sync.stage.trainer_devices}, found {trainer} {sync.where}"
-    )
-    if sync.subject.transport == "handles":
+    devices = list(sync.stage.trainer_devices)
+    expect(trainer == devices, f"the trainer's ranks on {devices}", trainer, sync.where)
+    if sync.subject.can("report_device_id"):
         reported = sync.call_engines("report_device_id")[0]
-        assert reported == found, f"expected the extension to report {found}, found {reported} {sync.where}"
+        expect(reported == found, f"the extension to report {found}", reported, sync.where)
 
 
 @requirement(
@@ -163,8 +162,6 @@ def test_identity(sync: Sync) -> None:
     models=[TIED],
 )
 def test_wrong_handle(sync: Sync, target: int) -> None:
-    if sync.subject.transport != "handles":
-        verdicts.unsupported(f"{sync.subject.name} takes no handles")
     own = sync.engines[0].facts["devices"][0]["id"]
     others = [device.uuid for device in machine().devices if device.uuid not in sync.stage.engine_devices][:1]
     sync.load(sync.seed)
@@ -173,8 +170,8 @@ def test_wrong_handle(sync: Sync, target: int) -> None:
     sync.load(target)
     for label in (UNKNOWN_DEVICE, "", *others):
         error = sync.refusal(DEADLINE_S, relabel=label)
-        assert own in error, f"expected an error that names {own}, found: {error} {sync.where}"
-        assert sync.generate(sync.prompts()) == answers, f"expected the answers from before {sync.where}"
+        expect(own in error, f"an error that names {own}", error, sync.where)
+        sync.expect_same_answers(answers, "the refused update")
         sync.expect_equal_to(weights, "the weights from before the refused update")
     sync.update()
     sync.expect_exact(target)

@@ -1,12 +1,12 @@
 """errors.*: a wrong update is refused in time, by name, and the engine goes on as before."""
 
-import pytest
+from collections.abc import Callable
 
 from suite.conformance.requirements import MUST, requirement
+from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.models import TIED
 from suite.processes.call import RemoteError
-from suite.session import verdicts
 
 DEADLINE_S = 30.0
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
@@ -78,21 +78,27 @@ def test_dtype(sync: Sync, target: int) -> None:
     models=[TIED],
 )
 def test_nested(sync: Sync, target: int) -> None:
-    if not hasattr(sync.subject.load(), "begin_update"):
-        verdicts.unsupported(f"{sync.subject.name} has no begin_update(): its updates have no beginning")
     sync.load(sync.seed)
     sync.update()
     answers, weights = sync.generate(sync.prompts()), sync.snapshot()
-    sync.call_engines("begin_update", sync.manifest)
-    with pytest.raises(RemoteError) as refused:
-        sync.call_engines("begin_update", sync.manifest)
-    assert "update" in refused.value.message, f"expected a refusal that says why, found {refused.value} {sync.where}"
-    sync.call_engines("abort_update")
+    sync.half("begin", sync.manifest)
+    error = _raised(lambda: sync.half("begin", sync.manifest))
+    expect("update" in error, "an error that says that an update is under way", error or "success", sync.where)
+    sync.half("abort")
     sync.expect_equal_to(weights, "the weights from before the two updates")
-    assert sync.generate(sync.prompts()) == answers, f"expected the answers from before the two updates {sync.where}"
+    sync.expect_same_answers(answers, "the two updates")
     sync.load(target)
     sync.update()
     sync.expect_exact(target)
+
+
+def _raised(call: Callable[[], object]) -> str:
+    """What a call of an engine raises; empty where it succeeds."""
+    try:
+        call()
+    except RemoteError as error:
+        return error.message
+    return ""
 
 
 def _expect_refused(sync: Sync, target: int, alter: dict, naming: str) -> None:
@@ -102,8 +108,8 @@ def _expect_refused(sync: Sync, target: int, alter: dict, naming: str) -> None:
     answers, weights = sync.generate(sync.prompts()), sync.snapshot()
     sync.load(target)
     error = sync.refusal(DEADLINE_S, alter=alter)
-    assert naming in error, f"expected an error that names {naming}, found: {error} {sync.where}"
-    assert sync.generate(sync.prompts()) == answers, f"expected the answers from before the refused update {sync.where}"
+    expect(naming in error, f"an error that names {naming}", error, sync.where)
+    sync.expect_same_answers(answers, "the refused update")
     sync.expect_equal_to(weights, "the weights from before the refused update")
     sync.update()
     sync.expect_exact(target)

@@ -1,6 +1,7 @@
 """fanout.*: one trainer feeds several engines."""
 
 from suite.conformance.requirements import MUST, requirement
+from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.models import TIED
 
@@ -15,7 +16,7 @@ from suite.models import TIED
     models=[TIED],
 )
 def test_two_engines(fanout: Sync, target: int) -> None:
-    assert len(fanout.engines) == 2, f"expected two engines, found {len(fanout.engines)} {fanout.where}"
+    expect(len(fanout.engines) == 2, "two engines", len(fanout.engines), fanout.where)
     for seed in (target, fanout.seed):
         fanout.load(seed)
         fanout.update()

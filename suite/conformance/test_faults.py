@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import pytest
 
 from suite.conformance.requirements import MUST, requirement
-from suite.driver.sync import Outcome, Sync
+from suite.driver.expected import expect
+from suite.driver.moving import Outcome
+from suite.driver.sync import Sync
 from suite.driver.trainers import Trainers
 from suite.models import TIED
 from suite.stages import GPU_OF_ONE_RANK, Stage
@@ -52,7 +54,7 @@ def test_trainer_killed(sync: Sync, target: int, doomed: Callable, moment: str) 
     with doomed() as losing:
         losing.trainer.fill(target)
         found = losing.update_until(DEADLINE_S, {"moment": moment, "signal": "KILL"})
-    assert found.trainer_error, f"expected a trainer killed {moment} the transfer, found it well {sync.where}"
+    expect(found.trainer_error, f"a trainer killed {moment} the transfer", "it well", sync.where)
     _never_wrong_in_silence(sync, target, found)
 
 
@@ -89,8 +91,9 @@ def test_worker_killed(sync: Sync, target: int) -> None:
     sync.load(target)
     worker = sync.engines[0].facts["devices"][-1]["pid"]
     found = sync.update_until(DEADLINE_S, {"moment": "before", "signal": "KILL", "pid": worker})
-    assert found.engine_error, f"expected an error from an engine without its worker {worker}, found none {sync.where}"
-    assert found.trainer_error, f"expected the trainer to hear of the loss within {DEADLINE_S:g} s {sync.where}"
+    expect(found.engine_error, f"an error from an engine without its worker {worker}", "success", sync.where)
+    heard = f"an error from the trainer within {DEADLINE_S:g} s of the loss"
+    expect(found.trainer_error, heard, "success", sync.where)
 
 
 def _never_wrong_in_silence(sync: Sync, target: int, found: Outcome) -> None:

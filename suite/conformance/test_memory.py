@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import pytest
 
 from suite.conformance.requirements import SHOULD, requirement
+from suite.driver.expected import expect
 from suite.driver.pool import Pool
 from suite.driver.sync import Sync
 from suite.driver.trainers import Trainers
@@ -43,7 +44,5 @@ def test_steady(sync: Sync, target: int, pool: Pool, trainers: Trainers) -> None
         for what, amount in held.items():
             allowed = max(NOISE[what], BUFFERS * moved.bytes_sent if what in SCALED else 0)
             grown = after[process][what] - amount
-            assert grown <= allowed, (
-                f"expected {what} of {process} level over {UPDATES} updates (at most {allowed:.0f} more),"
-                f" found {grown} more{HINTS.get(what, '')} {sync.where}"
-            )
+            level = f"{what} of {process} level over {UPDATES} updates (at most {allowed:.0f} more)"
+            expect(grown <= allowed, level, f"{grown} more{HINTS.get(what, '')}", sync.where)

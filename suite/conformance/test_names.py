@@ -3,6 +3,7 @@
 import pytest
 
 from suite.conformance.requirements import MUST, requirement
+from suite.driver.expected import expect
 from suite.driver.pool import Pool
 from suite.driver.trainers import Trainers
 from suite.processes.launcher import Launcher
@@ -38,10 +39,9 @@ def worker_names(launcher: Launcher, pool: Pool, trainers: Trainers) -> list[str
     "ones.",
 )
 def test_free(subject: Subject, worker_names: list[str]) -> None:
-    assert len(worker_names) > 20, f"expected the names of vLLM's worker, found {worker_names}"
+    if len(worker_names) <= 20:
+        raise RuntimeError(f"expected the names of vLLM's worker, found {worker_names}")
     own = {name for name in dir(subject.load()) if not name.startswith("__")}
     taken = sorted(own & set(worker_names))
-    assert not taken, (
-        f"expected names that vLLM's worker does not have, found {', '.join(taken)} [subject={subject.name}];"
-        " rename them: vLLM refuses to start with an extension whose names its worker has"
-    )
+    found = f"{', '.join(taken)}: rename them, since vLLM refuses to start with names that its worker has"
+    expect(not taken, "names that vLLM's worker does not have", found, f"[subject={subject.name}]")

@@ -3,7 +3,9 @@
 import math
 
 from suite.conformance.requirements import MUST, requirement
-from suite.driver.sync import MAX_TOKENS, Sync
+from suite.driver.expected import expect
+from suite.driver.sync import Sync
+from suite.driver.together import MAX_TOKENS
 from suite.models import TIED
 
 LEARNING_RATE = 0.002
@@ -20,7 +22,7 @@ LEARNING_RATE = 0.002
 def test_zeroed(sync: Sync, target: int) -> None:
     sync.load(target)
     sync.update()
-    assert sync.differing_from_zero() > 0, f"expected weights before the update to zeros, found none {sync.where}"
+    expect(sync.differing_from_zero() > 0, "weights before the update to zeros", "none", sync.where)
     sync.trainer.fill(None)
     sync.update()
     sync.expect_zero()
@@ -28,10 +30,9 @@ def test_zeroed(sync: Sync, target: int) -> None:
     answers = sync.generate(sync.prompts())[0]
     uniform = -math.log(sync.spec.config["vocab_size"])
     for answer in answers:
-        assert answer["tokens"] == [0] * MAX_TOKENS, f"expected token 0 of a zero model, found {answer} {sync.where}"
-        assert all(math.isclose(p, uniform, abs_tol=1e-3) for p in answer["logprobs"]), (
-            f"expected log-probabilities of {uniform:.4f} from a zero model, found {answer} {sync.where}"
-        )
+        expect(answer["tokens"] == [0] * MAX_TOKENS, "token 0 of a zero model", answer, sync.where)
+        close = all(math.isclose(p, uniform, abs_tol=1e-3) for p in answer["logprobs"])
+        expect(close, f"log-probabilities of {uniform:.4f} from a zero model", answer, sync.where)
     sync.load(target)
     sync.update()
     sync.expect_reported_zero(False)
@@ -124,10 +125,10 @@ def test_trained(sharded: Sync, target: int) -> None:
     before = sharded.generate(sharded.prompts())
     steps = sharded.trainer.step(2, seed=7, learning_rate=LEARNING_RATE)
     changed, elements = steps[0]["changed_elements"], steps[0]["elements"]
-    assert changed > elements // 2, (
-        f"expected a step that moves the weights, found {changed} of {elements} {sharded.where}"
-    )
+    moves = "a step that moves most weights"
+    expect(changed > elements // 2, moves, f"{changed} of {elements} elements moved", sharded.where)
     sharded.update()
     sharded.expect_moved_from(target)
     sharded.expect_same_behaviour()
-    assert sharded.generate(sharded.prompts()) != before, f"expected other answers after training {sharded.where}"
+    other = sharded.generate(sharded.prompts()) != before
+    expect(other, "other answers after training", "those from before", sharded.where)

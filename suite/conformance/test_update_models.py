@@ -1,7 +1,9 @@
 """update.tied, update.untied, update.moe: models whose tensors are not simply those of the checkpoint."""
 
 from suite.conformance.requirements import MUST, requirement
-from suite.driver.sync import Moved, Sync
+from suite.driver.expected import expect
+from suite.driver.moving import Moved
+from suite.driver.sync import Sync
 from suite.models import TIED
 
 HEAD = "lm_head.weight"
@@ -21,10 +23,9 @@ def test_tied(sync: Sync, target: int) -> None:
         _expect_sent(sync, sync.update(), head=False)
         sync.expect_exact(seed)
         for rank in _embedding_and_head(sync):
-            assert rank["equal"] == rank["rows"], (
-                f"expected an output layer that applies the embedding's {rank['rows']} rows, found {rank['equal']} of"
-                f" them on rank {rank['rank']} after update {sync.updates} {sync.where}"
-            )
+            applied = f"an output layer that applies the embedding's {rank['rows']} rows"
+            found = f"{rank['equal']} of them on rank {rank['rank']}"
+            expect(rank["equal"] == rank["rows"], applied, found, sync.where)
         sync.expect_same_behaviour()
 
 
@@ -42,10 +43,9 @@ def test_untied(sync: Sync, target: int) -> None:
         _expect_sent(sync, sync.update(), head=True)
         sync.expect_exact(seed)
         for rank in _embedding_and_head(sync):
-            assert rank["equal"] == 0, (
-                f"expected an output layer that applies none of the embedding's {rank['rows']} rows, found"
-                f" {rank['equal']} of them on rank {rank['rank']} after update {sync.updates} {sync.where}"
-            )
+            applied = f"an output layer that applies none of the embedding's {rank['rows']} rows"
+            found = f"{rank['equal']} of them on rank {rank['rank']}"
+            expect(rank["equal"] == 0, applied, found, sync.where)
         sync.expect_same_behaviour()
 
 

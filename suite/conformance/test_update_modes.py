@@ -3,6 +3,7 @@
 import pytest
 
 from suite.conformance.requirements import MUST, requirement
+from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.models import TIED
 from suite.stages import GPU_OF_ONE_RANK
@@ -30,7 +31,7 @@ def test_graphs(sync: Sync, target: int) -> None:
         sync.expect_same_behaviour()
     found = sync.call_engines("probe_addresses")
     moved = [name for name, address in addresses[0][0].items() if found[0][0].get(name) != address]
-    assert not moved, f"expected every parameter at its address, found {len(moved)} moved: {moved[:5]} {sync.where}"
+    expect(not moved, "every parameter at its address", f"{len(moved)} moved: {moved[:5]}", sync.where)
 
 
 @pytest.mark.engine(quantization="fp8")

@@ -56,7 +56,7 @@ class Machine(RuleBasedStateMachine):
     def malformed(self, how: str, name: str) -> None:
         self.take("malformed", how=how, name=name, seed=self.other)
 
-    @precondition(lambda self: self.player.sync.subject.transport == "handles")
+    @precondition(lambda self: "devices.wrong_handle" not in self.player.sync.subject.lacks)
     @rule(label=st.sampled_from(["", UNKNOWN_DEVICE]))
     def wrong_device(self, label: str) -> None:
         self.take("wrong_device", label=label, seed=self.other)
@@ -65,7 +65,7 @@ class Machine(RuleBasedStateMachine):
     def called_off(self) -> None:
         self.take("called_off", seed=self.other)
 
-    @precondition(lambda self: self.player.brackets and self.player.aborts)
+    @precondition(lambda self: "errors.nested" not in self.player.sync.subject.lacks)
     @rule(ending=st.sampled_from(["abort_update", "end_update"]))
     def nested(self, ending: str) -> None:
         self.take("nested", seed=self.other, ending=ending)

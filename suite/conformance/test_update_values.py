@@ -1,6 +1,7 @@
 """update.dtype, update.nonfinite: numbers arrive bit by bit, or rounded as torch rounds them."""
 
 from suite.conformance.requirements import MUST, requirement
+from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.models import TIED
 
@@ -33,14 +34,13 @@ def test_dtype(sync: Sync, target: int) -> None:
     sync.load(target, dtype="float32")
     moved = sync.update()
     expected = 4 * sync.spec.elements
-    assert moved.bytes_sent == expected, f"expected {expected} float32 bytes, found {moved.bytes_sent} {sync.where}"
+    expect(moved.bytes_sent == expected, f"{expected} bytes of float32", moved.bytes_sent, sync.where)
     sync.expect_exact(target)
     halves = [half for float32 in TIES for half in (float32 & 0xFFFF, float32 >> 16)]  # little-endian
     sync.update(alter={"bits": {WHOLE_EVERYWHERE[0]: halves}})
     for found in sync.call_engines("probe_bits", WHOLE_EVERYWHERE[0], len(TIES))[0]:
-        assert found == [*TIES.values()], (
-            f"expected ties rounded to even, {[*map(hex, TIES.values())]}, found {[*map(hex, found)]} {sync.where}"
-        )
+        even = f"ties rounded to even: {[*map(hex, TIES.values())]}"
+        expect(found == [*TIES.values()], even, [*map(hex, found)], sync.where)
 
 
 @requirement(
@@ -60,6 +60,6 @@ def test_nonfinite(sync: Sync, target: int) -> None:
                 for (what, bits), arrived in zip(BFLOAT16_BITS.items(), found, strict=True)
                 if bits != arrived
             }
-            assert not wrong, f"expected {name} bit by bit, found {wrong} {sync.where}"
+            expect(not wrong, f"{name} bit by bit", wrong, sync.where)
     sync.update()
     sync.expect_exact(target)

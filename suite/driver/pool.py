@@ -60,6 +60,7 @@ class Pool:
         self._wanted: EngineKey | None = None
         self._served: EngineKey | None = None  # the one that a test got last: its stage's trainer may hold its model
         self.patience = Patience()
+        self.timeline: Callable[[str, str], AbstractContextManager[None]] = lambda what, name: nullcontext()
         self._changed = threading.Condition()
         self._quiet = False
         self._closed = False
@@ -284,7 +285,7 @@ class Pool:
             "oracle_path": str(self._oracle_path(key)) if key.seed is not None else None,
             "options": options,
         }
-        env = variables.of_engine(stage, key.copy, eager=options["enforce_eager"])
+        env = variables.of_engine(stage, key.copy, options["enforce_eager"]) | subject.engine_environment()
         if key.visible != "":
             env["CUDA_VISIBLE_DEVICES"] = key.visible
         name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"

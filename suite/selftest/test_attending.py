@@ -4,11 +4,12 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from suite.actors.attending import TOLD_S, Refused, send_attended
+from suite.actors.attending import send_attended
+from suite.actors.dialogue import ENDED, REFUSED, TOLD_S, Refused, TrainerSide
 from suite.actors.link import Link, LinkError
 
 DEADLINE_S = 20.0
@@ -23,7 +24,7 @@ class Sender:
         if not stuck:
             self._go.set()
 
-    def send(self, named_tensors: object) -> int:
+    def send(self, tensors: object, acknowledged: Callable[[], None]) -> int:
         if not self._go.wait(DEADLINE_S):
             raise TimeoutError("nobody has aborted this sender")
         if self.aborted:
@@ -46,17 +47,20 @@ def lines() -> Iterator[tuple[Link, Link]]:
 
 
 def send(sender: Sender, *engines: Link, deadline_s: float = DEADLINE_S) -> int:
-    return send_attended(sender, [], engines, deadline_s, lambda: None)
+    trainer = TrainerSide(engines, deadline_s)
+    for line in trainer.lines:
+        line.state = "moving"
+    return send_attended(sender, [], trainer, lambda: None)
 
 
 def test_what_was_sent_and_acknowledged_is_counted(lines: tuple[Link, Link]):
-    lines[1].send({"ended": True}, DEADLINE_S)
+    lines[1].send({ENDED: True}, DEADLINE_S)
     assert send(Sender(), lines[0]) == 7
 
 
 def test_an_engine_that_refuses_ends_the_sending(lines: tuple[Link, Link]):
     sender, began_s = Sender(stuck=True), time.monotonic()
-    lines[1].send({"refused": "no room"}, DEADLINE_S)
+    lines[1].send({REFUSED: "no room"}, DEADLINE_S)
     with pytest.raises(Refused, match="no room"):
         send(sender, lines[0])
     assert sender.aborted == ["no room"]
@@ -73,7 +77,7 @@ def test_an_engine_that_is_gone_ends_the_sending(lines: tuple[Link, Link]):
 
 def test_a_sender_that_goes_on_after_all_engines_have_ended_is_aborted(lines: tuple[Link, Link]):
     sender, began_s = Sender(stuck=True), time.monotonic()
-    lines[1].send({"ended": True}, DEADLINE_S)
+    lines[1].send({ENDED: True}, DEADLINE_S)
     with pytest.raises(Refused, match="all engines ended the update"):
         send(sender, lines[0])
     assert TOLD_S <= time.monotonic() - began_s < 2 * TOLD_S
@@ -82,9 +86,9 @@ def test_a_sender_that_goes_on_after_all_engines_have_ended_is_aborted(lines: tu
 def test_one_engine_that_has_ended_is_no_reason_to_stop_sending_to_another(lines: tuple[Link, Link]):
     ours, theirs = socket.socketpair()
     sender = Sender(stuck=True)
-    lines[1].send({"ended": True}, DEADLINE_S)
+    lines[1].send({ENDED: True}, DEADLINE_S)
     other = Link(theirs, "the trainer")
-    threading.Timer(1.5 * TOLD_S, other.send, ({"refused": "too late"}, DEADLINE_S)).start()
+    threading.Timer(1.5 * TOLD_S, other.send, ({REFUSED: "too late"}, DEADLINE_S)).start()
     with pytest.raises(Refused, match="too late"):
         send(sender, lines[0], Link(ours, "the other engine"))
     other.close()
@@ -92,7 +96,7 @@ def test_one_engine_that_has_ended_is_no_reason_to_stop_sending_to_another(lines
 
 def test_what_the_sender_raises_comes_first_and_its_engines_are_let_go(lines: tuple[Link, Link]):
     class Broken(Sender):
-        def send(self, named_tensors: object) -> int:
+        def send(self, tensors: object, acknowledged: Callable[[], None]) -> int:
             raise ValueError("a bug of its own")
 
     sender = Broken()
@@ -103,7 +107,7 @@ def test_what_the_sender_raises_comes_first_and_its_engines_are_let_go(lines: tu
 
 def test_an_engine_that_refuses_after_all_was_sent_is_heard(lines: tuple[Link, Link]):
     sender = Sender()
-    threading.Timer(0.3, lines[1].send, ({"refused": "one is missing"}, DEADLINE_S)).start()
+    threading.Timer(0.3, lines[1].send, ({REFUSED: "one is missing"}, DEADLINE_S)).start()
     with pytest.raises(Refused, match="one is missing"):
         send(sender, lines[0])
     assert not sender.aborted

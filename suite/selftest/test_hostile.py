@@ -20,12 +20,14 @@ from extensions.handles import HandleError
 from extensions.manifest import ManifestError, manifest_of
 from extensions.segments import SharedSegment
 from suite.actors import link
-from suite.actors.engine import Cancelled, Engine, NotAnnounced, WorkerError
+from suite.actors.dialogue import ANNOUNCE, CALL_OFF, ENDED, GO, READY, REFUSED, Cancelled, NotAnnounced
+from suite.actors.engine import Engine, WorkerError
 from suite.actors.link import GREETING, LinkError, Listener
 from suite.actors.probe import Probe
 from suite.selftest.fakes import CPU, Worker, fitted, tensors, untouched
 from suite.selftest.properties import examples
 from suite.selftest.strangers import Bait, data_as, hostile_bytes
+from suite.subjects import SUBJECTS
 
 DEADLINE_S, SHORT_S = 30.0, 0.3
 
@@ -80,8 +82,8 @@ def test_a_crowd_that_says_nothing_keeps_nobody_waiting(listener: Listener, sock
             listener.accept(SHORT_S)
         trainer = link.connect(socket_path, DEADLINE_S)
         engine = listener.accept(DEADLINE_S)
-        engine.send({"ready": True}, DEADLINE_S)
-        assert trainer.receive(DEADLINE_S) == {"ready": True}
+        engine.send({"number": 2}, DEADLINE_S)
+        assert trainer.receive(DEADLINE_S) == {"number": 2}
         assert len(listener._waiting) <= link.STRANGERS
         trainer.close()
         engine.close()
@@ -101,9 +103,7 @@ class Engined(Engine):
         calling = lambda method, args: [getattr(worker, method)(*args)]  # noqa: E731
         self._llm = SimpleNamespace(collective_rpc=calling, reset_prefix_cache=lambda: True)
         self._watch = SimpleNamespace(waiting=contextlib.nullcontext)
-        self._examine(
-            {"name": "colocate", "extension": "extensions.colocate:ColocateWorkerExtension", "transport": "handles"}
-        )
+        self._examine(SUBJECTS["colocate"].plain())
         self._listener, self._links = Listener(path), []
 
     def close(self) -> None:
@@ -139,10 +139,10 @@ def serve(engine: Engined, socket_path: str, segment: SharedSegment, worker: Pro
     """A whole update by the rightful trainer."""
     trainer = link.connect(socket_path, DEADLINE_S)
     engine.accept(1)
-    trainer.send(announcement(segment, 2), DEADLINE_S)
-    trainer.send({"go": True}, DEADLINE_S)
+    trainer.send({ANNOUNCE: announcement(segment, 2)}, DEADLINE_S)
+    trainer.send({GO: True}, DEADLINE_S)
     engine.update(DEADLINE_S)
-    assert [trainer.receive(DEADLINE_S) for _ in range(2)] == [{"ready": True}, {"ended": True}]
+    assert [trainer.receive(DEADLINE_S) for _ in range(2)] == [{READY: True}, {ENDED: True}]
     assert all(torch.all(held == 2) for held in worker.model.held.values())
     trainer.close()
 
@@ -184,14 +184,14 @@ def test_a_pickle_where_data_is_expected_is_refused_and_left_alone(
     wrong = WRONG_MESSAGES[what](announcement(segment), data_as(bait.pickled)[form])
     hostile = link.connect(socket_path, DEADLINE_S)
     engine.accept(1)
-    hostile.send(wrong, DEADLINE_S)
-    hostile.send({"go": True}, DEADLINE_S)
-    with pytest.raises((LinkError, WorkerError)) as caught:
+    hostile.send({ANNOUNCE: wrong}, DEADLINE_S)
+    hostile.send({GO: True}, DEADLINE_S)
+    with pytest.raises((ValueError, WorkerError)) as caught:
         engine.update(DEADLINE_S)
     answers = [hostile.receive(DEADLINE_S)]
-    if "refused" not in answers[0]:
+    if REFUSED not in answers[0]:
         answers.append(hostile.receive(DEADLINE_S))
-    assert str(caught.value) in answers[-1]["refused"], "expected the peer to be told"
+    assert str(caught.value) in answers[-1][REFUSED], "expected the peer to be told"
     assert len(str(caught.value)) < 1500
     assert "load" not in worker.model.calls
     assert untouched(worker)
@@ -200,16 +200,28 @@ def test_a_pickle_where_data_is_expected_is_refused_and_left_alone(
 
 
 @pytest.mark.parametrize(
-    "decision", [{"go": False}, {"go": "yes"}, {"go": 2}, {"go": [0]}, {}, {"go": True, "more": 1}]
+    "decision",
+    [
+        {CALL_OFF: True},
+        {GO: False},
+        {GO: "yes"},
+        {GO: 2},
+        {GO: [0]},
+        {},
+        {GO: True, "more": 1},
+        {ENDED: True},
+        {ANNOUNCE: {}},
+        {GO: True, CALL_OFF: True},
+    ],
 )
 def test_anything_but_go_calls_the_update_off(
     engine: Engined, worker: ProbedWorker, socket_path: str, segment: SharedSegment, decision: dict
 ):
     hostile = link.connect(socket_path, DEADLINE_S)
     engine.accept(1)
-    hostile.send(announcement(segment), DEADLINE_S)
+    hostile.send({ANNOUNCE: announcement(segment)}, DEADLINE_S)
     hostile.send(decision, DEADLINE_S)
-    with pytest.raises(Cancelled):
+    with pytest.raises(Cancelled if decision == {CALL_OFF: True} else LinkError):
         engine.update(DEADLINE_S)
     assert untouched(worker)
     hostile.close()

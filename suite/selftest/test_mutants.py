@@ -16,12 +16,12 @@ from extensions.broadcast import WorkerExtension
 from suite import ROOT
 from suite.actors import probe
 from suite.conformance.requirements import catalogue
-from suite.driver import sync as driver
+from suite.driver.together import Together
 from suite.selftest import fakes
 from suite.selftest.mutants import MUTANTS, Mutant, plugin, registry, verdicts
 from suite.selftest.mutants.__main__ import _stages, main
 from suite.stages import STAGES
-from suite.subjects import SENDERS, SUBJECTS, load, subject_from
+from suite.subjects import SUBJECTS, load, subject_from
 
 STAGE_NAMES = {stage.name: stage for stage in STAGES}
 THREADS = {thread for requirement in catalogue().values() for thread in requirement.seen_in}
@@ -68,8 +68,7 @@ def test_a_mutant_is_well_formed(mutant: Mutant):
         assert mutant.thread in THREADS, (
             f"expected a thread that the catalogue or the notes cite, found {mutant.thread}"
         )
-    if subject.sender:
-        assert issubclass(load(subject.sender), load(SENDERS[subject.transport]))
+    assert issubclass(load(subject.sender), load(SUBJECTS[mutant.host].sender))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
@@ -80,7 +79,7 @@ def test_a_mutant_is_judged_where_its_requirement_is(mutant: Mutant):
     for kind in kinds:
         stage = STAGE_NAMES[mutant.stage(kind)]
         assert stage.kind == kind
-        assert not stage.refuses(subject_from(mutant.extension).transport)
+        assert not subject_from(mutant.extension).unfit(stage)
 
 
 def test_no_requirement_is_without_a_mutant():
@@ -204,7 +203,7 @@ def test_the_cases_that_are_left(item: SimpleNamespace, left: bool):
 def test_mutants_borrow_engines_and_patience_is_less(monkeypatch: pytest.MonkeyPatch):
     subjects = {name: subject_from(f"suite.selftest.mutants:{name}") for name in ("LoadsNothing", "ReadsFreedHandles")}
     monkeypatch.setattr(plugin, "selection_of", lambda config: SimpleNamespace(subjects=subjects))
-    monkeypatch.setattr(driver, "CALL_DEADLINE_S", 120.0)
+    monkeypatch.setattr(Together, "call_deadline_s", 120.0)
     hook = plugin.pytest_sessionstart(SimpleNamespace(config=None))
     next(hook)
     assert {subject.host for subject in subjects.values()} == {""}, "expected the suite's own plugin to come first"
@@ -213,7 +212,7 @@ def test_mutants_borrow_engines_and_patience_is_less(monkeypatch: pytest.MonkeyP
     assert {name: subject.host for name, subject in subjects.items()} == {
         "LoadsNothing": "broadcast", "ReadsFreedHandles": "colocate"
     }  # fmt: skip
-    assert driver.CALL_DEADLINE_S == plugin.PATIENCE_S
+    assert Together.call_deadline_s == plugin.PATIENCE_S
 
 
 # ---- what a run has shown

@@ -367,7 +367,7 @@ def test_cases_are_subjects_by_stages_by_models(tmp_path: Path, arguments: tuple
         ("stage", "cpu-tp9", "--stage cpu-tp9: expected one of here, away"),
         ("model", "gpt", "--model gpt: expected one of qwen3-tied-tiny"),
         ("extension", "nowhere:Class", "--extension nowhere:Class: expected an extension as pkg.module:Class"),
-        ("extension", "suite.selftest.targets:Echo", "has the methods of no known transport"),
+        ("extension", "suite.selftest.targets:Echo", "has the methods of no known kind of subject"),
     ],
 )
 def test_unknown_names_are_usage_errors(monkeypatch: pytest.MonkeyPatch, option: str, name: str, said: str):

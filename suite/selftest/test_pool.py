@@ -198,9 +198,7 @@ def test_what_an_engine_is_told(pool: Pool, started: Started, tmp_path: Path):
     plan(pool, [key])
     engine = started.of(key)
     told = engine.arguments
-    assert told["subject"] == {
-        "name": "colocate", "extension": SUBJECTS["colocate"].extension, "transport": "handles"
-    }  # fmt: skip
+    assert told["subject"] == SUBJECTS["colocate"].plain()
     assert told["tensor_parallel_size"] == 2
     assert (told["options"]["max_model_len"], told["options"]["enforce_eager"]) == (64, True)
     assert (Path(told["model"]) / "model.safetensors").exists()

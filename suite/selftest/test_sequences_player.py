@@ -21,11 +21,6 @@ ROW = torch.tensor([1.0, -1.0])
 INCONSISTENT = -1
 
 
-class Extension:
-    def begin_update(self) -> None: ...
-    def abort_update(self) -> None: ...
-
-
 class Trainer:
     """Holds the seed of what it would send."""
 
@@ -138,7 +133,7 @@ def player(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
         oracle=lambda key, seed: str(tmp_path / f"oracle-{seed}"),
     )
     handle = SimpleNamespace(key=None, ranks=1)
-    subject = SimpleNamespace(load=lambda: Extension)
+    subject = SimpleNamespace(lacks={})
     return Player(Sync(pool, Trainer(), [handle], subject, None, TIED), (0, 1), Trainer)
 
 
@@ -209,7 +204,7 @@ def test_an_update_that_should_be_refused_has_to_be(player):
         with pytest.raises(AssertionError, match="found success"):
             take(player, step)
     player.sync.refusal = lambda deadline_s, **how: "no reason"
-    with pytest.raises(AssertionError, match=f"names {NORM}, found: no reason"):
+    with pytest.raises(AssertionError, match=f"names {NORM}\nfound: no reason"):
         take(player, Step("malformed", {"how": "shape", "name": NORM, "seed": 1}))
 
 

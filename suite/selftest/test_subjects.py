@@ -3,12 +3,16 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from suite import ROOT
-from suite.subjects import SUBJECTS, TRANSPORT_METHODS, load, subject_from
+from suite.stages import STAGES
+from suite.subjects import SUBJECTS, from_plain, known_subjects, load, registry, subject_from
+from suite.subjects.broadcast import Broadcast
+from suite.subjects.handles import Handles
 
 MODULE = """
 import functools
@@ -69,35 +73,60 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
-def test_the_reference_subjects_have_what_their_transport_needs(name: str):
-    subject = SUBJECTS[name]
-    assert subject.name == name
-    assert subject.lacks == {}
-    found = subject_from(subject.extension)
-    assert dataclasses.replace(found, name=name) == subject
-    assert all(callable(getattr(subject.load(), method)) for method in TRANSPORT_METHODS[subject.transport])
+@pytest.mark.parametrize("name", known_subjects())
+def test_a_known_subject_is_what_its_class_would_become(name: str):
+    subject = known_subjects()[name]
+    found = dataclasses.replace(subject_from(subject.extension), name=name)
+    assert (found, subject.name) == (subject, name)
+    assert found.lacks.keys() == subject.lacks.keys()
+    assert all(map(subject.can, subject.methods))
+    assert from_plain(subject.plain()).plain() == subject.plain()
+
+
+def test_the_references_lack_nothing_that_their_way_of_moving_has():
+    assert {name: [*subject.lacks] for name, subject in SUBJECTS.items()} == {
+        "broadcast": ["devices.wrong_handle"], "colocate": []
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "transport"),
+    ("name", "stages"),
     [
-        ("Broadcasting", "broadcast"), ("Handing", "handles"), ("Inheriting", "broadcast"), ("Both", "broadcast"),
-        ("Strict", "broadcast"),
+        (
+            "broadcast",
+            ["cpu-tp1", "cpu-tp2", "gpu-split", "gpu-fanout", "gpu-shared", "gpu-split-tp2", "gpu-split-pp2"],
+        ),
+        ("example-broadcast", ["gpu-split", "gpu-fanout", "gpu-shared", "gpu-split-tp2", "gpu-split-pp2"]),
+        ("colocate", ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1", "gpu-colocate-tp2"]),
+        ("example-colocate", ["gpu-colocate-tp1", "gpu-colocate-tp2"]),
+    ],
+)
+def test_the_stages_on_which_a_subject_makes_sense(name: str, stages: list[str]):
+    subject = known_subjects()[name]
+    reasons = {stage.name: subject.unfit(stage) for stage in STAGES}
+    assert {stage for stage, reason in reasons.items() if not reason} == set(stages)
+    assert all(reason.startswith(f"{stage}: ") for stage, reason in reasons.items() if reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Broadcasting", Broadcast), ("Handing", Handles), ("Inheriting", Broadcast), ("Both", Broadcast),
+        ("Strict", Broadcast),
     ],
 )  # fmt: skip
-def test_a_users_class_becomes_a_subject(modules: Path, name: str, transport: str):
+def test_a_users_class_becomes_a_subject(modules: Path, name: str, kind: type):
     subject = subject_from(f"ws_theirs:{name}")
-    assert (subject.name, subject.extension, subject.transport) == (name, f"ws_theirs:{name}", transport)
+    assert (subject.name, subject.extension, type(subject)) == (name, f"ws_theirs:{name}", kind)
     assert subject.load().__name__ == name
 
 
 @pytest.mark.parametrize("name", ["Partial", "Attributes"])
 def test_a_class_without_the_methods_is_told_which_there_would_be(modules: Path, name: str):
-    with pytest.raises(ValueError, match=f"ws_theirs:{name} has the methods of no known transport") as caught:
+    with pytest.raises(ValueError, match=f"ws_theirs:{name} has the methods of no known kind of subject") as caught:
         subject_from(f"ws_theirs:{name}")
-    for methods in TRANSPORT_METHODS.values():
-        assert ", ".join(methods) in str(caught.value)
+    for kind in registry.KINDS:
+        assert ", ".join(kind.methods) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["function", "instance", "made", "functools"])
@@ -142,7 +171,7 @@ def test_what_cannot_be_imported_is_refused_with_the_reason(modules: Path, exten
     [
         ("ws_raising:Class", "expected an extension as pkg.module:Class, found 'ws_raising:Class'"),
         (".ws_theirs:Class", "expected an extension as pkg.module:Class"),
-        ("ws_theirs:Partial", "has the methods of no known transport"),
+        ("ws_theirs:Partial", "has the methods of no known kind of subject"),
     ],
 )
 def test_a_wrong_extension_is_an_error_of_usage_not_a_traceback(modules: Path, extension: str, said: str):
@@ -172,3 +201,68 @@ def test_a_module_beside_the_user_is_found(modules: Path):
 def test_a_sender_of_its_own_is_taken_from_the_class(modules: Path):
     assert subject_from("ws_theirs:Sending").sender == "ws_theirs:Sender"
     assert subject_from("ws_theirs:Broadcasting").sender == ""
+
+
+# ---- what installed packages bring
+
+BRINGS = """
+from suite.subjects.broadcast import Broadcast
+
+SUBJECT = Broadcast("theirs", "ws_theirs:Broadcasting", sender="ws_theirs:Sender")
+TAKEN = Broadcast("broadcast", "ws_theirs:Broadcasting")
+NONE = "text"
+"""
+
+
+@pytest.fixture
+def install(modules: Path) -> Iterator[Callable[[str], Path]]:
+    """Install a package with one entry point."""
+
+    def install(entry: str) -> Path:
+        (modules / "ws_brings.py").write_text(BRINGS)
+        info = modules / "ws_theirs-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ws-theirs\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\ntheirs = {entry}\n")
+        registry._installed.cache_clear()
+        return modules
+
+    yield install
+    registry._installed.cache_clear()
+
+
+def test_an_installed_package_brings_a_subject(install: Callable[[str], Path]):
+    install("ws_brings:SUBJECT")
+    assert [*known_subjects()] == ["broadcast", "colocate", "example-broadcast", "example-colocate", "theirs"]
+    assert known_subjects()["theirs"].load().__name__ == "Broadcasting"
+    assert "theirs" not in SUBJECTS, "expected it to be examined where --subject names it"
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("ws_raising:SUBJECT", "cannot be loaded: RuntimeError: no GPU here"),
+        ("ws_brings:MISSING", "cannot be loaded: AttributeError"),
+        ("ws_brings:TAKEN", "there is a subject broadcast already"),
+        ("ws_brings:NONE", "expected a Subject, found a str"),
+    ],
+)
+def test_an_entry_point_that_brings_no_subject_is_refused_with_its_name(
+    install: Callable[[str], Path], entry: str, said: str
+):
+    install(entry)
+    with pytest.raises(ValueError, match=f"entry point theirs = {entry} of group weight_sync_subjects") as caught:
+        known_subjects()
+    assert said in str(caught.value)
+
+
+def test_an_entry_point_that_fails_is_an_error_of_usage_not_a_traceback(install: Callable[[str], Path]):
+    path = install("ws_raising:SUBJECT")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(path)},
+        check=False,
+    )  # fmt: skip
+    assert ended.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "entry point theirs = ws_raising:SUBJECT" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr

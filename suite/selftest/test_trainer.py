@@ -10,7 +10,7 @@ import torch
 from suite import models
 from suite.actors import checkpoint
 from suite.actors.trainer import LoadError, Trainer
-from suite.driver.sync import CLEAR_GAP, LOGPROB_TOLERANCE
+from suite.driver.expecting import CLEAR_GAP, LOGPROB_TOLERANCE
 from suite.models import MODELS, TIED
 from suite.processes.call import Process, gather
 from suite.processes.local import LocalLauncher

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from suite import models
-from suite.actors.link import CALLED_OFF
-from suite.driver.sync import MAX_TOKENS, Sync
+from suite.actors.dialogue import CALLED_OFF
+from suite.driver.expected import expect
+from suite.driver.sync import Sync
+from suite.driver.together import MAX_TOKENS
 from suite.driver.trainers import TrainerGroup
 from suite.processes.call import RemoteError
 
@@ -106,8 +108,6 @@ class Player:
         self.seeds, self.start = seeds, Step("update", {"seed": seeds[0]})
         self.state = State(known=False)
         self.steps, self.counts = 0, Counter[str]()
-        extension = sync.subject.load()
-        self.aborts, self.brackets = hasattr(extension, "abort_update"), hasattr(extension, "begin_update")
         self._new_trainer = new_trainer
         self.sync = Sync(sync.pool, self._next_trainer(), sync.engines, sync.subject, sync.stage, sync.model)
 
@@ -135,9 +135,8 @@ class Player:
         self.sync.disconnect()
         if not self.sync.trainer.alive:
             self.sync.trainer = self._next_trainer()
-        if self.aborts:
-            with contextlib.suppress(RemoteError):
-                self.sync.call_engines("abort_update")
+        with contextlib.suppress(RemoteError):
+            self.sync.half("abort")
         try:
             self.take(self.start)
         except (AssertionError, RemoteError):  # it may have met what the failure left behind
@@ -181,16 +180,17 @@ class Player:
 
     def nested(self, seed: int, ending: str) -> None:
         """An update within another, of which nothing arrives: ended by abort_update, or by end_update, which raises."""
-        self.sync.call_engines("begin_update", self.sync.manifest)
+        self.sync.half("begin", self.sync.manifest)
         self.sync.trainer.fill(seed)
         self.sync.refusal(DEADLINE_S)
         try:
-            self.sync.call_engines(ending)
+            self.sync.half(ending.removesuffix("_update"))
         except RemoteError:
             if ending != "end_update":
                 raise
         else:
-            assert ending != "end_update", f"expected an error from end_update() without tensors {self.sync.where}"
+            wrong = ending == "end_update"
+            expect(not wrong, "an error from end_update() without tensors", "success", self.sync.where)
 
     def generate(self) -> None:
         """Prompts that are cached; judged where the cache and the weights are of the same checkpoint."""
@@ -223,7 +223,7 @@ class Player:
 
     def _refused(self, named: str, **how: object) -> None:
         error = self.sync.refusal(DEADLINE_S, **how)
-        assert named in error, f"expected an error that names {named}, found: {error} {self.sync.where}"
+        expect(named in error, f"an error that names {named}", error, self.sync.where)
 
     def _strike(self, moment: str) -> None:
         """The engine has the new weights, or raises and has the old ones, or says that it is inconsistent."""

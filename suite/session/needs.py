@@ -24,7 +24,7 @@ def engines_of(item: pytest.Item) -> list[EngineKey]:
     subject, stage, model = (params.get(name) for name in ("subject", "stage", "model"))
     if not isinstance(stage, Stage) or not isinstance(subject, Subject) or model is None:
         return []
-    if stage.refuses(subject.transport):
+    if subject.unfit(stage):
         return []
     names, options = set(item.fixturenames), item.get_closest_marker("engine")
     seed = None if MODELS[model].purpose == "published" else seed_of(index_of(subject, selection))

@@ -13,7 +13,7 @@ from suite.conformance.requirements import Requirement, catalogue
 from suite.session import environment, waivers
 from suite.session.waivers import Case, Ledger
 from suite.stages import Stage, hardware
-from suite.subjects import SUBJECTS, Subject, subject_from
+from suite.subjects import SUBJECTS, Subject, known_subjects, subject_from
 
 KINDS = ("cpu", "gpu")
 NOTHING = object()
@@ -46,7 +46,7 @@ class Selection:
     @property
     def every_subject(self) -> tuple[str, ...]:
         """The names of all subjects that there are, asked for or not."""
-        return tuple(dict.fromkeys([*SUBJECTS, *self.subjects]))
+        return tuple(dict.fromkeys([*known_subjects(), *self.subjects]))
 
 
 def select(config: pytest.Config) -> Selection:
@@ -90,8 +90,12 @@ def _takes_every_test(config: pytest.Config) -> bool:
 def subjects(config: pytest.Config) -> dict[str, Subject]:
     """The subjects of --subject and --extension; the reference subjects where neither is given."""
     names, extensions = config.getoption("subject"), config.getoption("extension")
-    _expect_known("--subject", names, SUBJECTS)
-    found = {name: SUBJECTS[name] for name in names or ([] if extensions else SUBJECTS)}
+    try:
+        known = known_subjects()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    _expect_known("--subject", names, known)
+    found = {name: known[name] for name in names or ([] if extensions else SUBJECTS)}
     if extensions:
         sys.path.append(os.getcwd())  # where `pytest`, unlike `python -m pytest`, does not look
     for extension in extensions:

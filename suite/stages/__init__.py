@@ -13,11 +13,10 @@ UPDATE_TIMEOUT_S = {"cpu": 15.0, "gpu": 6.0}
 class Stage:
     """Which devices the trainer's and the engines' ranks get.
 
-    colocated: trainer and engine ranks share devices, rank by rank. On a CPU everything shares the host's memory and
-    every transport is possible. hosts_apart: NCCL is told that each process is on a host of its own; it would refuse
-    two ranks on one GPU. Devices are UUIDs, none on a CPU; `engine_devices` has those of all engines in turn.
-    `engine_visible`, `trainer_visible`: what they are called in CUDA_VISIBLE_DEVICES, where CUDA_DEVICE_ORDER is
-    PCI_BUS_ID.
+    colocated: trainer and engine ranks share devices, rank by rank; on a CPU everything shares the host's memory.
+    hosts_apart: NCCL is told that each process is on a host of its own; it would refuse two ranks on one GPU. Devices
+    are UUIDs, none on a CPU; `engine_devices` has those of all engines in turn. `engine_visible`, `trainer_visible`:
+    what they are called in CUDA_VISIBLE_DEVICES, where CUDA_DEVICE_ORDER is PCI_BUS_ID.
     """
 
     name: str
@@ -46,18 +45,6 @@ class Stage:
         if self.colocated:
             return max(self.engine_ranks, self.trainer_world_size)
         return self.engines * self.engine_ranks + self.trainer_world_size
-
-    def refuses(self, transport: str) -> str:
-        """Why weights can't travel by this transport ("broadcast" or "handles") here; empty where they can."""
-        if self.kind == "cpu":
-            return ""
-        if transport == "handles" and not self.colocated:
-            return f"{self.name}: trainer and engine share no GPU, and a handle is of use on its own GPU only"
-        if transport == "handles" and self.hosts_apart:
-            return f"{self.name}: gpu-colocate-tp1 is where handles are examined on one GPU"
-        if transport == "broadcast" and self.colocated and not self.hosts_apart:
-            return f"{self.name}: trainer and engine share their GPUs, and NCCL takes one rank a GPU"
-        return ""
 
     def nccl_environment(self, process: str) -> dict[str, str]:
         """What NCCL reads in the environment of a trainer's or an engine's process, by whatever name tells them apart.

@@ -61,7 +61,7 @@ class KnowsDevicesByOrdinal(ColocateWorkerExtension):
         return f"cuda:{self.device.index or 0}"
 
 
-@mutant("devices.identity", r"expected the extension to report", "vllm#46132", gpu="gpu-colocate-tp1")
+@mutant("devices.identity", r"the extension to report", "vllm#46132", gpu="gpu-colocate-tp1")
 class SpellsIdsItsOwnWay(ColocateWorkerExtension):
     """Reports torch's spelling of a UUID, without the prefix that NVML gives it."""
 
@@ -69,7 +69,7 @@ class SpellsIdsItsOwnWay(ColocateWorkerExtension):
         return super().report_device_id().partition("-")[2]
 
 
-@mutant("devices.identity", r"expected the extension to report", "vllm#41848", gpu="gpu-colocate-tp1")
+@mutant("devices.identity", r"the extension to report", "vllm#41848", gpu="gpu-colocate-tp1")
 class ReportsAnOrdinal(ColocateWorkerExtension):
     """Reports its ordinal for an id."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from suite.driver import sync as driver
+from suite.driver.together import Together
 from suite.selftest.mutants import MUTANTS, Mutant
 from suite.session.selection import requirement_of
 from suite.session.state import selection_of
@@ -30,7 +30,8 @@ def pytest_sessionstart(session: pytest.Session) -> Iterator[None]:
     subjects = selection_of(session.config).subjects
     for name in subjects.keys() & MUTANTS.keys():
         subjects[name] = replace(subjects[name], host=MUTANTS[name].host)
-    driver.CALL_DEADLINE_S = PATIENCE_S if subjects.keys() & MUTANTS.keys() else driver.CALL_DEADLINE_S
+    if subjects.keys() & MUTANTS.keys():
+        Together.call_deadline_s = PATIENCE_S
 
 
 @pytest.fixture(autouse=True)

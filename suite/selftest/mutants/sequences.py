@@ -55,7 +55,7 @@ class StaysUpdating(WorkerExtension):
         return "the weights are as they were before the update"
 
 
-@mutant("update.sequence", rf"{DIFFER}|found success|expected an error that names", "vllm#57854", **BROADCAST)
+@mutant("update.sequence", rf"{DIFFER}|found: success|an error that names", "vllm#57854", **BROADCAST)
 class AppliesHalf(Unchecked, WorkerExtension):
     """Checks nothing before it loads, so that what is refused has been loaded in part."""
 

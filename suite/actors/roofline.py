@@ -1,0 +1,40 @@
+"""The trainer's half of a broadcast that shows what the hardware takes for the bytes of an update."""
+
+import time
+
+import torch
+
+from extensions.group import Communicator, stateless_init_process_group
+from suite.actors import memory
+
+
+class Roofline:
+    """Rank 0 of a group with the probes in an engine's workers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._group: Communicator | None = None
+        self._buffer: torch.Tensor | None = None
+
+    def join(self, address: str, port: int, world_size: int) -> None:
+        """Serve the probes' group; an earlier one is closed."""
+        self.close()
+        self._group = stateless_init_process_group(address, port, 0, world_size, self._device)
+
+    def send(self, nbytes: int) -> dict:
+        """Broadcast `nbytes`, piece by piece; returns when it started and ended (monotonic clock)."""
+        piece = min(nbytes, memory.PIECE_BYTES)
+        if self._buffer is None or self._buffer.numel() != piece:
+            self._buffer = torch.ones(piece, dtype=torch.uint8, device=self._device)
+        started = time.monotonic()
+        for count in memory.pieces(nbytes):
+            self._group.broadcast(self._buffer[:count], src=0)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return {"started_s": started, "ended_s": time.monotonic()}
+
+    def close(self) -> None:
+        """Leave the group and free the buffer."""
+        if self._group is not None:
+            self._group.close()
+        self._group = self._buffer = None

@@ -1,0 +1,122 @@
+"""What tests expect of an engine after an update: its weights, and what it answers."""
+
+from suite.driver.expected import expect
+from suite.driver.together import MAX_TOKENS, Together
+
+# Two right computations in bfloat16 differ in a log-probability by less than this, and choose the same token where the
+# best logit leads by more than twice that. Measured on the tiny models: see suite/selftest/test_trainer.py.
+LOGPROB_TOLERANCE = 0.35
+CLEAR_GAP = 2 * LOGPROB_TOLERANCE
+MIN_CLEAR_TOKENS = 24
+
+
+class Expecting(Together):
+    """Compares what the engines compute with to what it should be."""
+
+    def compared(self, seed: int) -> list[dict]:
+        """Every engine rank compared with that of an engine of its stage, cold-loaded from the checkpoint of `seed`."""
+        results = []
+        for engine in self.engines:
+            path = self.pool.oracle(engine.key, seed)
+            results += self._call(engine, "probe_compare", path)
+        return results
+
+    def snapshot(self) -> str:
+        """Have all ranks write what they compute with now; returns where."""
+        path = str(self.pool.scratch())
+        for index, engine in enumerate(self.engines):
+            self._call(engine, "probe_save", f"{path}-{index}")
+        return path
+
+    def says_inconsistent(self) -> bool:
+        """Whether the extension says of itself, by `update_state()`, that its weights are not to be used."""
+        return all("inconsistent" in states for states in self.half("state"))
+
+    def differing_from_zero(self) -> int:
+        """How many weights have an element that is not zero."""
+        return sum(result["differing"] for ranks in self.call_engines("probe_zero") for result in ranks)
+
+    def expect_exact(self, seed: int) -> None:
+        """Every effective weight of every rank is bit-equal to the cold-loaded engine's."""
+        self._expect_none(self.compared(seed), f"the weights of an engine cold-loaded from checkpoint {seed}")
+
+    def expect_zero(self) -> None:
+        """Every effective weight element of every rank is zero, and there are some."""
+        results = [result for ranks in self.call_engines("probe_zero") for result in ranks]
+        self._expect_none(results, "zero in every element")
+
+    def expect_all_different(self, seed: int) -> None:
+        """Not one weight is the checkpoint's yet: else finding it there after an update would prove nothing."""
+        for result in self.compared(seed):
+            same = result["weights"] - result["differing"]
+            expect(same == 0, f"every weight to differ from checkpoint {seed}", f"{same} equal", self.where)
+
+    def expect_equal_to(self, snapshot: str, what: str) -> None:
+        """Every effective weight is bit-equal to a snapshot of the same engines."""
+        results = [
+            result
+            for index, engine in enumerate(self.engines)
+            for result in self._call(engine, "probe_compare", f"{snapshot}-{index}")
+        ]
+        self._expect_none(results, what)
+
+    def expect_moved_from(self, seed: int) -> None:
+        """Hardly a weight is the checkpoint's any more, and none is zero."""
+        for result in self.compared(seed):
+            same = result["weights"] - result["differing"]
+            found = f"{same} of {result['weights']} as before"
+            expect(same == 0, f"every weight to have moved from checkpoint {seed}", found, self.where)
+
+    def expect_no_zero(self) -> None:
+        """Not one effective weight element is zero, and there are some."""
+        for result in (result for ranks in self.call_engines("probe_nonzero") for result in ranks):
+            zeros = result["elements"] - result["nonzero"]
+            found = f"{zeros} zeros among {result['elements']} elements on rank {result['rank']}"
+            expect(zeros == 0 < result["elements"], "weights without a zero", found, self.where)
+
+    def expect_reported_zero(self, expected: bool) -> None:
+        """The extension's own check_weights_changed() says on every rank whether all weights are zero."""
+        for engine, found in zip(self.engines, self.call_engines("check_weights_changed"), strict=True):
+            says = f"check_weights_changed() to say {expected} on every rank"
+            expect(found == [expected] * engine.ranks, says, found, self.where)
+
+    def expect_same_behaviour(self, prompts: list[list[int]] | None = None) -> None:
+        """Greedy tokens and log-probabilities are those of the trainer's own forward pass."""
+        prompts = prompts or self.prompts()
+        self.expect_answers(prompts, self.trainer.call("greedy", prompts, MAX_TOKENS)[0])
+
+    def expect_same_answers(self, answers: list[list[dict]], what: str) -> None:
+        """The engines answer as they did before `what`."""
+        found = self.generate(self.prompts())
+        differing = sum(
+            a != b for one, other in zip(answers, found, strict=True) for a, b in zip(one, other, strict=True)
+        )
+        expect(found == answers, f"the answers from before {what}", f"{differing} others", self.where)
+
+    def expect_answers(self, prompts: list[list[int]], oracle: list[dict]) -> None:
+        """Greedy tokens and log-probabilities are those of an oracle, as `oracles.greedy` gives them.
+
+        A prompt is followed up to the first token whose lead is so small that another right computation may choose
+        otherwise. Raises RuntimeError where that leaves too little to tell anything.
+        """
+        clear = [next((i for i, gap in enumerate(a["gaps"]) if gap <= CLEAR_GAP), MAX_TOKENS) for a in oracle]
+        if sum(clear) < MIN_CLEAR_TOKENS:
+            raise RuntimeError(f"only {sum(clear)} tokens of {len(prompts)} prompts are clear-cut {self.where}")
+        for answers in self.generate(prompts):
+            for prompt, expected, found, count in zip(prompts, oracle, answers, clear, strict=True):
+                self._expect_answer(expected, found, prompt, count)
+
+    def _expect_answer(self, expected: dict, found: dict, prompt: list[int], count: int) -> None:
+        tokens, reference = found["tokens"][:count], expected["tokens"][:count]
+        expect(tokens == reference, f"greedy tokens after {prompt}: the trainer's {reference}", tokens, self.where)
+        pairs = zip(found["logprobs"][:count], expected["logprobs"][:count], strict=True)
+        apart = max((abs(a - b) for a, b in pairs), default=0.0)
+        within = f"log-probabilities after {prompt}: the trainer's within {LOGPROB_TOLERANCE}"
+        expect(apart <= LOGPROB_TOLERANCE, within, f"{apart:.3f} apart", self.where)
+
+    def _expect_none(self, results: list[dict], expected: str) -> None:
+        for result in results:
+            rank, differing = result["rank"], result["differing"]
+            expect(result["elements"] > 0, f"weights on rank {rank}", "none to look at", self.where)
+            found = f"{differing} weights that differ on rank {rank}: {'; '.join(result['first'])}"
+            expect(differing == 0, expected, found, self.where)

@@ -1,0 +1,62 @@
+"""Measurements beside those of an update's own time: what the hardware takes, peak memory, tokens per second."""
+
+from suite.driver.moving import Moving
+from suite.processes.call import gather
+
+
+class Measuring(Moving):
+    """Measures a trainer and its first engine."""
+
+    def roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
+        """What this run's hardware takes to move `nbytes` once: (how, seconds of every sample).
+
+        The subject says which: one broadcast of one tensor in a group like the update's, or one copy on the engine's
+        device, on all ranks at once, of which the slowest counts.
+        """
+        measured = {"broadcast": self._broadcast_roofline, "copy": self._copy_roofline}[self.subject.roofline]
+        return measured(nbytes, samples)
+
+    def _broadcast_roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
+        self._join_roofline()
+        kind = "NCCL broadcast" if self.stage.kind == "gpu" else "gloo broadcast"
+        return kind, self._broadcasts(nbytes, samples)
+
+    def _copy_roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
+        copies = [self._call(self.engines[0], "probe_copy", nbytes) for _ in range(samples + 1)][1:]
+        self._call(self.engines[0], "probe_forget")
+        return "device copy" if self.stage.kind == "gpu" else "memory copy", [max(ranks) for ranks in copies]
+
+    def _join_roofline(self) -> None:
+        launcher = self.pool.launcher
+        address, port, world_size = launcher.address, launcher.free_port(), 1 + self.engines[0].ranks
+        calls = [self.trainer.processes[0].submit("join_roofline", address, port, world_size)]
+        calls.append(self.engines[0].process.submit("rpc", "probe_join", address, port, 1, world_size))
+        gather(calls, self.call_deadline_s)
+
+    def _broadcasts(self, nbytes: int, samples: int) -> list[float]:
+        """Each sample from the earliest start to the latest end; the first, which allocates, is left out."""
+        seconds = []
+        for _ in range(samples + 1):
+            calls = [self.trainer.processes[0].submit("send_roofline", nbytes)]
+            calls.append(self.engines[0].process.submit("receive", nbytes))
+            halves = gather(calls, self.call_deadline_s)
+            seconds.append(max(half["ended_s"] for half in halves) - min(half["started_s"] for half in halves))
+        self._call(self.engines[0], "probe_forget")
+        return seconds[1:]
+
+    def peak_memory(self) -> tuple[int, int]:
+        """Bytes that engine and trainer take at the most above what they had before one update, over all ranks."""
+        engine = self.engines[0]
+        self._call(engine, "probe_memory_mark")
+        self.trainer.call("memory_mark")
+        self.update()
+        peaks = self._call(engine, "probe_memory_peak")
+        return sum(peaks), sum(self.trainer.call("memory_peak"))
+
+    def tokens_per_s(self, max_tokens: int) -> float:
+        """Generated tokens per second of the first engine, of one batch of prompts, the second time it sees them."""
+        engine = self.engines[0].process
+        rates = [
+            engine.call("tokens_per_s", self.prompts(), max_tokens, deadline_s=self.call_deadline_s) for _ in range(2)
+        ]
+        return rates[1]

@@ -1,0 +1,166 @@
+"""Updates: the trainer is connected with the engines, both move the weights, and what hangs is ended."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+from suite.driver.expected import Differs
+from suite.driver.together import Together
+from suite.processes.call import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
+
+CALL_MARGIN_S = 5.0  # for an answer to arrive that was given just in time
+JOIN_DEADLINE_S = 130.0  # for a group to come up: extensions and senders give up by themselves after 120 s
+TRAINER_END_S, ENGINE_END_S = 3.0, 5.0  # for a half to end by itself when the other has failed, until it is ended
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One update as it was measured: from the earliest start to the latest end, on the machine's monotonic clock."""
+
+    elapsed_s: float
+    bytes_sent: int
+    tensors: int
+    steps_s: dict[str, float]
+    pause_s: float | None = None  # from the last token before to the first after, where that was asked for
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an update with a fault ended on both sides: what each raised, or nothing where it succeeded."""
+
+    engine_error: str
+    trainer_error: str
+
+
+class Moving(Together):
+    """Updates of all engines."""
+
+    def connect(self) -> None:
+        """Connect the trainer with the engines, unless they still are."""
+        self.trainer.restore()
+        wanted = tuple(id(engine) for engine in self.engines)
+        if self.trainer.connected == wanted and all(e.connection == id(self.trainer) for e in self.engines):
+            return
+        self.trainer.connected = ()
+        subject, paths = self.subject.plain(), [engine.link_path for engine in self.engines]
+        speakers = self.subject.speakers(self.trainer.world_size)
+        calls = [engine.process.submit("accept", speakers) for engine in self.engines]
+        calls += [rank.submit("connect", subject, paths, self.call_deadline_s) for rank in self.trainer.processes]
+        gather(calls, self.call_deadline_s)
+        self._meet()
+        self.trainer.connected = wanted
+        for engine in self.engines:
+            engine.connection = id(self.trainer)
+
+    def _meet(self) -> None:
+        port, offset = self.pool.launcher.free_port(), 1
+        world_size = 1 + sum(engine.ranks for engine in self.engines)
+        calls = [rank.submit("invite", self.pool.launcher.address, port, world_size) for rank in self.trainer.processes]
+        for engine in self.engines:
+            calls.append(engine.process.submit("connect", self.pool.launcher.address, port, offset, world_size))
+            offset += engine.ranks
+        self._gathered(calls, JOIN_DEADLINE_S)
+
+    def update(
+        self,
+        deadline_s: float | None = None,
+        reset_cache: bool = True,
+        pause: bool = False,
+        bracket: bool = True,
+        **how: object,
+    ) -> Moved:
+        """One update of all engines; `how` is order=, alter=, relabel= and call_off= of the trainer's update.
+
+        `pause=True` has the engines generate a token right before and after; `bracket=False` leaves out begin_update
+        and end_update. Raises the first failure of either side, and GivenUp where earlier ones leave no hope.
+        """
+        deadline_s = self.deadline_s if deadline_s is None else deadline_s
+        self.pool.patience.expect_hope(self.subject.name)
+        self.connect()
+        self.updates += 1
+        with self.pool.timeline("moving", str(self.engines[0].key)):
+            if pause:
+                calls = [e.process.submit("pause", self.prompts(1)[0], deadline_s) for e in self.engines]
+            else:
+                calls = [e.process.submit("update", deadline_s, reset_cache, bracket) for e in self.engines]
+            ranks = self.trainer.processes
+            calls += [rank.submit("update", deadline_s, **how) for rank in ranks]
+            halves = self._gathered(calls, deadline_s + CALL_MARGIN_S)
+        self.pool.patience.succeeded(self.subject.name)
+        started = min(half["started_s"] for half in halves)
+        ended = max(half["ended_s"] for half in halves)
+        sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])
+        return Moved(
+            ended - started, sent["bytes_sent"], sent["tensors"], halves[0]["steps_s"], halves[0].get("pause_s")
+        )
+
+    def refusal(self, deadline_s: float, **how: object) -> str:
+        """Attempt an update that has to be refused and return the error; fails if it succeeds."""
+        try:
+            self.update(deadline_s, **how)
+        except RemoteError as error:  # one that runs into its deadline is not refused: that goes to the test
+            return "\n".join([error.said, *getattr(error, "__notes__", [])])
+        raise Differs(f"an error for an update with {how}", "success", self.where)
+
+    def update_until(self, deadline_s: float, fault: dict) -> Outcome:
+        """One update of one engine with a fault, see suite.actors.sending.Fault.
+
+        Fails where the engine does not answer in time. A trainer that has been stopped is not waited for.
+        """
+        self.pool.patience.expect_hope(self.subject.name)
+        self.connect()
+        self.updates += 1
+        (engine,), (rank,) = self.engines, self.trainer.processes
+        with self.pool.timeline("moving", str(engine.key)):
+            updating = engine.process.submit("update", deadline_s)
+            sending = rank.submit("update", deadline_s, fault=fault)
+            engine_error = _raised(updating, deadline_s + CALL_MARGIN_S)
+            stopped = fault["signal"] == "STOP"
+            trainer_error = "stopped" if stopped else _raised(sending, deadline_s + CALL_MARGIN_S)
+        self.disconnect()
+        return Outcome(engine_error, trainer_error)
+
+    def disconnect(self) -> None:
+        """Have the next update make new connections: after a failure the old ones may be out of step."""
+        self.trainer.connected = ()
+
+    def _gathered(self, calls: list[Call], deadline_s: float) -> list[dict]:
+        """What trainer and engines answer. Where one fails, the processes of the others are ended if they go on."""
+        began_s = time.monotonic()
+        try:
+            return gather(calls, deadline_s, TRAINER_END_S)
+        except NotBegun:
+            self.disconnect()
+            raise
+        except (NoAnswer, RemoteError) as error:
+            self.disconnect()
+            if lost := self._end_late(calls):
+                error.add_note(f"ended, since they did not come back: {', '.join(lost)}")
+            if lost or isinstance(error, ProcessDied):
+                self.pool.patience.lost(self.subject.name, time.monotonic() - began_s, error.cause)
+            raise
+
+    def _end_late(self, calls: list[Call]) -> list[str]:
+        """End what has not answered: the trainer first, which may be all that an engine waits for. Returns names."""
+        late = [call for call in calls if not call.done()]
+        names = [call.process.name for call in late if call.process in self.trainer.processes]
+        if names or not self.trainer.alive:
+            self.trainer.renew()
+        engines = [call for call in late if call.process not in self.trainer.processes and not call.done()]
+        deadline = time.monotonic() + ENGINE_END_S
+        for call in engines:
+            with contextlib.suppress(NoAnswer, RemoteError):
+                call.result(max(0.0, deadline - time.monotonic()))
+            if not call.done():
+                names.append(call.process.name)
+                call.process.stop()
+        return names
+
+
+def _raised(call: Call, deadline_s: float) -> str:
+    """What a call raised, empty where it succeeded; a process that has ended counts as having said so."""
+    try:
+        call.result(deadline_s)
+    except (RemoteError, ProcessDied) as error:
+        return error.said
+    return ""

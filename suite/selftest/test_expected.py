@@ -1,0 +1,119 @@
+"""A failure says what was expected, found and where, each on a line; and each expectation of an engine can fail."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from suite.driver.expected import Differs, expect
+from suite.driver.expecting import LOGPROB_TOLERANCE, Expecting
+from suite.driver.together import MAX_TOKENS
+from suite.session.verdicts import cause_of, judge
+
+WHERE = "after update 0 [subject=mine stage=cpu-tp1 model=qwen3-tied-tiny]"
+RIGHT = {"rank": 0, "elements": 9, "weights": 3, "differing": 0, "nonzero": 9, "first": []}
+ANSWER = {"tokens": [1] * MAX_TOKENS, "logprobs": [0.0] * MAX_TOKENS, "gaps": [9.0] * MAX_TOKENS}
+PROMPTS = [[1, 2]] * 8
+
+
+class Engines(Expecting):
+    """Answers what a test says, as probes and engines do."""
+
+    def __init__(self, *ranks: dict, answers: list[dict] | None = None) -> None:
+        subject, stage = SimpleNamespace(name="mine"), SimpleNamespace(name="cpu-tp1")
+        pool = SimpleNamespace(oracle=lambda key, seed: "", scratch=lambda: "")
+        super().__init__(
+            pool, None, [SimpleNamespace(key=SimpleNamespace(seed=0), ranks=1)], subject, stage, "qwen3-tied-tiny"
+        )
+        self._ranks, self._answers = [*ranks], [answers or [ANSWER] * len(PROMPTS)]
+
+    def call_engines(self, method: str, *args: object) -> list[list]:
+        return [self._ranks]
+
+    def generate(self, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[dict]]:
+        return self._answers
+
+    def half(self, step: str, *args: object) -> list[list]:
+        return [self._ranks]
+
+    def _call(self, engine: object, method: str, *args: object) -> list[dict]:
+        return self._ranks
+
+
+def test_a_failure_has_a_line_for_each():
+    with pytest.raises(Differs) as caught:
+        expect(False, "three\nweights", "two", WHERE)
+    assert str(caught.value).splitlines() == ["expected: three; weights", "found: two", f"where: {WHERE}"]
+    assert cause_of(caught.value) == "expected three; weights, found two"
+    assert judge("call", caught.value).verdict == "fail"
+    expect(True, "three", "two", WHERE)
+
+
+@pytest.mark.parametrize("found", ["", None, [], 0])
+def test_a_finding_that_is_empty_is_told_all_the_same(found: object):
+    assert str(Differs("something", found, WHERE)).splitlines()[1] in (f"found: {found}", "found: nothing")
+
+
+WRONG = [
+    (
+        lambda e: e.expect_exact(1),
+        RIGHT | {"differing": 2, "first": ["a: 1", "b: 1"]},
+        "2 weights that differ on rank 0",
+    ),
+    (lambda e: e.expect_exact(1), RIGHT | {"elements": 0}, "none to look at"),
+    (lambda e: e.expect_zero(), RIGHT | {"differing": 1}, "1 weights that differ on rank 0"),
+    (lambda e: e.expect_all_different(1), RIGHT | {"differing": 2}, "1 equal"),
+    (lambda e: e.expect_moved_from(1), RIGHT | {"differing": 2}, "1 of 3 as before"),
+    (lambda e: e.expect_no_zero(), RIGHT | {"nonzero": 8}, "1 zeros among 9 elements on rank 0"),
+    (lambda e: e.expect_no_zero(), RIGHT | {"nonzero": 0, "elements": 0}, "0 zeros among 0 elements on rank 0"),
+    (lambda e: e.expect_equal_to("", "the weights from before"), RIGHT | {"differing": 3}, "3 weights that differ"),
+]
+
+
+@pytest.mark.parametrize(("expectation", "rank", "found"), WRONG)
+def test_a_rank_that_is_wrong_fails_though_another_is_right(expectation, rank: dict, found: str):
+    right = RIGHT | {"differing": 3} if found.endswith(("equal", "as before")) else RIGHT
+    expectation(Engines(right, right))
+    with pytest.raises(Differs, match=found) as caught:
+        expectation(Engines(right, rank))
+    assert str(caught.value).splitlines()[2] == f"where: {WHERE}"
+
+
+def test_what_the_extension_says_of_zeros_has_to_be_so_on_every_rank():
+    Engines(True).expect_reported_zero(True)
+    with pytest.raises(Differs, match=r"say True on every rank\nfound: \[False\]"):
+        Engines(False).expect_reported_zero(True)
+
+
+def test_an_engine_is_inconsistent_where_it_says_so():
+    assert Engines("ready", "inconsistent").says_inconsistent()
+    assert not Engines("ready").says_inconsistent()
+    assert not Engines().says_inconsistent(), "expected nothing of an extension that can't tell"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"tokens": [1, 2] + [1] * (MAX_TOKENS - 2)}, "greedy tokens after"),
+        (
+            {"logprobs": [2 * LOGPROB_TOLERANCE] + [0.0] * (MAX_TOKENS - 1)},
+            "log-probabilities .*found: 0.700 apart",
+        ),
+    ],
+)
+def test_another_answer_fails(change: dict, found: str):
+    oracle = [ANSWER] * len(PROMPTS)
+    Engines().expect_answers(PROMPTS, oracle)
+    with pytest.raises(Differs, match=f"(?s){found}"):
+        Engines(answers=[ANSWER] * (len(PROMPTS) - 1) + [ANSWER | change]).expect_answers(PROMPTS, oracle)
+
+
+def test_answers_that_changed_are_counted():
+    Engines().expect_same_answers([[ANSWER] * len(PROMPTS)], "it")
+    with pytest.raises(Differs, match="the answers from before it\nfound: 1 others"):
+        Engines().expect_same_answers([[ANSWER | {"tokens": []}] + [ANSWER] * (len(PROMPTS) - 1)], "it")
+
+
+def test_too_few_clear_tokens_are_an_error_of_the_suite():
+    unclear = [ANSWER | {"gaps": [0.0] * MAX_TOKENS}] * len(PROMPTS)
+    with pytest.raises(RuntimeError, match="only 0 tokens of 8 prompts are clear-cut"):
+        Engines().expect_answers(PROMPTS, unclear)

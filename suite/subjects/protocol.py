@@ -1,0 +1,216 @@
+"""What a subject is: what is examined, and what each of its halves does in an update.
+
+A file of this folder has both halves of one way to move weights. One runs in the engine's process and calls the
+extension in the workers; the other runs in every rank of the trainer and sends. The dialogue between the two is the
+suite's: suite/actors/dialogue.py.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from suite.stages import Stage
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Engine(Protocol):
+    """What the engine's half has of its engine. devices: {"rank", "id", ...} of every worker."""
+
+    devices: list[dict[str, Any]]
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """Call a worker method on all ranks; their results."""
+
+
+class Trainer(Protocol):
+    """What the trainer's half has of its rank of the trainer."""
+
+    device: "torch.device"
+
+
+class Tensors(Protocol):
+    """What an update sends. Iterating gathers (checkpoint name, whole tensor) one by one."""
+
+    def __iter__(self) -> Iterable[tuple[str, "torch.Tensor"]]: ...
+
+    def held(self) -> list[tuple[str, "torch.Tensor"]]:
+        """All of them at once; from then on iterating gives these."""
+
+
+class EngineHalf:
+    """The half that runs in the engine's process.
+
+    Where the extension has begin_update(manifest), end_update() and abort_update(), they are called around an update.
+    """
+
+    def __init__(self, subject: "Subject", engine: Engine) -> None:
+        self.subject, self.engine = subject, engine
+        extension = subject.load()
+        self.brackets = callable(getattr(extension, "begin_update", None))
+        self.resets_cache = bool(getattr(extension, "weight_sync_resets_cache", False))
+        self._tells_state = callable(getattr(extension, "update_state", None))
+
+    def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
+        """Meet the trainer, before the first update.
+
+        A group would be at this address, with the trainer as rank 0 and this engine's workers from `rank_offset` on.
+        """
+
+    def receive(self, announced: list[dict[str, Any]]) -> list[dict]:
+        """Keep what the trainer's ranks announce, and return the manifest. Raises ValueError for what is malformed."""
+        expected = {"manifest", *self.subject.announces}
+        for announcement in announced:
+            if announcement.keys() != expected:
+                raise ValueError(f"the trainer announced {sorted(announcement)!r:.120}, expected {sorted(expected)}")
+        return announced[0]["manifest"]
+
+    def begin(self, manifest: list[dict]) -> None:
+        """Begin an update of these tensors, [{"name", "dtype", "shape"}, ...], where updates have a beginning."""
+        if self.brackets:
+            self.engine.rpc("begin_update", manifest)
+
+    def transfer(self, manifest: list[dict]) -> None:
+        """Have the workers take the tensors, while the trainer's half sends."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """End the update: the workers compute with the new weights once this returns."""
+        if self.brackets:
+            self.engine.rpc("end_update")
+
+    def abort(self) -> None:
+        """Give up the update under way."""
+        if self.brackets:
+            self.engine.rpc("abort_update")
+
+    def state(self) -> list[str]:
+        """What every worker says of its weights: "ready", "updating", "inconsistent"; nothing where they can't tell."""
+        return self.engine.rpc("update_state") if self._tells_state else []
+
+
+class TrainerHalf:
+    """The half that runs in each rank of the trainer."""
+
+    def __init__(self, subject: "Subject", trainer: Trainer) -> None:
+        self.subject, self.trainer = subject, trainer
+
+    def invite(self, address: str, port: int, world_size: int) -> None:
+        """Meet the engines, before the first update; see EngineHalf.connect. Only ranks that speak are asked."""
+
+    def announce(self, tensors: Tensors) -> dict[str, Any]:
+        """What the engines are told beside the manifest, as plain data, by the names in `Subject.announces`."""
+        return {}
+
+    def mislabelled(self, announcement: dict[str, Any], label: str) -> dict[str, Any]:
+        """The same announcement for a device that it is not for; for none where `label` is empty. A test's fault."""
+        raise NotImplementedError(f"{self.subject.name} announces nothing that is labelled with a device")
+
+    def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
+        """Send all tensors and return the bytes sent; `acknowledged()` waits until all engines have ended the update.
+
+        The tensors may be changed once this has returned.
+        """
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Let go of what an update held. Called when all engines have ended or refused it."""
+
+    def abort(self, reason: str) -> None:
+        """End a send() that runs in another thread, where that can be done: it raises within 2 s then."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+@dataclass(frozen=True)
+class Subject(ABC):
+    """A worker extension and what sends to it.
+
+    name: how reports call it. extension: `pkg.module:Class` of the extension.
+    lacks: {requirement id: reason} of what it is not made to do; those are judged unsupported, never passed.
+    sender: `pkg.module:Class` of its sender; empty for that of vLLM's example.
+    host: the subject whose engines it is examined on, by taking the place of that subject's extension in the live
+    workers; empty for engines of its own.
+    methods: what a class has to have to be such a subject. announces: what the trainer announces beside the manifest.
+    roofline: what its updates are measured against, "broadcast" or "copy".
+    """
+
+    name: str
+    extension: str
+    lacks: dict[str, str] = field(default_factory=dict, hash=False)
+    sender: str = ""
+    host: str = ""
+
+    methods: ClassVar[tuple[str, ...]]
+    roofline: ClassVar[str]
+    announces: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def lacking(cls, extension: type) -> dict[str, str]:
+        """What a class of this kind lacks, by what methods it has."""
+        brackets = all(callable(getattr(extension, method, None)) for method in ("begin_update", "abort_update"))
+        return {} if brackets else no_beginning(extension.__name__)
+
+    @abstractmethod
+    def engine_half(self, engine: Engine) -> EngineHalf:
+        """The half for an engine's process."""
+
+    @abstractmethod
+    def trainer_half(self, trainer: Trainer) -> TrainerHalf:
+        """The half for a rank of the trainer."""
+
+    @abstractmethod
+    def unfit(self, stage: Stage) -> str:
+        """Why it makes no sense on a stage; empty where it does."""
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """Arguments of vllm.LLM that its engines start with, beside the extension."""
+        return {}
+
+    def engine_environment(self) -> dict[str, str]:
+        """What its engines have in their environment."""
+        return {}
+
+    def speakers(self, world_size: int) -> int:
+        """How many ranks of a trainer of `world_size` announce and send, from rank 0 on; the others only gather."""
+        return 1
+
+    def load(self) -> type:
+        """The extension class itself."""
+        return load(self.extension)
+
+    def can(self, method: str) -> bool:
+        """Whether its workers have this method."""
+        return callable(getattr(self.load(), method, None))
+
+    def plain(self) -> dict[str, str]:
+        """What other processes have to know, as plain data; see `from_plain`."""
+        kind = f"{type(self).__module__}:{type(self).__qualname__}"
+        return {"kind": kind, "name": self.name, "extension": self.extension, "sender": self.sender}
+
+
+def no_beginning(name: str) -> dict[str, str]:
+    """What an extension lacks of which updates have no beginning."""
+    return {"errors.nested": f"{name} has no begin_update() and abort_update(): its updates have no beginning"}
+
+
+def from_plain(plain: dict[str, str]) -> Subject:
+    """The subject in another process."""
+    return load(plain["kind"])(plain["name"], plain["extension"], sender=plain["sender"])
+
+
+def load(extension: str) -> type:
+    """Import `pkg.module:Class`. Raises ValueError with the reason where that fails."""
+    module, _, name = extension.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except Exception as error:  # an import may raise anything
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected an extension as pkg.module:Class, found {extension!r}: {why}") from error
+    if not isinstance(cls, type):
+        raise ValueError(f"{extension} is a {type(cls).__name__}, not a class")
+    return cls
