@@ -5,12 +5,12 @@ extension in the workers; the other runs in every rank of the trainer and sends.
 suite's: suite/actors/dialogue.py.
 """
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from suite.processes import target
 from suite.stages import Stage
 
 if TYPE_CHECKING:
@@ -205,9 +205,8 @@ def from_plain(plain: dict[str, str]) -> Subject:
 
 def load(extension: str) -> type:
     """Import `pkg.module:Class`. Raises ValueError with the reason where that fails."""
-    module, _, name = extension.partition(":")
     try:
-        cls = getattr(importlib.import_module(module), name)
+        cls = target.load(extension)
     except Exception as error:  # an import may raise anything
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"expected an extension as pkg.module:Class, found {extension!r}: {why}") from error
