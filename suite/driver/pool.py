@@ -60,7 +60,6 @@ class Pool:
         self._wanted: EngineKey | None = None
         self._served: EngineKey | None = None  # the one that a test got last: its stage's trainer may hold its model
         self.patience = Patience()
-        self.timeline: Callable[[str, str], AbstractContextManager[None]] = lambda what, name: nullcontext()
         self._changed = threading.Condition()
         self._quiet = False
         self._closed = False

@@ -1,6 +1,7 @@
 """A user's class becomes a subject by the methods that it has, or is refused with what is missing."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -201,6 +202,14 @@ def test_a_module_beside_the_user_is_found(modules: Path):
 def test_a_sender_of_its_own_is_taken_from_the_class(modules: Path):
     assert subject_from("ws_theirs:Sending").sender == "ws_theirs:Sender"
     assert subject_from("ws_theirs:Broadcasting").sender == ""
+
+
+def test_nobody_outside_asks_a_subject_for_a_transport():
+    suite = ROOT / "suite"
+    inside = (suite / "subjects", suite / "selftest")
+    files = [path for path in suite.rglob("*.py") if not any(folder in path.parents for folder in inside)]
+    assert len(files) > 40
+    assert not [path for path in files if re.search(r"\btransport\b", path.read_text())]
 
 
 # ---- what installed packages bring

@@ -55,7 +55,7 @@ def pair(handle: dict, device: Any) -> tuple:
     import torch
     from torch.multiprocessing import reductions
 
-    from extensions.devices import open_handle
+    from extensions.handles import open_handle
     from extensions.tensors import dtype_of
 
     if handle.get("kind") != "cuda_ipc":

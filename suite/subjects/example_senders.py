@@ -34,9 +34,8 @@ class GroupSender:
         return sent
 
     def close(self) -> None:
-        """Leave the group. Releases of vLLM before 0.19 cannot: their communicator ends with the process."""
-        if callable(getattr(self._communicator, "destroy", None)):
-            self._communicator.destroy()
+        """Forget the group. To leave it would wait for workers that may hang; it ends with the process."""
+        self._communicator = None
 
 
 class IpcSender(HandleSender):
