@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from extensions.group import LINGER_S, GroupError, stateless_init_process_group
-from suite.driver.sync import free_port
 from suite.processes.call import Call, Process, RemoteError, gather
-from suite.processes.local import LocalLauncher
+from suite.processes.local import LocalLauncher, free_port
 from suite.selftest.ranks import started
 
 DEADLINE_S = 30

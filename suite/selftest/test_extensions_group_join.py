@@ -10,9 +10,8 @@ import psutil
 import pytest
 
 from extensions.group import LINGER_S, GroupError, stateless_init_process_group
-from suite.driver.sync import free_port
 from suite.processes.call import Call, Process, ProcessDied, RemoteError, gather
-from suite.processes.local import LocalLauncher
+from suite.processes.local import LocalLauncher, free_port
 from suite.selftest.ranks import STEPS, started
 
 DEADLINE_S = 30

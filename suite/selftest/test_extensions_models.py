@@ -6,10 +6,9 @@ from functools import cache
 import pytest
 
 from suite import models
-from suite.driver.sync import free_port
 from suite.models import TIED
 from suite.processes.call import Process, RemoteError
-from suite.processes.local import LocalLauncher
+from suite.processes.local import LocalLauncher, free_port
 from suite.session import environment
 
 DEADLINE_S = 60

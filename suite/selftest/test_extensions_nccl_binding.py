@@ -15,7 +15,7 @@ from extensions.group import GroupError, nccl, nccl_binding
 from extensions.group.basics import in_a_thread
 from extensions.group.nccl_binding import Comm, Config, Library, NcclError
 from extensions.group.rendezvous import Rendezvous
-from suite.driver.sync import free_port
+from suite.processes.local import free_port
 
 SOON_S = 10.0
 FAILED = 3  # ncclInternalError

@@ -13,8 +13,8 @@ import torch
 
 from extensions.group import LINGER_S, GroupError
 from extensions.group.nccl import identifier
-from suite.driver.sync import free_port
 from suite.processes.call import Process, RemoteError, gather
+from suite.processes.local import free_port
 from suite.selftest.ranks import started
 from suite.selftest.strangers import Bait, hostile_bytes
 
