@@ -27,11 +27,10 @@ class Measuring(Moving):
         return "device copy" if self.stage.kind == "gpu" else "memory copy", [max(ranks) for ranks in copies]
 
     def _join_roofline(self) -> None:
-        port, world_size = self.pool.launcher.free_port(), 1 + self.engines[0].ranks
-        calls = [self.trainer.processes[0].submit("join_roofline", self.pool.launcher.address, port, world_size)]
-        calls.append(
-            self.engines[0].process.submit("rpc", "probe_join", self.pool.launcher.address, port, 1, world_size)
-        )
+        launcher = self.pool.launcher
+        address, port, world_size = launcher.address, launcher.free_port(), 1 + self.engines[0].ranks
+        calls = [self.trainer.processes[0].submit("join_roofline", address, port, world_size)]
+        calls.append(self.engines[0].process.submit("rpc", "probe_join", address, port, 1, world_size))
         gather(calls, self.call_deadline_s)
 
     def _broadcasts(self, nbytes: int, samples: int) -> list[float]:

@@ -169,7 +169,7 @@ class Pool:
 
     def oracle(self, key: EngineKey, seed: int) -> str:
         """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has."""
-        path = self._oracle_path(replace(key, seed=seed))
+        path = self.oracle_path(replace(key, seed=seed))
         ranks = range(self._stages[key.stage].engine_ranks)
         files = [path.with_name(f"{path.name}.rank{rank}.safetensors") for rank in ranks]
         reference = self.reference(key, seed, [*self._needs])
@@ -214,7 +214,8 @@ class Pool:
         found = self._stages[stage]
         return found.kind, found.tensor_parallel_size, found.pipeline_parallel_size
 
-    def _oracle_path(self, key: EngineKey) -> Path:
+    def oracle_path(self, key: EngineKey) -> Path:
+        """Where engines that compute as `key` does write what they compute with after a cold load."""
         parts = [key.model, *self._layout(key.stage), *(f"{n}={v}" for n, v in key.options), key.seed]
         return self.launcher.directory / "oracles" / "-".join(map(str, parts))
 
@@ -281,7 +282,7 @@ class Pool:
             "subject": subject.plain(),
             "link_path": link_path,
             "tensor_parallel_size": stage.tensor_parallel_size,
-            "oracle_path": str(self._oracle_path(key)) if key.seed is not None else None,
+            "oracle_path": str(self.oracle_path(key)) if key.seed is not None else None,
             "options": options,
         }
         env = variables.of_engine(stage, key.copy, options["enforce_eager"]) | subject.engine_environment()

@@ -80,7 +80,7 @@ def shared_memory_of(pids: Iterable[int]) -> set[Path]:
     found = set()
     with contextlib.suppress(OSError):
         for entry in os.scandir(SHARED_MEMORY):
-            if entry.inode() in inodes or _owner(entry.name) in pids:
+            if entry.inode() in inodes or owner_of(entry.name) in pids:
                 found.add(Path(entry.path))
     return found
 
@@ -175,7 +175,7 @@ def _inodes(pid: int) -> set[int]:
     return found
 
 
-def _owner(name: str) -> int | None:
+def owner_of(name: str) -> int | None:
     """The process id in a name in shared memory, where it has one."""
     found = OWNED.fullmatch(name)
     if found is None:

@@ -20,17 +20,18 @@ from suite.processes import janitor, wire
 from suite.processes.launcher import Launcher
 from suite.processes.process import LocalProcess
 
+ADDRESS = "127.0.0.1"
 PORTS = (15000, 32000)  # below those that Linux hands out: from 32768 on, see ip_local_port_range
 
 
-def free_port(address: str = "127.0.0.1") -> int:
+def free_port() -> int:
     """A port that nothing listens on now, and that Linux by default gives to nobody who asks for any, as NCCL does."""
     for _ in range(1000):
         port = random.SystemRandom().randrange(*PORTS)
         with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind((address, port))
+            sock.bind((ADDRESS, port))
             return port
-    raise OSError(f"no port of {PORTS[0]}..{PORTS[1]} could be bound at {address}, in 1000 tries")
+    raise OSError(f"no port of {PORTS[0]}..{PORTS[1]} could be bound at {ADDRESS}, in 1000 tries")
 
 
 class LocalLauncher(Launcher):
@@ -42,7 +43,7 @@ class LocalLauncher(Launcher):
         logs: directory for one log file a process; created if missing.
     """
 
-    address = "127.0.0.1"
+    address = ADDRESS
 
     def __init__(self, logs: Path) -> None:
         self.id = uuid.uuid4().hex[:8]
@@ -78,7 +79,7 @@ class LocalLauncher(Launcher):
         return process
 
     def free_port(self) -> int:
-        return free_port(self.address)
+        return free_port()
 
     def link_path(self) -> str:
         return str(self.directory / f"{self.label('link')}.sock")

@@ -9,8 +9,6 @@ NOTING = (
     + """
 from suite import fixtures
 
-pytest_plugins += ["suite.fixtures"]
-
 
 def name(test):
     return test.partition("::")[2].partition("[")[0]
@@ -86,3 +84,44 @@ def test_what_its_subject_does_not_support_needs_no_engine_once_it_has_ended(tmp
     assert [*finished.verdicts.values()] == ["unsupported", "pass", "unsupported"]
     assert "planned for test_supported test_unsupported\n" in finished.output
     assert done_with(finished.output) == ["test_supported", "test_unsupported"]
+
+
+SEEING = """
+class Trainers:
+    def __init__(self, launcher, ahead):
+        pass
+
+    def start_seeing(self, visible, device):
+        print("started to see", visible, device)
+
+    def close(self):
+        pass
+
+fixtures.Trainers = Trainers
+
+def own_engines(key, params):
+    return [key] if params["visible"] else []
+
+def own_trainer(params):
+    return params["visible"], "cuda:1"
+"""
+SEEN = """
+from conftest import own_engines, own_trainer
+
+@judged()
+def test_takes_the_stages(subject, stage, model, trainers):
+    pass
+
+@pytest.mark.needs(engines=own_engines, trainer=own_trainer)
+@pytest.mark.parametrize("visible", ["1,0", "", "0"])
+@judged()
+def test_takes_its_own(subject, stage, model, visible, trainers):
+    pass
+"""
+
+
+def test_trainers_that_see_gpus_in_their_own_way_start_with_the_others(tmp_path: Path):
+    finished = examine(tmp_path, SEEN, *ONE_CASE, "-s", conftest=NOTING + SEEING)
+    assert set(finished.verdicts.values()) == {"pass"}
+    lines = [line.rpartition("started to see ")[2] for line in finished.output.splitlines() if "started to see" in line]
+    assert lines == ["1,0 cuda:1", "0 cuda:1"], "expected one for each test that has engines, before the first needs it"

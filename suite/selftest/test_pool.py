@@ -447,7 +447,7 @@ def test_another_subjects_engine_serves_where_it_computes_the_same(pool: Pool, o
     key = EngineKey(MODEL, "cpu-tp1", "broadcast", 0, visible="GPU-1", copy=2)
     found = pool.reference(key, 1, [key, other])
     assert found == (other if serves else EngineKey(MODEL, "cpu-tp1", "broadcast", 1))
-    assert (pool._oracle_path(found) == pool._oracle_path(other)) == serves
+    assert (pool.oracle_path(found) == pool.oracle_path(other)) == serves
 
 
 @pytest.mark.parametrize(("gpu_bytes", "fits"), [(151e9, True), (86e9, False)])

@@ -295,7 +295,7 @@ def test_stop_finds_shared_memory_that_is_named_after_processes_that_were_killed
     ],
 )  # fmt: skip
 def test_shared_memory_says_whose_it_is(name: str, owner: int | None):
-    assert janitor._owner(name) == owner
+    assert janitor.owner_of(name) == owner
 
 
 def test_who_stops_a_process_that_another_thread_stops_waits_for_the_end_of_it(launcher: LocalLauncher, monkeypatch):
