@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -210,6 +211,20 @@ def test_nobody_outside_asks_a_subject_for_a_transport():
     files = [path for path in suite.rglob("*.py") if not any(folder in path.parents for folder in inside)]
     assert len(files) > 40
     assert not [path for path in files if re.search(r"\btransport\b", path.read_text())]
+
+
+@pytest.mark.parametrize("has", [(), ("begin_update",), ("begin_update", "end_update", "abort_update", "update_state")])
+def test_an_engine_calls_what_a_class_has_around_an_update(modules: Path, monkeypatch: pytest.MonkeyPatch, has: tuple):
+    called: list[str] = []
+    subject = subject_from("ws_theirs:Broadcasting")
+    for method in has:
+        monkeypatch.setattr(subject.load(), method, lambda self: None, raising=False)
+    half = subject.engine_half(SimpleNamespace(devices=[], rpc=lambda method, *args: called.append(method)))
+    half.begin([])
+    half.end()
+    half.abort()
+    half.state()
+    assert called == [*has]
 
 
 # ---- what installed packages bring

@@ -44,15 +44,13 @@ class Tensors(Protocol):
 class EngineHalf:
     """The half that runs in the engine's process.
 
-    Where the extension has begin_update(manifest), end_update() and abort_update(), they are called around an update.
+    Those that the extension has of begin_update(manifest), end_update() and abort_update() are called around an update.
     """
 
     def __init__(self, subject: "Subject", engine: Engine) -> None:
         self.subject, self.engine = subject, engine
         extension = subject.load()
-        self.brackets = callable(getattr(extension, "begin_update", None))
         self.resets_cache = bool(getattr(extension, "weight_sync_resets_cache", False))
-        self._tells_state = callable(getattr(extension, "update_state", None))
 
     def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Meet the trainer, before the first update.
@@ -70,7 +68,7 @@ class EngineHalf:
 
     def begin(self, manifest: list[dict]) -> None:
         """Begin an update of these tensors, [{"name", "dtype", "shape"}, ...], where updates have a beginning."""
-        if self.brackets:
+        if self.subject.can("begin_update"):
             self.engine.rpc("begin_update", manifest)
 
     def transfer(self, manifest: list[dict]) -> None:
@@ -79,17 +77,17 @@ class EngineHalf:
 
     def end(self) -> None:
         """End the update: the workers compute with the new weights once this returns."""
-        if self.brackets:
+        if self.subject.can("end_update"):
             self.engine.rpc("end_update")
 
     def abort(self) -> None:
         """Give up the update under way."""
-        if self.brackets:
+        if self.subject.can("abort_update"):
             self.engine.rpc("abort_update")
 
     def state(self) -> list[str]:
         """What every worker says of its weights: "ready", "updating", "inconsistent"; nothing where they can't tell."""
-        return self.engine.rpc("update_state") if self._tells_state else []
+        return self.engine.rpc("update_state") if self.subject.can("update_state") else []
 
 
 class TrainerHalf:
