@@ -92,7 +92,7 @@ class Plan:
         for name, parts in regions.items():
             dtype, shape = self.announced[name]
             memory = Memory(math.prod(shape) * dtype.itemsize, dtype.itemsize)
-            if unread := _elements_filled(parts, memory).get(0, 0):
+            if unread := elements_filled(parts, memory).get(0, 0):
                 total = math.prod(shape)
                 yield f"{name}: other shape than expected, {unread} of {total} elements of {list(shape)} go nowhere"
 
@@ -103,11 +103,11 @@ class Plan:
         for name, memory in self.parameters.items():
             loaded = [fill for fill in into[name] if fill.reads]
             total, sources = memory.nbytes // memory.itemsize, _names(read for fill in loaded for read in fill.reads)
-            filled = _elements_filled([fill.region for fill in loaded], memory)
+            filled = elements_filled([fill.region for fill in loaded], memory)
             if twice := sum(elements for times, elements in filled.items() if times > 1):
                 yield f"{name}: {twice} of {total} elements are filled more than once, by {sources}"
             # Padding is filled with a constant. A constant alone is no weight.
-            missing = _elements_filled([fill.region for fill in into[name] if loaded], memory).get(0, 0)
+            missing = elements_filled([fill.region for fill in into[name] if loaded], memory).get(0, 0)
             if missing and name not in self.refused:
                 rest = f"; the others are filled by {sources}" if loaded else ""
                 yield f"{name}: missing, {missing} of {total} elements are filled by no announced tensor{rest}"
@@ -180,7 +180,7 @@ def _holds(parallel: object) -> tuple[bool, bool]:
     return names, names and parallel.tensor_parallel_size == 1
 
 
-def _elements_filled(regions: list[Region], memory: Memory) -> dict[int, int]:
+def elements_filled(regions: list[Region], memory: Memory) -> dict[int, int]:
     """How many elements of a tensor lie in how many of the regions: `{number of regions: elements}`."""
     runs = [_runs(region) for region in regions if region.elements]
     # Counted in blocks: the largest unit in which no region begins, ends or jumps anywhere but between two blocks.

@@ -101,10 +101,10 @@ class Recorder(TorchDispatchMode):
         origin = self._origin_of(tensor) or Origin()
         through = (*origin.through, *_cast(before, tensor), "replaces the tensor")
         misfit = "" if tensor.shape == before.shape else _misfit(tensor, before)
-        self.fills.append(Fill(name, _region(before), origin.reads, through, misfit))
+        self.fills.append(Fill(name, region_of(before), origin.reads, through, misfit))
 
     def _write(self, into: torch.Tensor, operation: str, rest: tuple, kwargs: dict) -> None:
-        name, region = self._targets[_memory(into)], _region(into)
+        name, region = self._targets[_memory(into)], region_of(into)
         origin = self._origin_of((rest, kwargs)) or Origin()
         step = _cast(into, rest[0]) if operation == "copy_" else (operation,)
         through = (*origin.through, *step)
@@ -150,7 +150,7 @@ class Recorder(TorchDispatchMode):
         memory = _memory(tensor)
         if memory in self._sources:
             changed = self._derived.get(memory, Origin())
-            return Origin(((self._sources[memory], _region(tensor)), *changed.reads), changed.through)
+            return Origin(((self._sources[memory], region_of(tensor)), *changed.reads), changed.through)
         if memory in self._targets:
             return Origin(parameters=frozenset([self._targets[memory]]))
         return self._derived.get(memory)
@@ -231,7 +231,8 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _region(tensor: torch.Tensor) -> Region:
+def region_of(tensor: torch.Tensor) -> Region:
+    """The part of its memory that a tensor is a view of."""
     size = tensor.element_size()
     stride = tuple(step * size for step in tensor.stride())
     return Region(tensor.storage_offset() * size, tuple(tensor.shape), stride, size)

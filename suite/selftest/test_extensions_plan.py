@@ -7,12 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from extensions import plan as planning
 from extensions.manifest import ManifestError, manifest_of
+from extensions.model import twin
 from extensions.plan import Plan, PlanError, plan_of
 from suite import models
 from suite.models import TIED
+from suite.selftest.properties import examples
 from suite.selftest.vllm_models import NO_ENGINE, Held, holding
 
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -231,6 +235,35 @@ def test_what_can_not_be_planned_says_so(monkeypatch: pytest.MonkeyPatch):
         planned(monkeypatch)
     with pytest.raises(ManifestError):
         plan_of(torch.nn.Module(), None, [])
+
+
+# ---- counting
+
+
+@st.composite
+def views(draw: st.DrawFn, whole: torch.Tensor) -> torch.Tensor:
+    """A part of a tensor: some of its indices in each dimension, at steps, in another order of dimensions, flat."""
+    part = whole
+    for dim, size in enumerate(whole.shape):
+        start = draw(st.integers(0, size))
+        part = part.narrow(dim, start, draw(st.integers(0, size - start)))
+        part = part[(slice(None),) * dim + (slice(None, None, draw(st.sampled_from([1, 1, 1, 2, 3]))),)]
+    part = part.permute(draw(st.permutations(range(part.ndim))))
+    return part.view(-1) if part.is_contiguous() and draw(st.booleans()) else part
+
+
+@given(st.data())
+@examples(4)
+def test_elements_are_counted_by_the_number_of_regions_that_they_lie_in(data: st.DataObject):
+    shape = data.draw(st.lists(st.integers(1, 6), max_size=3))
+    dtype = data.draw(st.sampled_from([torch.int8, torch.int16, torch.int64]))
+    whole = torch.arange(torch.Size(shape).numel()).to(dtype).view(shape)
+    parts = data.draw(st.lists(views(whole), max_size=5))
+    indices = torch.cat([torch.empty(0, dtype=torch.long), *(part.flatten().long() for part in parts)])
+    times, elements = indices.bincount(minlength=whole.numel()).unique(return_counts=True)
+    memory = planning.Memory(whole.numel() * dtype.itemsize, dtype.itemsize)
+    found = planning.elements_filled([twin.region_of(part) for part in parts], memory)
+    assert found == dict(zip(times.tolist(), elements.tolist(), strict=True))
 
 
 # ---- vLLM's own models
