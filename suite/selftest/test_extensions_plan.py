@@ -336,6 +336,14 @@ def test_one_wrong_tensor_is_the_one_problem(held: Held, changes: dict, names: s
 
 
 @vllm
+def test_a_copy_without_memory_leaves_no_rotary_embedding_to_the_next_model(held: Held):
+    held.build(TIED, 0)
+    held.forget_ropes()
+    held.plan({})
+    assert held.registers()["ropes"] == []
+
+
+@vllm
 def test_a_tied_head_may_be_announced(held: Held):
     held.build(TIED, 0)
     plan = held.plan({"lm_head.weight": [512, 128]})

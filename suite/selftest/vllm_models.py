@@ -117,6 +117,12 @@ class Models:
         }
         return {"problems": plan.problems(), "fills": fills}
 
+    def forget_ropes(self) -> None:
+        """Drop the rotary embeddings that vLLM keeps for the next model."""
+        from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+        _ROPE_DICT.clear()
+
     def registers(self) -> dict[str, Any]:
         """What vLLM notes of the models that it builds, and the dtype that tensors have by default."""
         from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
