@@ -47,7 +47,7 @@ class Load(ABC):
     def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
         self._model, self._vllm_config = model, vllm_config
         self._touched = False  # whether load() has been called
-        self._tied = _ties_its_head(model)
+        self._tied = ties_its_head(model)
 
     @abstractmethod
     def begin(self) -> None:
@@ -150,7 +150,7 @@ def finalize(model: torch.nn.Module, model_config: object) -> None:
     finish(model, model_config)
 
 
-def _ties_its_head(model: torch.nn.Module) -> bool:
+def ties_its_head(model: torch.nn.Module) -> bool:
     """Whether the output embedding is the input embedding under another name. Then nothing is to be loaded for it.
 
     vLLM itself leaves a tied `lm_head` out, but from 0.32 refuses it where the input embedding is not in the same call.

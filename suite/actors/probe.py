@@ -26,6 +26,7 @@ EXTENSION = "WEIGHT_SYNC_EXTENSION"
 PROBED = "suite.actors.probe.ProbedExtension"
 STATE = ("_weight_sync_", "_mutant_")  # what the attributes begin with that the suite's own extensions leave on workers
 SHOWN = 5
+PIECE_ELEMENTS = 1 << 26  # that are looked at as float32 at once: 256 MiB
 
 
 class Probe:
@@ -87,13 +88,13 @@ class Probe:
         elements, nonzero = 0, []
         for name, weight in self._probe_weights():
             elements += weight.numel()
-            if count := int(torch.count_nonzero(weight.float())):
+            if count := _nonzero(weight):
                 nonzero.append(f"{name}: {count} of {weight.numel()} elements are not zero")
         return {"rank": self.rank, "elements": elements, "differing": len(nonzero), "first": nonzero[:SHOWN]}
 
     def probe_nonzero(self) -> dict:
         """How many effective elements there are, and how many of them are not zero."""
-        counts = [(w.numel(), int(torch.count_nonzero(w))) for _, w in self._probe_weights()]
+        counts = [(w.numel(), _nonzero(w)) for _, w in self._probe_weights()]
         return {"rank": self.rank, "elements": sum(n for n, _ in counts), "nonzero": sum(n for _, n in counts)}
 
     def probe_bits(self, name: str, count: int) -> list[int]:
@@ -170,6 +171,11 @@ class Probe:
 
     def _probe_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return effective_weights(self.model_runner.get_model())
+
+
+def _nonzero(weight: torch.Tensor) -> int:
+    """How many elements are not zero, counted in pieces: a whole copy may not fit beside the weights."""
+    return sum(int(torch.count_nonzero(piece.float())) for piece in weight.reshape(-1).split(PIECE_ELEMENTS))
 
 
 def _of_rank(path: str, rank: int) -> Path:

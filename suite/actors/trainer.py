@@ -67,6 +67,10 @@ class Trainer:
             "transformers": metadata.version("transformers"),
         }
 
+    def forget(self) -> None:
+        """Let go of the weights, and of what trains them."""
+        self._forget()
+
     def close(self) -> None:
         """Let go of engines, model and group."""
         self._sending.close()

@@ -24,9 +24,22 @@ from suite.stages.hardware import gpu_memory_bytes
 from suite.subjects import Subject
 
 START_DEADLINE_S = 300.0
+PORT_TAKEN, LOG_LINES = ("EADDRINUSE", "Address already in use", "address already in use"), 400
 CORES_A_START = 4  # an engine that starts keeps one to three cores busy, more where it compiles bytecode
 MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 POLL_S = 0.1
+
+
+class PortTaken(Exception):
+    """An engine did not start since something else listens where it was to."""
+
+
+class NoReference(Exception):
+    """The engine to compare with did not start: nothing can be said of the subject."""
+
+    def __init__(self, key: EngineKey, error: Exception) -> None:
+        self.said = f"the engine to compare with, {key}, did not start: {getattr(error, 'said', error)}"
+        super().__init__(self.said)
 
 
 class Pool:
@@ -181,7 +194,7 @@ class Pool:
                     self._records.add(reference)
                 self._wanted = reference
                 if reference in self._failed:
-                    raise self._failed[reference]
+                    raise NoReference(reference, self._failed[reference]) from self._failed[reference]
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"engine {reference} has not written what it computes with: {path}")
                 self._changed.wait(POLL_S)
@@ -222,7 +235,7 @@ class Pool:
     def _work(self) -> None:
         while (key := self._next()) is not None:
             try:
-                handle = self._start(key)
+                handle = self._start_again_for_want_of_a_port(key)
             except Exception as error:  # whatever it was, the test that needs the engine reports it
                 self.announce(f"engine {key}: failed to start ({type(error).__name__})")
                 with self._changed:
@@ -271,6 +284,14 @@ class Pool:
         there = (*self._started, *self._starting, *self._stopping)
         return self.room.fits(key, there, trained=self._wanted or self._served)
 
+    def _start_again_for_want_of_a_port(self, key: EngineKey) -> EngineHandle:
+        """Start an engine, a second time where a port that vLLM had found free was taken before it listened there."""
+        try:
+            return self._start(key)
+        except PortTaken as error:
+            self.announce(f"engine {key}: {error}; it is started again")
+            return self._start(key)
+
     def _start(self, key: EngineKey) -> EngineHandle:
         stage, subject = self._stages[key.stage], self._subjects[key.subject]
         started = time.monotonic()
@@ -294,8 +315,10 @@ class Pool:
             facts = process.ready(START_DEADLINE_S)
             if stage.kind == "gpu" and key.visible == "":
                 _expect_on(stage.devices_of_engine(key.copy), facts, name)
-        except Exception:
+        except Exception as error:
             process.stop()
+            if any(sign in process.tail(LOG_LINES) for sign in PORT_TAKEN):
+                raise PortTaken("a port that vLLM had found free was taken by another process") from error
             raise
         self.announce(f"engine {key}: ready after {time.monotonic() - started:.0f} s")
         return EngineHandle(key, process, link_path, stage.engine_ranks, subject.extension, facts=facts)

@@ -10,6 +10,7 @@ from suite.driver.engines import EngineKey
 from suite.stages import Stage
 
 ENGINE_BYTES = 2.0e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
+TRAINERS_BYTES = 5.0e9  # of a trainer's GPU: CUDA's contexts of the kept trainers and of the spare ones
 GPU_FRACTION = 0.9  # of a GPU's memory may be planned for
 HOST_BYTES = 4e9  # of host memory, for an engine and what it loads
 MIN_ENGINES = 3  # at once, whatever the host's memory
@@ -45,7 +46,7 @@ class Room:
     def fits(self, key: EngineKey, there: Iterable[EngineKey], trained: EngineKey | None) -> bool:
         """Whether the GPUs of an engine have room beside those that are there, and those of a trainer at work.
 
-        Engines add up. A trainer is one process for all engines and holds one model at a time, that of `trained`.
+        Engines add up. Of the trainers one holds a model, that of `trained`; the others have let go of theirs.
         """
         others = [other for other in there if other != key]
         return not others or all(
@@ -68,6 +69,8 @@ class Room:
     def _wanted_bytes(self, device: str, keys: list[EngineKey], trained: EngineKey | None) -> float:
         engines = [key for key in keys if device in self.devices_of(key)]
         wanted = sum(ENGINE_BYTES + self._bytes(k, self._stages[k.stage].engine_ranks) for k in engines)
+        if any(device in stage.trainer_devices for stage in self._stages.values()):
+            wanted += TRAINERS_BYTES
         if trained is None or device not in self._stages[trained.stage].trainer_devices:
             return wanted
         return wanted + self._bytes(trained, self._stages[trained.stage].trainer_world_size)
@@ -78,6 +81,8 @@ class Room:
         if device in self.devices_of(key):
             weights = self._bytes(key, stage.engine_ranks)
             parts += [f"{weights / GB:.1f} GB of the engine's weights", f"{ENGINE_BYTES / GB:.1f} GB beside them"]
+        if any(device in other.trainer_devices for other in self._stages.values()):
+            parts.append(f"{TRAINERS_BYTES / GB:.1f} GB of trainers without theirs")
         if device in stage.trainer_devices:
             parts.append(f"{self._bytes(key, stage.trainer_world_size) / GB:.1f} GB of the trainer's weights")
         return f"{' + '.join(parts)} = {self._wanted_bytes(device, [key], key) / GB:.1f} GB on one GPU"

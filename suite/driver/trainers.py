@@ -123,6 +123,12 @@ class TrainerGroup:
         for method, args in calls:
             self._change(method, *args)
 
+    def let_go(self) -> None:
+        """Free the memory of the weights; they are restored when they are needed again."""
+        if self._holds and self.alive:
+            self.call("forget")
+            self._to_restore, self._holds = self._holds, []
+
     @property
     def alive(self) -> bool:
         """Whether all ranks run."""
@@ -180,8 +186,15 @@ class Trainers:
             return self._kept[place]
 
     def of(self, stage: Stage, world_size: int) -> TrainerGroup:
-        """The trainer that is kept for a stage, ready; a spare one takes the place of one that has ended."""
+        """The trainer that is kept for a stage, ready; a spare one takes the place of one that has ended.
+
+        On GPUs the trainers of other stages let go of their weights, which take the room of this one's.
+        """
         group = self.start(stage, world_size)
+        if stage.kind == "gpu":
+            for other in self._kept.values():
+                if other is not group:
+                    other.let_go()
         if not group.alive:
             group.renew()
         group.ready()

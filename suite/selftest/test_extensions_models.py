@@ -7,40 +7,19 @@ import pytest
 
 from suite import models
 from suite.models import TIED
-from suite.processes.call import Process, RemoteError
-from suite.processes.local import LocalLauncher, free_port
-from suite.session import environment
+from suite.processes.call import RemoteError
+from suite.selftest.vllm_models import NO_ENGINE, Held, holding
 
-DEADLINE_S = 60
-STARTING_S = 120
 NAMES = [TIED, "qwen3-untied-tiny", "llama-tiny", "qwen3-moe-tiny"]
 FAILING = [TIED, "qwen3-moe-tiny"]  # dense and of experts, which are packed in different ways
-NO_ENGINE = environment.lacks_engine("cpu")
 
 pytestmark = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
 
 
-class Held:
-    """A process with one model at a time; its methods are those of `vllm_models.Models`."""
-
-    def __init__(self, process: Process) -> None:
-        self._process = process
-
-    def __getattr__(self, method: str):
-        return lambda *args: self._process.call(method, *args, deadline_s=DEADLINE_S)
-
-
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Held]:
-    directory = tmp_path_factory.mktemp("models")
-    with LocalLauncher(directory / "logs") as launcher:
-        arguments = {"directory": str(directory), "port": free_port()}
-        environment = {
-            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-        }  # fmt: skip
-        process = launcher.start("models", "suite.selftest.vllm_models:Models", arguments, environment, STARTING_S)
-        process.ready()
-        yield Held(process)
+    with holding(tmp_path_factory.mktemp("models")) as held:
+        yield held
 
 
 @pytest.fixture(params=FAILING)

@@ -15,6 +15,7 @@ from suite.driver import room, variables
 from suite.driver.engines import EngineKey
 from suite.driver.pool import Pool
 from suite.models import MODELS, TIED
+from suite.session.verdicts import ERROR, judge
 from suite.stages import Stage
 from suite.subjects import SUBJECTS
 
@@ -38,6 +39,7 @@ class Engine:
         self.may_end = threading.Event()
         self.error: Exception | None = None
         self.devices: list = [label]
+        self.log = ""
         self.stopped = threading.Event()
 
     def ready(self, deadline_s: float) -> dict:
@@ -59,6 +61,9 @@ class Engine:
 
     def stop(self) -> None:
         self.stopped.set()
+
+    def tail(self, lines: int = 40) -> str:
+        return self.log
 
 
 class Started:
@@ -426,8 +431,28 @@ def test_an_oracle_that_fails_to_start_reaches_the_test(pool: Pool, started: Sta
     plan(pool)
     asked = Asked(pool.oracle, A, 1)
     started.of(B).let(RuntimeError("no such checkpoint"))
-    with pytest.raises(RuntimeError, match="no such checkpoint"):
+    with pytest.raises(module.NoReference, match="did not start: no such checkpoint") as failed:
         asked()
+    assert judge("call", failed.value).verdict == ERROR, "expected nothing to be said of the subject"
+
+
+def test_an_engine_whose_port_was_taken_is_started_once_more(pool: Pool, started: Started):
+    plan(pool, [A])
+    asked = Asked(pool.get, A)
+    for again in (0, 1):
+        engine = started.of(A, again)
+        engine.log = "DistNetworkError: The server socket has failed to listen: EADDRINUSE"
+        engine.let(RuntimeError("Engine core initialization failed") if not again else None)
+    assert asked().process is started.of(A, 1)
+
+
+def test_an_engine_that_fails_otherwise_is_not_started_again(pool: Pool, started: Started):
+    plan(pool, [A])
+    asked = Asked(pool.get, A)
+    started.of(A).let(RuntimeError("Engine core initialization failed"))
+    with pytest.raises(RuntimeError, match="initialization failed"):
+        asked()
+    assert started.stays_at(1)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +475,7 @@ def test_another_subjects_engine_serves_where_it_computes_the_same(pool: Pool, o
     assert (pool.oracle_path(found) == pool.oracle_path(other)) == serves
 
 
-@pytest.mark.parametrize(("gpu_bytes", "fits"), [(151e9, True), (86e9, False)])
+@pytest.mark.parametrize(("gpu_bytes", "fits"), [(155e9, True), (86e9, False)])
 def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started, gpu_bytes: float, fits: bool):
     """Two copies of 32B in bfloat16 are 131 GB."""
     pool.room.gpu_memory = {"GPU-1": gpu_bytes}
@@ -459,8 +484,9 @@ def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started,
     assert started.stays_at(int(fits))
     assert pool.room.too_large(small) == ""
     says = (
-        "qwen3-32b on gpu: 65.5 GB of the engine's weights + 2.0 GB beside them + 65.5 GB of the trainer's weights"
-        " = 133.0 GB on one GPU; the GPU has 86.0 GB, of which 90% may be planned for"
+        "qwen3-32b on gpu: 65.5 GB of the engine's weights + 2.0 GB beside them + 5.0 GB of trainers without theirs"
+        " + 65.5 GB of the trainer's weights = 138.0 GB on one GPU; the GPU has 86.0 GB, of which 90% may be planned"
+        " for"
     )
     assert pool.room.too_large(large) == ("" if fits else says)
 

@@ -176,3 +176,16 @@ def test_a_trainer_without_a_replacement_just_ends(starting: Ranks, ranks: list[
     trainer = Trainers(starting, ahead=1).spare(CPU)
     trainer.renew()
     assert not trainer.alive
+
+
+def test_on_gpus_a_trainer_lets_go_of_its_weights_for_another(starting: Ranks, ranks: list[Rank]):
+    apart = replace(SHARED, hosts_apart=False)
+    given = Trainers(starting, ahead=0)
+    first = given.of(apart, 1)
+    first.load("there")
+    given.of(SHARED, 1).load("there")
+    assert ranks[0].calls[-1] == ("forget", ())
+    assert given.of(apart, 1) is first
+    first.load("there")
+    first.load("there")
+    assert [method for method, _ in ranks[0].calls].count("load") == 2, "expected it to be restored once"

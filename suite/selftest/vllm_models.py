@@ -1,7 +1,10 @@
 """What selftests of the extensions put into a process: vLLM models as its CPU workers hold them, without an engine."""
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +16,39 @@ from extensions.model import loading
 from extensions.model.expected import expected_weights
 from extensions.model.loading import processed_layers
 from extensions.model.weights import effective_weights
+from extensions.plan import plan_of
 from suite import models
+from suite.processes.call import Process
+from suite.processes.local import LocalLauncher, free_port
+from suite.session import environment
 
 TOKENS = 3
+DEADLINE_S = 60
+STARTING_S = 120
+NO_ENGINE = environment.lacks_engine("cpu")
+
+
+class Held:
+    """A process with one model at a time; its methods are those of `Models`."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return lambda *args: self._process.call(method, *args, deadline_s=DEADLINE_S)
+
+
+@contextlib.contextmanager
+def holding(directory: Path) -> Iterator[Held]:
+    """Start such a process, and end it. Logs and checkpoints go to `directory`."""
+    with LocalLauncher(directory / "logs") as launcher:
+        arguments = {"directory": str(directory), "port": free_port()}
+        variables = {
+            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
+        }  # fmt: skip
+        process = launcher.start("models", "suite.selftest.vllm_models:Models", arguments, variables, STARTING_S)
+        process.ready()
+        yield Held(process)
 
 
 class Worker(ColocateWorkerExtension):
@@ -65,6 +98,42 @@ class Models:
             for index, layer in enumerate(self._model.model.layers):
                 digests[f"answer of layer {index}"] = _digest(layer.mlp(hidden.view(TOKENS, -1)))
         return digests
+
+    def plan(self, changes: dict[str, list | None]) -> dict[str, Any]:
+        """The plan of an update to this model's checkpoint, with other shapes under some names; None leaves one out.
+
+        Its problems, and its fills by name: (into, offset in bytes, shape, conversion).
+        """
+        shapes = dict(models.tensors(self._spec)) | changes
+        manifest = [
+            {"name": name, "dtype": "bfloat16", "shape": list(shape)}
+            for name, shape in shapes.items()
+            if shape is not None
+        ]
+        plan = plan_of(self._model, self._config, manifest)
+        fills = {
+            name: [[f.into, f.region.offset, list(f.region.shape), list(f.conversion)] for f in plan.of(name)]
+            for name in plan.announced
+        }
+        return {"problems": plan.problems(), "fills": fills}
+
+    def forget_ropes(self) -> None:
+        """Drop the rotary embeddings that vLLM keeps for the next model."""
+        from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+        _ROPE_DICT.clear()
+
+    def registers(self) -> dict[str, Any]:
+        """What vLLM notes of the models that it builds, and the dtype that tensors have by default."""
+        from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+        compilation = self._config.compilation_config
+        return {
+            "layers": {name: id(layer) for name, layer in compilation.static_forward_context.items()},
+            "experts": list(compilation.static_all_moe_layers),
+            "ropes": [id(rope) for rope in _ROPE_DICT.values()],
+            "dtype": str(torch.get_default_dtype()),
+        }
 
     def without_data(self) -> list[str]:
         """Parameters and buffers that are on the meta device."""

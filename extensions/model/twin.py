@@ -1,0 +1,248 @@
+"""What a model's own `load_weights` does with each tensor, recorded on a copy of the model without memory.
+
+The copy, the twin, is built on the meta device from the same configuration. `load_weights` runs on it with meta tensors
+of the announced dtypes and shapes. Every write into one of the twin's tensors is noted and not carried out, so nothing
+of the live model is read or written.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from extensions.tensors import dtype_name
+
+CONSTANTS = ("fill_", "zero_")
+# Operations that take a tensor's shape and not its values.
+SHAPE_ONLY = (
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a tensor's memory: offset and strides in bytes from the tensor's begin, shape in elements."""
+
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Fill:
+    """One write into a parameter or buffer.
+
+    into: its name in vLLM.  region: the part written.
+    reads: (announced name, the part read) of each tensor that the values come from; empty for a constant.
+    conversion: what happens to the values on the way, in order: () for a plain copy.
+    misfit: where the shape of the values is not that of the region, both shapes.
+    """
+
+    into: str
+    region: Region
+    reads: tuple[tuple[str, Region], ...]
+    conversion: tuple[str, ...] = ()
+    misfit: str = ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the values in a piece of memory come from."""
+
+    reads: tuple[tuple[str, Region], ...] = ()
+    through: tuple[str, ...] = ()
+    parameters: frozenset[str] = frozenset()
+
+
+class Recorder(TorchDispatchMode):
+    """Notes each write into the twin's tensors, and follows values from the announced tensors through operations."""
+
+    def __init__(self, targets: dict[str, torch.Tensor], sources: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.fills: list[Fill] = []
+        self._targets: dict[int, str] = {}
+        for name, tensor in targets.items():
+            self._targets.setdefault(_memory(tensor), name)  # tied tensors go by the first of their names
+        self._sources = {_memory(tensor): name for name, tensor in sources.items()}
+        self._derived: dict[int, Origin] = {}
+        self._kept: list[torch.Tensor] = [*targets.values(), *sources.values()]  # a freed id would come back as another
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        into = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        writes = function._schema.is_mutable and into is not None
+        if writes and _memory(into) in self._targets:
+            self._write(into, name, args[1:], kwargs)
+            return into
+        given = self._origin_of((args[1:], kwargs) if writes else (args, kwargs))
+        if writes and (given is not None or self._is_known(into)):
+            self._derive(into, given or Origin(), name)
+            return into  # a meta tensor has no values to carry over
+        result = function(*args, **kwargs)
+        if given is not None and name not in SHAPE_ONLY:
+            for tensor in _tensors(result):
+                if not self._is_known(tensor):
+                    self._derive(tensor, given, name)
+        return result
+
+    def replaced(self, name: str, before: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Note that the loader put `tensor` in the place of the one called `name`."""
+        origin = self._origin_of(tensor) or Origin()
+        through = (*origin.through, *_cast(before, tensor), "replaces the tensor")
+        misfit = "" if tensor.shape == before.shape else _misfit(tensor, before)
+        self.fills.append(Fill(name, region_of(before), origin.reads, through, misfit))
+
+    def _write(self, into: torch.Tensor, operation: str, rest: tuple, kwargs: dict) -> None:
+        name, region = self._targets[_memory(into)], region_of(into)
+        origin = self._origin_of((rest, kwargs)) or Origin()
+        step = _cast(into, rest[0]) if operation == "copy_" else (operation,)
+        through = (*origin.through, *step)
+        for fill in [fill for fill in self.fills if fill.into in origin.parameters - {name}]:
+            origin = replace(origin, reads=(*origin.reads, *fill.reads))
+        if not origin.reads and (name in origin.parameters or operation not in ("copy_", *CONSTANTS)):
+            # The parameter is computed anew from what was written before: one more conversion of the same values.
+            self.fills = [
+                replace(fill, conversion=(*fill.conversion, *through))
+                if (fill.into, fill.region) == (name, region)
+                else fill
+                for fill in self.fills
+            ]
+            return
+        stretched = operation == "copy_" and bool(origin.reads) and into.numel() != rest[0].numel()
+        misfit = _misfit(rest[0], into) if stretched else ""
+        self.fills.append(Fill(name, region, origin.reads, through, misfit))
+
+    def _derive(self, tensor: torch.Tensor, origin: Origin, operation: str) -> None:
+        before = self._derived.get(_memory(tensor), Origin())
+        self._derived[_memory(tensor)] = Origin(
+            (*before.reads, *origin.reads),
+            (*before.through, *(step for step in origin.through if step not in before.through), operation),
+            before.parameters | origin.parameters,
+        )
+        self._kept.append(tensor)
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        memory = _memory(tensor)
+        return memory in self._targets or memory in self._sources or memory in self._derived
+
+    def _origin_of(self, values: object) -> Origin | None:
+        found = [origin for tensor in _tensors(values) if (origin := self._origin_of_one(tensor)) is not None]
+        if not found:
+            return None
+        return Origin(
+            tuple(dict.fromkeys(read for origin in found for read in origin.reads)),
+            tuple(dict.fromkeys(step for origin in found for step in origin.through)),
+            frozenset().union(*(origin.parameters for origin in found)),
+        )
+
+    def _origin_of_one(self, tensor: torch.Tensor) -> Origin | None:
+        memory = _memory(tensor)
+        if memory in self._sources:
+            changed = self._derived.get(memory, Origin())
+            return Origin(((self._sources[memory], region_of(tensor)), *changed.reads), changed.through)
+        if memory in self._targets:
+            return Origin(parameters=frozenset([self._targets[memory]]))
+        return self._derived.get(memory)
+
+
+@contextmanager
+def twin_of(model: torch.nn.Module, vllm_config: object) -> Iterator[torch.nn.Module]:
+    """A model of the same class and configuration on the meta device. The live model stays as it is.
+
+    vLLM registers the layers of every model that it builds in the configuration, and keeps rotary embeddings for the
+    next model. The twin gets a configuration of its own, and what it left behind is removed.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    own = copy.copy(vllm_config)
+    own.compilation_config = copy.copy(vllm_config.compilation_config)
+    own.compilation_config.static_forward_context = {}
+    own.compilation_config.static_all_moe_layers = []
+    ropes, dtype = dict(_ROPE_DICT), torch.get_default_dtype()
+    torch.set_default_dtype(vllm_config.model_config.dtype)  # by which vLLM chooses attention backends
+    try:
+        with set_current_vllm_config(own), torch.no_grad():
+            with torch.device("meta"):
+                twin = initialize_model(vllm_config=own, model_class=type(model))
+            yield twin
+    finally:
+        torch.set_default_dtype(dtype)
+        _ROPE_DICT.clear()
+        _ROPE_DICT.update(ropes)
+
+
+class LoadFailed(Exception):
+    """`load_weights` raised. `name` is the tensor that it had taken last, None where it had taken none."""
+
+    def __init__(self, name: str | None, cause: Exception) -> None:
+        self.name, self.cause = name, cause
+        super().__init__(f"{name}: {cause}")
+
+
+def record(twin: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> list[Fill]:
+    """What `twin.load_weights` writes where, given meta tensors. Raises LoadFailed where it raises.
+
+    A twin that was loaded into before may hold other tensors than it was built with: give each call a new one.
+    """
+    targets = {name: tensor.detach() for name, tensor in named_tensors(twin).items()}
+    recorder = Recorder(targets, tensors)
+    taken = []
+
+    def giving() -> Iterable[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors.items():
+            taken.append(name)
+            yield name, tensor
+
+    try:
+        with torch.no_grad(), recorder:
+            twin.load_weights(giving())
+    except Exception as error:
+        raise LoadFailed(taken[-1] if taken else None, error) from error
+    for name, tensor in named_tensors(twin).items():
+        before = targets.get(name, tensor)
+        if name not in targets or _memory(tensor) != _memory(before):
+            recorder.replaced(name, before, tensor)
+    return recorder.fills
+
+
+def named_tensors(twin: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by vLLM's names, tied ones under each of theirs."""
+    return dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers(remove_duplicate=False))
+
+
+def _tensors(values: object) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def region_of(tensor: torch.Tensor) -> Region:
+    """The part of its memory that a tensor is a view of."""
+    size = tensor.element_size()
+    stride = tuple(step * size for step in tensor.stride())
+    return Region(tensor.storage_offset() * size, tuple(tensor.shape), stride, size)
+
+
+def _cast(into: torch.Tensor, values: torch.Tensor) -> tuple[str, ...]:
+    if values.dtype == into.dtype:
+        return ()
+    return (f"cast {dtype_name(values.dtype)} to {dtype_name(into.dtype)}",)
+
+
+def _misfit(values: torch.Tensor, into: torch.Tensor) -> str:
+    return f"{list(values.shape)} into {list(into.shape)}"
