@@ -111,6 +111,9 @@ class UpdateBracket:
         if missing := update.missing():
             became = self.abort_update()
             raise UpdateError(f"{len(missing)} announced tensors have not arrived, first {missing[0]}; {became}")
+        if update.failed:
+            became = self.abort_update()
+            raise UpdateError(f"a tensor of this update was lost or its load failed; {became}")
         try:
             update.load.end()
             synchronize(self.device)

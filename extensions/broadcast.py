@@ -63,9 +63,11 @@ class WorkerExtension(UpdateBracket):
         return super().end_update()
 
     def close_weight_update_group(self) -> None:
-        """Leave the group, if there is one."""
+        """Leave the group, if there is one. An update under way can only be aborted after that."""
         group, self._weight_sync_group = self._weight_sync_group, None
         if group is not None:
+            if self._weight_sync_state.update is not None:
+                self._weight_sync_state.update.failed = True  # what was received by it may not have come through
             group.close()
 
 

@@ -91,8 +91,13 @@ def _descriptors() -> set[int]:
 def _opened(descriptor: int) -> socket.socket | None:
     """A second handle of a socket; None for what is no socket."""
     try:
-        return socket.socket(fileno=os.dup(descriptor))
+        copy = os.dup(descriptor)
+    except OSError:  # closed meanwhile
+        return None
+    try:
+        return socket.socket(fileno=copy)
     except OSError:
+        os.close(copy)
         return None
 
 

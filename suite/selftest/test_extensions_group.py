@@ -1,9 +1,11 @@
 """stateless_init_process_group over gloo: it carries every tensor, or fails in time, on every rank."""
 
+import os
 import re
 import socket
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -201,3 +203,16 @@ def test_a_broadcast_that_nobody_receives_fails_in_time(ranks: list[Process]):
     with pytest.raises(RemoteError, match="a broadcast has not ended within 2 s; make a new group"):
         ranks[0].call("broadcast", "float32", deadline_s=DEADLINE_S)
     assert time.monotonic() - started < 2 + SLACK_S
+
+
+def test_a_group_leaves_no_descriptor_behind():
+    """Both ranks in this process, one group after the other."""
+    counts = []
+    for _ in range(3):
+        port = free_port()
+        with futures.ThreadPoolExecutor(2) as pool:
+            joined = [pool.submit(stateless_init_process_group, "127.0.0.1", port, rank, 2, "cpu") for rank in (0, 1)]
+            for group in [one.result(DEADLINE_S) for one in joined]:
+                group.close()
+        counts.append(len(os.listdir("/dev/fd")))
+    assert counts[-1] - counts[0] < 4, f"expected as many descriptors after every group, found {counts}"

@@ -1,5 +1,7 @@
 """The bracket around an update, with a model and a loader of its own: every state, and every way out of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -413,3 +415,16 @@ def test_handles_are_not_even_opened_where_layers_are_packed(worker: Worker, mon
     begin(worker)
     with pytest.raises(UpdateError, match="ghost was not announced"):
         worker.update_weights_from_ipc_handles({device_id(CPU): {"ghost": {}}})
+
+
+def test_an_update_whose_group_was_left_is_not_acknowledged(monkeypatch: pytest.MonkeyPatch):
+    """What a group that is gone brought may not have come through, also where a new group is whole."""
+    worker = fitted(monkeypatch)
+    worker._weight_sync_group = SimpleNamespace(broadcast=lambda *_, **__: None, wait=lambda: None, close=lambda: None)
+    begin(worker)
+    for name, tensor in tensors().items():
+        worker.update_weight(name, "float32", list(tensor.shape))
+    worker.close_weight_update_group()
+    with pytest.raises(UpdateError, match="was lost or its load failed"):
+        worker.end_update()
+    assert worker.update_state() == "inconsistent"
