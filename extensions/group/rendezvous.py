@@ -16,6 +16,7 @@ from extensions.group.basics import GroupError, first_line, in_a_thread
 
 HANDSHAKE_POLL_S = 0.02
 PRESENCE_POLL_S = 0.5
+ADDRESS_S = 5.0  # for one address of a name to answer: it may have others
 SHOWN_BYTES = 1000
 LINGER_S = 2.0  # how long rank 0 stays after a refusal, for the others to hear of it
 JOIN_TIMEOUT_VARIABLE = "WEIGHT_UPDATE_JOIN_TIMEOUT_S"
@@ -101,7 +102,7 @@ class Rendezvous:
         """
         while True:
             try:
-                with socket.create_connection(self.server, timeout=max(0.1, self.left_s)) as sock:
+                with socket.create_connection(self.server, timeout=min(ADDRESS_S, max(0.1, self.left_s))) as sock:
                     return sock.getsockname()[0]
             except OSError as error:
                 if self.left_s < 0:
