@@ -137,12 +137,19 @@ class Sending:
         return {"started_s": started, "ended_s": time.monotonic(), "bytes_sent": sent, "tensors": tensors.count}
 
     def close(self) -> None:
-        """Hang up, and let go of what was handed over and of whom it went to."""
-        if self._half is not None:
-            self._half.close()
-        for old in self._links:
-            old.close()
+        """Hang up, and let go of what was handed over and of whom it went to.
+
+        What a sender raises that is closed goes to the log: it must not spoil what the next subject sends.
+        """
+        half, links = self._half, self._links
         self._half, self._links = None, ()
+        for old in links:
+            old.close()
+        try:
+            if half is not None:
+                half.close()
+        except Exception as error:
+            print(f"a sender could not be closed: {type(error).__name__}: {error}")
 
     @property
     def _speaks(self) -> bool:

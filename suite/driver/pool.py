@@ -164,10 +164,12 @@ class Pool:
         threading.Thread(target=self._stop, args=(handle,), name="engine-stopper", daemon=True).start()
 
     def _stop(self, handle: EngineHandle) -> None:
-        handle.process.stop()
-        with self._changed:
-            self._stopping.remove(handle.key)
-            self._changed.notify_all()
+        try:
+            handle.process.stop()
+        finally:
+            with self._changed:
+                self._stopping.remove(handle.key)
+                self._changed.notify_all()
 
     def reference(self, key: EngineKey, seed: int, among: Iterable[EngineKey]) -> EngineKey:
         """An engine that cold-loads the checkpoint of `seed` and computes as `key` does.

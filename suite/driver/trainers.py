@@ -120,8 +120,12 @@ class TrainerGroup:
     def restore(self) -> None:
         """Bring the weights to what they should be, where new ranks do not hold them yet."""
         calls, self._to_restore, self._holds = self._to_restore, [], [] if self._to_restore else self._holds
-        for method, args in calls:
-            self._change(method, *args)
+        try:
+            for method, args in calls:
+                self._change(method, *args)
+        except TrainerFailed:
+            self._to_restore, self._holds = calls, []
+            raise
 
     def let_go(self) -> None:
         """Free the memory of the weights; they are restored when they are needed again."""
@@ -154,8 +158,11 @@ class TrainerGroup:
         threading.Thread(target=self.stop, name="trainer-stopper", daemon=True).start()
 
     def _change(self, method: str, *args: object) -> list:
+        """Make a call that changes the weights. Where it fails, nobody knows what they are."""
+        self.restore()
+        held, self._holds = self._holds, []
         answers = self.call(method, *args)
-        self._holds.append((method, args))
+        self._holds = [*held, (method, args)]
         return answers
 
 

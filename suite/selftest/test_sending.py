@@ -144,3 +144,16 @@ def test_what_a_sender_raises_is_raised_and_what_it_handed_over_is_kept(rank: tu
         rank[0].update(DEADLINE_S)
     serving.join(DEADLINE_S)
     assert rank[0]._half.released == 0
+
+
+def test_a_sender_that_can_not_be_closed_does_not_spoil_the_next_subject(
+    rank: tuple[Sending, EngineSide], capsys: pytest.CaptureFixture
+):
+    class Stubborn(Half):
+        def close(self) -> None:
+            raise ValueError("still busy")
+
+    rank[0]._half = Stubborn()
+    rank[0].close()
+    assert (rank[0]._half, rank[0]._links) == (None, ())
+    assert "could not be closed: ValueError: still busy" in capsys.readouterr().out

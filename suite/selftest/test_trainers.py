@@ -172,6 +172,19 @@ def test_a_trainer_that_can_not_do_what_the_suite_asks_says_nothing_of_the_subje
     assert judge("call", failed.value).verdict == ERROR
 
 
+def test_weights_that_a_failed_step_has_left_are_not_taken_for_the_checkpoint(starting: Ranks, ranks: list[Rank]):
+    trainer = Trainers(starting, ahead=1).of(CPU, 1)
+    trainer.load("there")
+    ranks[0].fails = RemoteError(
+        SimpleNamespace(name="trainer", log_path=""), {"kind": "MemoryError", "message": "full", "traceback": ""}
+    )
+    with pytest.raises(TrainerFailed, match=r"step\(\)"):
+        trainer.step(1, 7, 0.1)
+    ranks[0].fails = None
+    trainer.load("there")
+    assert [method for method, _ in ranks[0].calls if method in ("load", "step")] == ["load", "step", "load"]
+
+
 def test_a_trainer_without_a_replacement_just_ends(starting: Ranks, ranks: list[Rank]):
     trainer = Trainers(starting, ahead=1).spare(CPU)
     trainer.renew()
