@@ -6,7 +6,7 @@ import csv
 import io
 from xml.etree import ElementTree
 
-from reports import pace, rows, statistics, units
+from reports import rows, statistics, units
 from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
 from reports.load import Run
 from reports.matrix import SYMBOL, headline, in_order
@@ -74,7 +74,7 @@ def compare_markdown(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES
     parts += [_timings(moved)] if moved else []
     same = [change for change in found.timings if change.verdict == "same"]
     parts += [_folded(f"{units.counted(len(same), 'benchmark')} the same", _timings(same))] if same else []
-    drifts = (("Roofline itself, B/A", rows.drift_lines(found)), (rows.PACE, pace.drift_lines(found.pace_drift)))
+    drifts = (("Roofline itself, B/A", rows.roofline_drift(found)), (rows.PACE, rows.pace_drift(found)))
     for title, drift in drifts:
         parts += [_folded(title, "\n".join(f"- {markdown(line)}" for line in drift))] if drift else []
     parts += [markdown(found.pace_unknown)] if found.pace_unknown else []

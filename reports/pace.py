@@ -65,12 +65,6 @@ def drifts(a: Paces, b: Paces, threshold: float) -> list[tuple[str, Ratio]]:
     return [(" ".join(place), statistics.compare(before[place], after[place], threshold)) for place in both]
 
 
-def drift_lines(found: list[tuple[str, Ratio]]) -> list[str]:
-    """How the host's pace changed: a line for each call that changed or may have, and a count of the others."""
-    moved = [f"{drift.verdict}: {label} {units.ratio(drift)}" for label, drift in found if drift.verdict != "same"]
-    return [*moved, f"same: {len(found) - len(moved)} of {units.counted(len(found), 'call')}"] if found else []
-
-
 def unknown(stages: Iterable[str], a: Paces, b: Paces) -> str:
     """A note for timed stages on which a run lacks the host's pace; empty where both have it."""
     lacking = {name: [stage for stage in stages if stage not in dict(known)] for name, known in (("A", a), ("B", b))}

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reports import pace, plots, rows, trend, units
+from reports import plots, rows, trend, units
 from reports.compare import DEFAULT_CAUSES, Change, Comparison, compare
 from reports.load import Run
 from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order, legend
@@ -54,8 +54,8 @@ def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) ->
         changes=_rows([change for change in found.told if change.kind != "judged in neither"]),
         judged_in_neither=rows.grouped(change for change in found.told if change.kind == "judged in neither"),
         timings=[(change, rows.timing_row(change)) for change in found.timings],
-        drift=rows.drift_lines(found),
-        pace_drift=pace.drift_lines(found.pace_drift),
+        drift=rows.roofline_drift(found),
+        pace_drift=rows.pace_drift(found),
         trend=_plots(plots.trend([found.a, found.b]), "trend", "Seconds of both runs"),
     )
 
@@ -86,7 +86,7 @@ def trend_page(runs: Sequence[Run], threshold: float) -> str:
         notes=_notes(runs),
         steps=steps,
         step_lines=[rows.compare_headline(step) for step in steps],
-        step_paces=[pace.drift_lines(step.pace_drift) for step in steps],
+        step_paces=[rows.pace_drift(step) for step in steps],
         found=[cells(run.outcomes, "requirement") for run in runs],
         requirements=in_order(outcome.requirement for run in runs for outcome in run.outcomes),
         trend=_plots(plots.trend(runs), "trend", "Seconds over versions, with intervals"),

@@ -11,6 +11,7 @@ from reports.causes import and_more, by_cause, together
 from reports.compare import DEFAULT_CAUSES, Change, Comparison, TimingChange
 from reports.load import Outcome, Run, Timing
 from reports.matrix import FOUND_WANTING, SYMBOL, in_order
+from reports.statistics import Ratio
 
 NAMES_OF_A_GROUP = 6
 PACE = "The host's pace (what a call to all workers takes), B/A"
@@ -110,12 +111,20 @@ def _named(group: list[Change], stage: str) -> str:
     return " ".join(filter(None, [", ".join(names) + ":", ", ".join(filter(None, subjects)), stage]))
 
 
-def drift_lines(found: Comparison) -> list[str]:
+def roofline_drift(found: Comparison) -> list[str]:
     """How the hardware changed: a line for each roofline that changed or may have, and a count of the others."""
-    moved = [(label, drift) for label, drift in found.drift if drift.verdict != "same"]
-    lines = [f"{drift.verdict}: {label} {units.ratio(drift)}" for label, drift in moved]
-    still = len(found.drift) - len(moved)
-    return [*lines, f"same: {still} of {units.counted(len(found.drift), 'roofline')}"] if found.drift else []
+    return _drift_lines(found.drift, "roofline")
+
+
+def pace_drift(found: Comparison) -> list[str]:
+    """The same of the host's pace, by stage and call."""
+    return _drift_lines(found.pace_drift, "call")
+
+
+def _drift_lines(drifts: list[tuple[str, Ratio]], noun: str) -> list[str]:
+    moved = [f"{drift.verdict}: {label} {units.ratio(drift)}" for label, drift in drifts if drift.verdict != "same"]
+    still = len(drifts) - len(moved)
+    return [*moved, f"same: {still} of {units.counted(len(drifts), noun)}"] if drifts else []
 
 
 def timing_row(change: TimingChange) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import zip_longest
 
-from reports import pace, rows, units
+from reports import rows, units
 from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, MEANING, SYMBOL, Cell, cells, headline, in_order, legend
@@ -135,7 +135,7 @@ def _timings(found: Comparison, width: int) -> str:
         parts.append(f"{wrapped(place, width, '')}\n{table}" if place else table)
     whys = [f"{change.verdict}: {change.label}: {change.why}" for change in found.timings if change.why]
     parts.append("\n".join(wrapped(why, width, "  ") for why in whys))
-    drifts = (("Roofline itself, B/A", rows.drift_lines(found)), (rows.PACE, pace.drift_lines(found.pace_drift)))
+    drifts = (("Roofline itself, B/A", rows.roofline_drift(found)), (rows.PACE, rows.pace_drift(found)))
     for title, drift in drifts:
         parts.append("\n".join([title, *(wrapped(line, width, "  ") for line in drift)]) if drift else "")
     parts.append(wrapped(found.pace_unknown, width, ""))

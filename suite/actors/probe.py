@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from extensions.devices import device_id
+from extensions.devices import device_id, synchronize
 from extensions.group import Communicator, stateless_init_process_group
 from extensions.model.weights import applied_weight, effective_weights
 from suite.actors import memory
@@ -56,7 +56,7 @@ class Probe:
         for name, value in [*vars(self).items()]:
             if name.startswith(STATE) or (inspect.ismethod(value) and hasattr(type(self), name)):
                 delattr(self, name)
-        _synchronize(self.device)
+        synchronize(self.device)
 
     def probe_save(self, path: str) -> int:
         """Write this rank's effective weights to `<path>.rank<r>.safetensors`. Returns the elements written."""
@@ -147,7 +147,7 @@ class Probe:
             self._probe_buffer = torch.empty(piece, dtype=torch.uint8, device=self.device)
         for count in memory.pieces(nbytes):
             self._probe_group.broadcast(self._probe_buffer[:count], src=0)
-        _synchronize(self.device)
+        synchronize(self.device)
 
     def probe_copy(self, nbytes: int) -> float:
         """Seconds to copy `nbytes` on the worker's device, piece by piece."""
@@ -156,11 +156,11 @@ class Probe:
             source = torch.ones(piece, dtype=torch.uint8, device=self.device)
             self._probe_pair = (source, torch.empty_like(source))
         source, target = self._probe_pair
-        _synchronize(self.device)
+        synchronize(self.device)
         started = time.monotonic()
         for count in memory.pieces(nbytes):
             target[:count].copy_(source[:count])
-        _synchronize(self.device)
+        synchronize(self.device)
         return time.monotonic() - started
 
     def probe_forget(self) -> None:
@@ -193,11 +193,6 @@ def _difference(name: str, weight: torch.Tensor, reference: torch.Tensor | None)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     count = int((weight.contiguous().view(bits) != reference.contiguous().view(bits)).sum())
     return [f"{name}: {count} of {weight.numel()} elements differ"] if count else []
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def __getattr__(name: str) -> type:

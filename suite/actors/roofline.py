@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from extensions.devices import synchronize
 from extensions.group import Communicator, stateless_init_process_group
 from suite.actors import memory
 
@@ -29,8 +30,7 @@ class Roofline:
         started = time.monotonic()
         for count in memory.pieces(nbytes):
             self._group.broadcast(self._buffer[:count], src=0)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         return {"started_s": started, "ended_s": time.monotonic()}
 
     def close(self) -> None:

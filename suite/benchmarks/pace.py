@@ -1,10 +1,8 @@
 """The host's own pace: what a call to all workers of an engine takes, once a run and stage.
 
-An update of a large model is mostly calls. Two hosts of one kind differ in them by a factor of two, and so do two runs
-on one host: without the pace a slower host would look like a slower vLLM.
+An update is many calls: by broadcast, one for every tensor. Two hosts of one kind differ in what a call takes by a
+factor of two. Without the pace a slower host would look like a slower vLLM.
 """
-
-from typing import Any
 
 import pytest
 
@@ -29,14 +27,9 @@ def measure(config: pytest.Config, engine: EngineHandle, quiet: bool = False) ->
     if stage in paces and paces[stage]["quiet"] >= quiet:
         return
     try:
-        samples = engine.process.call("pace", manifest(), WARM_UPS, SAMPLES, deadline_s=DEADLINE_S)
+        carried = models.manifest(models.MODELS[MODEL])
+        samples = engine.process.call("pace", carried, WARM_UPS, SAMPLES, deadline_s=DEADLINE_S)
     except (DeadlineExceeded, ProcessDied, RemoteError) as error:
         state_of(config).announce(f"{stage}: the host's pace is not known: {error.said}")
         return
     paces[stage] = {"quiet": quiet, **samples}
-
-
-def manifest() -> list[dict[str, Any]]:
-    """What announces a whole update of MODEL, as an engine's begin_update() gets it."""
-    tensors = models.tensors(models.MODELS[MODEL])
-    return [{"name": name, "dtype": "bfloat16", "shape": list(shape)} for name, shape in tensors]

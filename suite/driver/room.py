@@ -1,7 +1,7 @@
 """Which engines have room beside each other: arithmetic with the memory of GPUs and of the host."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import psutil
 
@@ -67,24 +67,22 @@ class Room:
         return {*self.devices_of(key), *self._stages[key.stage].trainer_devices}
 
     def _wanted_bytes(self, device: str, keys: list[EngineKey], trained: EngineKey | None) -> float:
-        engines = [key for key in keys if device in self.devices_of(key)]
-        wanted = sum(ENGINE_BYTES + self._bytes(k, self._stages[k.stage].engine_ranks) for k in engines)
+        return sum(nbytes for nbytes, _ in self._parts(device, keys, trained))
+
+    def _parts(self, device: str, keys: list[EngineKey], trained: EngineKey | None) -> Iterator[tuple[float, str]]:
+        """What takes a GPU's memory: bytes, and of what they are."""
+        for key in keys:
+            if device in self.devices_of(key):
+                yield self._bytes(key, self._stages[key.stage].engine_ranks), "of the engine's weights"
+                yield ENGINE_BYTES, "beside them"
         if any(device in stage.trainer_devices for stage in self._stages.values()):
-            wanted += TRAINERS_BYTES
-        if trained is None or device not in self._stages[trained.stage].trainer_devices:
-            return wanted
-        return wanted + self._bytes(trained, self._stages[trained.stage].trainer_world_size)
+            yield TRAINERS_BYTES, "of trainers without theirs"
+        if trained is not None and device in self._stages[trained.stage].trainer_devices:
+            yield self._bytes(trained, self._stages[trained.stage].trainer_world_size), "of the trainer's weights"
 
     def _sum(self, device: str, key: EngineKey) -> str:
         """What makes up `_wanted_bytes` of one engine, in words."""
-        stage, parts = self._stages[key.stage], []
-        if device in self.devices_of(key):
-            weights = self._bytes(key, stage.engine_ranks)
-            parts += [f"{weights / GB:.1f} GB of the engine's weights", f"{ENGINE_BYTES / GB:.1f} GB beside them"]
-        if any(device in other.trainer_devices for other in self._stages.values()):
-            parts.append(f"{TRAINERS_BYTES / GB:.1f} GB of trainers without theirs")
-        if device in stage.trainer_devices:
-            parts.append(f"{self._bytes(key, stage.trainer_world_size) / GB:.1f} GB of the trainer's weights")
+        parts = [f"{nbytes / GB:.1f} GB {what}" for nbytes, what in self._parts(device, [key], key)]
         return f"{' + '.join(parts)} = {self._wanted_bytes(device, [key], key) / GB:.1f} GB on one GPU"
 
     def _bytes(self, key: EngineKey, ranks: int) -> float:

@@ -45,7 +45,7 @@ class Together:
     @property
     def manifest(self) -> list[dict]:
         """What announces a whole update in bfloat16, for a worker's begin_update()."""
-        return [{"name": n, "dtype": "bfloat16", "shape": list(shape)} for n, shape in models.tensors(self.spec)]
+        return models.manifest(self.spec)
 
     def load(self, seed: int, dtype: str = "bfloat16") -> None:
         """Have the trainer hold the checkpoint of a seed."""

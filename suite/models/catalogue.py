@@ -48,6 +48,11 @@ def tensors(spec: ModelSpec) -> list[tuple[str, Shape]]:
     return found
 
 
+def manifest(spec: ModelSpec) -> list[dict[str, Any]]:
+    """What announces a whole update of a model in bfloat16: [{"name", "dtype", "shape"}, ...]."""
+    return [{"name": name, "dtype": "bfloat16", "shape": list(shape)} for name, shape in tensors(spec)]
+
+
 def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
     config = spec.config
     hidden, head = config["hidden_size"], config["head_dim"]

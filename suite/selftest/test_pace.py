@@ -45,7 +45,7 @@ def test_a_worker_takes_both_calls():
 
 
 def test_the_manifest_is_that_of_a_large_model():
-    entries = pace.manifest()
+    entries = models.manifest(models.MODELS[pace.MODEL])
     assert len(entries) == 399
     assert entries[0] == {"name": "model.embed_tokens.weight", "dtype": "bfloat16", "shape": [151936, 4096]}
     assert {entry["name"] for entry in entries} == {name for name, _ in models.tensors(models.MODELS["qwen3-8b"])}
@@ -81,7 +81,10 @@ def test_it_is_measured_once_a_stage(config: SimpleNamespace):
         "cpu-tp1": {"quiet": False, "empty_call_samples_s": [1.0]},
         "cpu-tp2": {"quiet": False, "empty_call_samples_s": [2.0]},
     }
-    assert process.calls == [("pace", pace.manifest(), pace.WARM_UPS, pace.SAMPLES, pace.DEADLINE_S)] * 2
+    assert (
+        process.calls
+        == [("pace", models.manifest(models.MODELS[pace.MODEL]), pace.WARM_UPS, pace.SAMPLES, pace.DEADLINE_S)] * 2
+    )
     assert pace.SAMPLES >= 20
     assert pace.WARM_UPS >= 3
 
