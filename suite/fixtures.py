@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -125,8 +126,7 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     with pool.timeline("starting", str(keys[0])):
         engines = [pool.get(key) for key in keys]
     pace.measure(request.config, engines[0])
-    for engine in engines:
-        engine.become(subject)
+    _become(pool, engines, subject)
     sync = Sync(pool, trainer, engines, subject, stage, model)
     yield sync
     if not all(_answers(pool, rank, "resources") for rank in trainer.processes):
@@ -142,6 +142,16 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
         pool.discard(engine)
 
 
+def _become(pool: Pool, engines: list[EngineHandle], subject: Subject) -> None:
+    """Put a subject's extension into engines; one that does not take it is replaced, whatever it has now."""
+    for engine in engines:
+        try:
+            engine.become(subject)
+        except Exception:
+            pool.discard(engine)
+            raise
+
+
 def _answers(pool: Pool, process: Process, method: str, *args: object) -> bool:
     """Whether a later test can start from here."""
     try:
@@ -155,8 +165,12 @@ def _answers(pool: Pool, process: Process, method: str, *args: object) -> bool:
 
 
 def _given_back(sync: Sync, engine: EngineHandle, host: Subject) -> bool:
-    """Whether an engine works with its own subject's extension, there and back: also graphs, caches and buffers."""
-    own = Sync(sync.pool, sync.trainer, [engine], host, sync.stage, sync.model)
+    """Whether an engine works with its own subject's extension, there and back: also graphs, caches and buffers.
+
+    Updates that fail now are charged to the subject that was examined, by its name.
+    """
+    charged = replace(host, name=sync.subject.name)
+    own = Sync(sync.pool, sync.trainer, [engine], charged, sync.stage, sync.model)
     try:
         engine.become(host)
         for seed in (1 - own.seed, own.seed):

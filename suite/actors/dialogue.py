@@ -48,7 +48,7 @@ class NotAnnounced(RuntimeError):
     """The trainer announced nothing in time: the subject has not been called, neither here nor there."""
 
 
-class TrainerFailed(RuntimeError):
+class TrainersHalfFailed(RuntimeError):
     """The trainer's half of the update has failed before the transfer."""
 
 
@@ -95,7 +95,7 @@ class EngineSide:
         self._deadline_s = deadline_s
 
     def announced(self) -> list[dict[str, Any]]:
-        """What every rank announces. Raises NotAnnounced where one is silent, TrainerFailed where one says so."""
+        """What every rank announces. Raises NotAnnounced where one is silent, TrainersHalfFailed where one says so."""
         try:
             return [self._heard(line) for line in self._lines]
         except Silent as error:
@@ -118,7 +118,7 @@ class EngineSide:
     def _heard(self, line: Line) -> Any:
         what, carried = line.hear(self._deadline_s)
         if what == FAILED:
-            raise TrainerFailed(f"the trainer's half of the update failed: {carried}")
+            raise TrainersHalfFailed(f"the trainer's half of the update failed: {carried}")
         if what == CALL_OFF:
             raise Cancelled(CALLED_OFF)
         return carried

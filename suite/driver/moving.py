@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from suite.driver.expected import Differs
 from suite.driver.together import Together
+from suite.driver.trainers import TrainerFailed
 from suite.processes.call import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
 
 CALL_MARGIN_S = 5.0  # for an answer to arrive that was given just in time
@@ -145,7 +146,8 @@ class Moving(Together):
         late = [call for call in calls if not call.done()]
         names = [call.process.name for call in late if call.process in self.trainer.processes]
         if names or not self.trainer.alive:
-            self.trainer.renew()
+            with contextlib.suppress(TrainerFailed):  # what comes next finds no trainer; this is about what failed
+                self.trainer.renew()
         engines = [call for call in late if call.process not in self.trainer.processes and not call.done()]
         deadline = time.monotonic() + ENGINE_END_S
         for call in engines:

@@ -24,7 +24,7 @@ from suite.stages.hardware import gpu_memory_bytes
 from suite.subjects import Subject
 
 START_DEADLINE_S = 300.0
-PORT_TAKEN, LOG_LINES = ("EADDRINUSE", "Address already in use", "address already in use"), 400
+PORT_TAKEN, LOG_LINES = ("eaddrinuse", "address already in use"), 400  # what a log says of it, in small letters
 CORES_A_START = 4  # an engine that starts keeps one to three cores busy, more where it compiles bytecode
 MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 POLL_S = 0.1
@@ -237,11 +237,11 @@ class Pool:
     def _work(self) -> None:
         while (key := self._next()) is not None:
             try:
-                handle = self._start_again_for_want_of_a_port(key)
+                handle = self._start_again_if_port_taken(key)
             except Exception as error:  # whatever it was, the test that needs the engine reports it
-                self.announce(f"engine {key}: failed to start ({type(error).__name__})")
                 with self._changed:
                     self._failed[key] = error
+                self.announce(f"engine {key}: failed to start ({type(error).__name__})")
             else:
                 with self._changed:
                     self._started[key] = handle
@@ -286,7 +286,7 @@ class Pool:
         there = (*self._started, *self._starting, *self._stopping)
         return self.room.fits(key, there, trained=self._wanted or self._served)
 
-    def _start_again_for_want_of_a_port(self, key: EngineKey) -> EngineHandle:
+    def _start_again_if_port_taken(self, key: EngineKey) -> EngineHandle:
         """Start an engine, a second time where a port that vLLM had found free was taken before it listened there."""
         try:
             return self._start(key)
@@ -319,7 +319,8 @@ class Pool:
                 _expect_on(stage.devices_of_engine(key.copy), facts, name)
         except Exception as error:
             process.stop()
-            if any(sign in process.tail(LOG_LINES) for sign in PORT_TAKEN):
+            log = process.tail(LOG_LINES).lower()
+            if any(sign in log for sign in PORT_TAKEN):
                 raise PortTaken("a port that vLLM had found free was taken by another process") from error
             raise
         self.announce(f"engine {key}: ready after {time.monotonic() - started:.0f} s")

@@ -87,7 +87,7 @@ def test_a_side_that_has_heard_that_it_is_over_says_no_more(
     trainer.lines[0].say(dialogue.ANNOUNCE, DEADLINE_S, {})
     engine.announced()
     trainer.failed(ValueError("no memory"))
-    with pytest.raises(dialogue.TrainerFailed, match="ValueError: no memory"):
+    with pytest.raises(dialogue.TrainersHalfFailed, match="ValueError: no memory"):
         engine.expect_go()
     assert links[0].receive(DEADLINE_S) == {dialogue.READY: True}
     engine.refuse(ValueError("too late"))

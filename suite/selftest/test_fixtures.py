@@ -1,8 +1,13 @@
 """What tests are given, and that it is taken back: runs of pytest with a pool that only notes what it is told."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from suite import fixtures
 from suite.selftest.test_plugin import CONFTEST, ONE_CASE, examine
+from suite.subjects import SUBJECTS
 
 NOTING = (
     CONFTEST
@@ -125,3 +130,34 @@ def test_trainers_that_see_gpus_in_their_own_way_start_with_the_others(tmp_path:
     assert set(finished.verdicts.values()) == {"pass"}
     lines = [line.rpartition("started to see ")[2] for line in finished.output.splitlines() if "started to see" in line]
     assert lines == ["1,0 cuda:1", "0 cuda:1"], "expected one for each test that has engines, before the first needs it"
+
+
+def test_an_engine_that_does_not_take_a_subjects_extension_is_replaced():
+    def refuse(subject: object) -> None:
+        raise RuntimeError("it hangs")
+
+    discarded, engine = [], SimpleNamespace(become=refuse)
+    with pytest.raises(RuntimeError, match="it hangs"):
+        fixtures._become(SimpleNamespace(discard=discarded.append), [engine], SUBJECTS["broadcast"])
+    assert discarded == [engine]
+
+
+def test_what_a_subject_has_left_of_its_hosts_engine_is_charged_to_the_subject(monkeypatch: pytest.MonkeyPatch):
+    charged, became, host = [], [], SUBJECTS["broadcast"]
+
+    class Spoilt:
+        seed = 0
+
+        def __init__(self, *arguments: object) -> None:
+            charged.append(arguments[3])
+
+        def load(self, seed: int) -> None:
+            raise RuntimeError("the engine does not update any more")
+
+    monkeypatch.setattr(fixtures, "Sync", Spoilt)
+    pool = SimpleNamespace(announce=lambda text: None)
+    sync = SimpleNamespace(pool=pool, trainer=None, subject=SimpleNamespace(name="mutant"), stage=None, model="")
+    engine = SimpleNamespace(become=became.append, process=SimpleNamespace(name="engine"))
+    assert not fixtures._given_back(sync, engine, host)
+    assert became == [host], "expected the host's own extension"
+    assert [(subject.name, subject.extension) for subject in charged] == [("mutant", host.extension)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from suite.actors import sending
-from suite.actors.dialogue import CALLED_OFF, Cancelled, EngineSide, Refused, TrainerFailed
+from suite.actors.dialogue import CALLED_OFF, Cancelled, EngineSide, Refused, TrainersHalfFailed
 from suite.actors.link import Link
 from suite.actors.sending import Fault, Outgoing, Sending
 from suite.subjects.protocol import TrainerHalf
@@ -83,7 +83,7 @@ def engine(side: EngineSide, heard: list) -> threading.Thread:
             heard.extend(side.announced())
             side.expect_go()
             side.ended()
-        except (Cancelled, TrainerFailed) as error:
+        except (Cancelled, TrainersHalfFailed) as error:
             heard.append(error)
 
     thread = threading.Thread(target=serve, daemon=True)

@@ -9,6 +9,8 @@ but plain data.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 FORMS = {"weight_sync_dtype": ("torch", "text"), "weight_sync_handles": ("plain", "pairs")}
@@ -40,7 +42,13 @@ def takes_pairs(extension: Any) -> bool:
 
 def _takes_torch(worker: Any) -> bool:
     said = getattr(worker, "weight_sync_dtype", "")
-    return said == "torch" if said else "dtype" in inspect.signature(worker.update_weight).parameters
+    return said == "torch" if said else _names_dtype(getattr(worker.update_weight, "__func__", worker.update_weight))
+
+
+@cache
+def _names_dtype(update_weight: Callable[..., None]) -> bool:
+    """Whether a parameter is called dtype. Kept, since it is asked for every tensor."""
+    return "dtype" in inspect.signature(update_weight).parameters
 
 
 def _dtype(text: str) -> Any:

@@ -1,0 +1,57 @@
+"""Where one half of an update fails, the failure is what is raised, whatever becomes of the other half's process."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from suite.driver.moving import Moving
+from suite.driver.patience import Patience
+from suite.driver.trainers import TrainerFailed
+from suite.models import TIED
+from suite.processes.call import Call, RemoteError
+
+SAID = {"kind": "WorkerError", "message": "the subject's own fault", "traceback": ""}
+
+
+class Process:
+    """A process that is told to end."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.log_path, self.stopped, self.alive = name, "", False, True
+
+    def preparing(self, call: Call) -> str:
+        return ""
+
+    def write_stacks(self) -> None: ...
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+class Trainer:
+    """A trainer of one rank, for which there is no spare one."""
+
+    connected = (1,)
+
+    def __init__(self) -> None:
+        self.processes = [Process("trainer")]
+
+    @property
+    def alive(self) -> bool:
+        return self.processes[0].alive
+
+    def renew(self) -> None:
+        raise TrainerFailed("start", RemoteError(Process("spare"), SAID | {"message": "no memory"}))
+
+
+def test_a_failure_is_raised_also_where_no_spare_trainer_starts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("suite.driver.moving.TRAINER_END_S", 0.1)
+    pool, engine = SimpleNamespace(patience=Patience()), Process("engine")
+    handle = SimpleNamespace(key=SimpleNamespace(seed=0), process=engine)
+    moving = Moving(pool, Trainer(), [handle], SimpleNamespace(name="subject"), SimpleNamespace(name="stage"), TIED)
+    failed, late = Call(engine, "update()"), Call(moving.trainer.processes[0], "update()")
+    failed.finish(error=RemoteError(engine, SAID))
+    with pytest.raises(RemoteError, match="the subject's own fault") as raised:
+        moving._gathered([failed, late], 5.0)
+    assert "ended, since they did not come back: trainer" in raised.value.__notes__
+    assert moving.trainer.connected == ()
