@@ -7,16 +7,20 @@ the model without memory (see `model/twin.py`), so it needs no table of names.
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
 from extensions.manifest import SHOWN, Announced, Manifest, parse
-from extensions.model.expected import HEAD
-from extensions.model.loading import ties_its_head
-from extensions.model.twin import Fill, LoadFailed, Region, named_tensors, record, twin_of
+from extensions.model.headers import checkpoint_layouts
+from extensions.model.regions import Memory, elements_filled
+from extensions.model.twin import Fill, LoadFailed, Region, named_tensors, record, split, twin_of
+from extensions.tensors import FLOATING_SOURCES, dtype_name
 
+HEAD = "lm_head.weight"
 MAX_SAID = 120  # characters of a loader's error
+MAX_APART = 256  # tensors that are tried in a call of their own; of more, none is loaded before all are there
 
 
 class PlanError(ValueError):
@@ -24,125 +28,284 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
-class Memory:
-    """How large a tensor's memory is, and one element of it, in bytes."""
-
-    nbytes: int
-    itemsize: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """What an update with these announced tensors would do to a model, on one rank.
 
     parameters: the memory of every parameter, by vLLM's name; tied ones once.
+    tensors: every parameter and buffer of the twin, tied ones under each of their names.
     refused: the announced tensors at which `load_weights` raises, and what it says. After too many, it holds the first.
     aliases: announced names of tensors that are loaded under another name: `lm_head.weight` of tied embeddings.
-    all_names, all_elements: whether this rank is to read a part of each announced tensor, or each element of them.
+    elsewhere: what other ranks of the engine read of announced tensors.
+    kept: elements of parameters that the engine's own checkpoint does not fill either.
+    together: whether those tensors that are not simply copied have to be given to `load_weights` in one call.
     """
 
     announced: Announced
     fills: list[Fill]
     parameters: dict[str, Memory]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    all_names: bool = True
-    all_elements: bool = True
+    aliases: dict[str, str | None] = field(default_factory=dict)
+    elsewhere: dict[str, list[Region]] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+    together: bool = False
 
     def of(self, name: str) -> list[Fill]:
         """The parts of parameters and buffers that the tensor announced as `name` fills, in the order of loading."""
-        return [fill for fill in self.fills if any(source == name for source, _ in fill.reads)]
+        return self._by_name.get(name, [])
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Fill]]:
+        found: dict[str, list[Fill]] = defaultdict(list)
+        for fill in self.fills:
+            for name in dict.fromkeys(name for name, _ in fill.reads):
+                found[name].append(fill)
+        return dict(found)
+
+    @cached_property
+    def copied(self) -> dict[str, list[Fill]]:
+        """The fills of each tensor that is simply copied to where it belongs, cast at most."""
+        constants = {fill.into for fill in self.fills if not fill.reads}
+        return {
+            name: fills
+            for name, fills in self._by_name.items()
+            if all(_is_copy(fill) and fill.into not in constants for fill in fills)
+        }
+
+    @cached_property
+    def converted(self) -> list[str]:
+        """The announced tensors that `load_weights` itself has to load, in their order."""
+        return [name for name in self.announced if name in self._by_name and name not in self.copied]
+
+    @cached_property
+    def layers(self) -> dict[str, set[str]]:
+        """The tensors that each layer is filled by, by the layer's path."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for fill in self.fills:
+            found[split(fill.into)[0]] |= {name for name, _ in fill.reads}
+        return {path: names for path, names in found.items() if names}
 
     def problems(self) -> list[str]:
         """Why the update would not make all weights new, a sentence each. It begins with the tensor's name.
 
-        The name is an announced one where the tensor is unknown or has another shape, vLLM's name of a parameter where
-        elements are missing or filled twice. Two kinds are not seen: elements that `load_weights` computes with and
-        drops, and those that it fills with a constant in a parameter that announced tensors fill in part.
+        The name is an announced one where the tensor is unknown or has another shape or dtype, vLLM's name of a
+        parameter where elements are missing or filled twice. Two kinds are not seen: elements that `load_weights`
+        computes with and drops, and those that it fills with a constant in a parameter that announced tensors fill in
+        part.
         """
+        return [*self.misfits(), *self.missing()]
+
+    def misfits(self) -> list[str]:
+        """The problems of the tensors that were announced; not those of weights for which none was."""
         if self.refused and not self.fills:
             return [*self._refused()]  # the recording was given up: nothing is known of the other tensors
-        return [*self._refused(), *self._unknown(), *self._other_shapes(), *self._not_filled_once()]
+        return [*self._refused(), *self._unknown(), *self._dtypes(), *self._other_shapes(), *self._filled_twice()]
+
+    def missing(self) -> list[str]:
+        """The parameters that no announced tensor fills, or not in every element."""
+        if self.refused and not self.fills:
+            return []
+        found = []
+        for name, missing in self.unfilled.items():
+            if missing and missing != self.kept.get(name) and name not in self.refused:
+                sources = _names(read for fill in self.into.get(name, ()) for read in fill.reads)
+                rest = f"; the others are filled by {sources}" if sources else ""
+                total = self.parameters[name].elements
+                found.append(f"{name}: missing, {missing} of {total} elements are filled by no announced tensor{rest}")
+        return found
+
+    @cached_property
+    def unfilled(self) -> dict[str, int]:
+        """How many elements of each parameter no announced tensor fills."""
+        found = {}
+        for name, memory in self.parameters.items():
+            fills = self.into.get(name, [])
+            # Padding is filled with a constant. A constant alone is no weight.
+            loaded = fills if any(fill.reads for fill in fills) else []
+            found[name] = elements_filled([fill.region for fill in loaded], memory).get(0, 0)
+        return found
+
+    @cached_property
+    def filled(self) -> dict[str, list[str]]:
+        """The paths of the layers that each announced tensor fills."""
+        return {n: list(dict.fromkeys(split(f.into)[0] for f in fills)) for n, fills in self._by_name.items()}
+
+    @cached_property
+    def left(self) -> set[str]:
+        """The parameters and buffers that keep elements which no announced tensor fills."""
+        whole = {name for name in self.into if not self.unfilled.get(name)}
+        return {*self.tensors} - whole
+
+    @cached_property
+    def into(self) -> dict[str, list[Fill]]:
+        """What is written into each parameter and buffer, in the order of loading."""
+        found: dict[str, list[Fill]] = defaultdict(list)
+        for fill in self.fills:
+            found[fill.into].append(fill)
+        return dict(found)
 
     def _refused(self) -> Iterable[str]:
         for name, said in self.refused.items():
             yield f"{name}: load_weights refuses it in shape {list(self.announced[name][1])}: {said}"
 
     def _unknown(self) -> Iterable[str]:
-        read = {source for fill in self.fills for source, _ in fill.reads}
-        for name in self.announced if self.all_names else ():
-            if name not in read and name not in self.refused and name not in self.aliases:
+        for name in self.announced:
+            known = name in self._by_name or name in self.elsewhere or name in self.refused or name in self.aliases
+            if not known:
                 yield f"{name}: unknown, load_weights writes it nowhere"
+
+    def _dtypes(self) -> Iterable[str]:
+        for name, fills in self._by_name.items():
+            found, into = self.announced[name][0], self.tensors[fills[0].into].dtype
+            accepted = FLOATING_SOURCES if into in FLOATING_SOURCES else (into,)
+            if found not in accepted:
+                yield f"{name}: expected a dtype of {_either(accepted)}, found {dtype_name(found)}"
+        for name in self.aliases:
+            found = self.announced[name][0]
+            if found not in FLOATING_SOURCES:
+                yield f"{name}: expected a dtype of {_either(FLOATING_SOURCES)}, found {dtype_name(found)}"
 
     def _other_shapes(self) -> Iterable[str]:
         for name, other in self.aliases.items():
+            if other is None:
+                continue
             found, expected = (list(self.announced[tensor][1]) for tensor in (name, other))
             if found != expected:
                 yield f"{name}: expected shape {expected}, that of {other}, found {found}"
         for fill in self.fills:
             if fill.misfit:
                 yield f"{_names(fill.reads)}: other shape than {fill.into} takes, {fill.misfit}"
-        if self.all_elements:
-            yield from self._partly_read()
+        yield from self._partly_read()
 
     def _partly_read(self) -> Iterable[str]:
-        regions: dict[str, list[Region]] = defaultdict(list)
+        regions: dict[str, list[Region]] = defaultdict(list, {n: [*found] for n, found in self.elsewhere.items()})
         for name, region in (read for fill in self.fills for read in fill.reads):
             regions[name].append(region)
         for name, parts in regions.items():
-            dtype, shape = self.announced[name]
-            memory = Memory(math.prod(shape) * dtype.itemsize, dtype.itemsize)
-            if unread := elements_filled(parts, memory).get(0, 0):
+            shape = self.announced[name][1]
+            if unread := _unread(self.announced[name], parts):
                 total = math.prod(shape)
                 yield f"{name}: other shape than expected, {unread} of {total} elements of {list(shape)} go nowhere"
 
-    def _not_filled_once(self) -> Iterable[str]:
-        into: dict[str, list[Fill]] = defaultdict(list)
-        for fill in self.fills:
-            into[fill.into].append(fill)
+    def _filled_twice(self) -> Iterable[str]:
         for name, memory in self.parameters.items():
-            loaded = [fill for fill in into[name] if fill.reads]
-            total, sources = memory.nbytes // memory.itemsize, _names(read for fill in loaded for read in fill.reads)
+            loaded = [fill for fill in self.into.get(name, ()) if fill.reads]
             filled = elements_filled([fill.region for fill in loaded], memory)
             if twice := sum(elements for times, elements in filled.items() if times > 1):
-                yield f"{name}: {twice} of {total} elements are filled more than once, by {sources}"
-            # Padding is filled with a constant. A constant alone is no weight.
-            missing = elements_filled([fill.region for fill in into[name] if loaded], memory).get(0, 0)
-            if missing and name not in self.refused:
-                rest = f"; the others are filled by {sources}" if loaded else ""
-                yield f"{name}: missing, {missing} of {total} elements are filled by no announced tensor{rest}"
+                sources = _names(read for fill in loaded for read in fill.reads)
+                yield f"{name}: {twice} of {memory.elements} elements are filled more than once, by {sources}"
 
 
 def plan_of(model: torch.nn.Module, vllm_config: object, manifest: Manifest) -> Plan:
     """What an update of `model` with this manifest would do on this rank. The model is neither read nor changed.
 
     Raises ManifestError where the manifest is malformed. Raises PlanError where `load_weights` raises before it takes a
-    tensor, and for a model that vLLM quantises while it loads: that would be processed instead of recorded.
+    tensor.
     """
-    announced, refused = parse(manifest), {}
-    plan = None
-    while plan is None:
-        plan = _recorded(model, vllm_config, announced, refused)
+    return planned(model, vllm_config, parse(manifest))
+
+
+def planned(model: torch.nn.Module, vllm_config: object, announced: Announced) -> Plan:
+    """As `plan_of`, for a manifest that has been parsed."""
+    plan = _recorded(model, vllm_config, announced)
+    plan = _with_other_ranks(plan, model, vllm_config)
+    if plan.missing():
+        plan = replace(plan, kept=_unfilled_by_checkpoint(plan, model, vllm_config))
+    if plan.converted and not plan.problems():
+        plan = replace(plan, together=not _loads_apart(plan, model, vllm_config))
     return plan
 
 
 def _recorded(
-    model: torch.nn.Module, vllm_config: object, announced: Announced, refused: dict[str, str]
-) -> Plan | None:
-    """The plan without the refused tensors. None where one more is refused: it has been added to them."""
+    model: torch.nn.Module, vllm_config: object, announced: Announced, ranks: tuple[int, int] | None = None
+) -> Plan:
+    """The plan of one rank. Each refused tensor is left out, and the others are recorded again."""
+    refused: dict[str, str] = {}
+    while True:
+        with twin_of(model, vllm_config, ranks) as twin:
+            heads = _tied_heads(twin, vllm_config, announced)
+            parameters = _parameters(twin)
+            tensors = {name: tensor.detach() for name, tensor in named_tensors(twin).items()}
+            try:
+                fills = record(twin, _meta(announced, without={*refused, *heads}))
+            except LoadFailed as error:
+                if error.name is None:
+                    raise PlanError(f"load_weights took no tensor and raised {_first_line(error.cause)}") from error
+                refused[error.name] = _first_line(error.cause)
+                if len(refused) < SHOWN:
+                    continue
+                fills = []
+        return Plan(announced, fills, parameters, tensors, refused, _aliases(heads, fills))
+
+
+def _with_other_ranks(plan: Plan, model: torch.nn.Module, vllm_config: object) -> Plan:
+    """The plan that knows what other ranks of the engine take: a tensor of theirs, or a part of one.
+
+    A tensor that the engine's own checkpoint holds in the same shape is whole. For any other, the other ranks' plans
+    are made too.
+    """
+    parallel = vllm_config.parallel_config
+    sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+    open_names = _not_read_whole(plan)
+    if math.prod(sizes) == 1 or not open_names:
+        return plan
+    layouts = _checkpoint(vllm_config)
+    spread = sizes[1] > 1 or parallel.enable_expert_parallel
+    elsewhere = {
+        name: [_whole(plan.announced[name])]
+        for name in open_names
+        if name in layouts and layouts[name][1] == plan.announced[name][1] and (spread or plan.of(name))
+    }
+    others = {name: plan.announced[name] for name in open_names if name not in elsewhere}
+    refused = dict(plan.refused)
+    for ranks in [(tp, pp) for pp in range(sizes[1]) for tp in range(sizes[0])] if others else ():
+        other = _recorded(model, vllm_config, others, ranks)
+        refused |= other.refused | {_names(fill.reads): fill.misfit for fill in other.fills if fill.misfit}
+        for name in others:
+            if reads := [region for fill in other.of(name) for found, region in fill.reads if found == name]:
+                elsewhere[name] = [*elsewhere.get(name, ()), *reads]
+    return replace(plan, elsewhere=elsewhere, refused=refused)
+
+
+def _not_read_whole(plan: Plan) -> list[str]:
+    reads: dict[str, list[Region]] = defaultdict(list)
+    for name, region in (read for fill in plan.fills for read in fill.reads):
+        reads[name].append(region)
+    skipped = {*plan.aliases, *plan.refused}
+    return [n for n in plan.announced if n not in skipped and (not reads[n] or _unread(plan.announced[n], reads[n]))]
+
+
+def _unfilled_by_checkpoint(plan: Plan, model: torch.nn.Module, vllm_config: object) -> dict[str, int]:
+    """The elements that the engine's own checkpoint leaves as the model's class made them, such as scales of 1."""
+    layouts = _checkpoint(vllm_config)
+    if not layouts:
+        return {}
+    own = _recorded(model, vllm_config, layouts)
+    return {
+        name: missing
+        for name, missing in own.unfilled.items()
+        if missing and {n for fill in own.into.get(name, ()) for n, _ in fill.reads} <= {*plan.announced}
+    }
+
+
+def _checkpoint(vllm_config: object) -> Announced:
+    try:
+        return checkpoint_layouts(vllm_config.model_config.model)
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _loads_apart(plan: Plan, model: torch.nn.Module, vllm_config: object) -> bool:
+    """Whether a tensor that is not simply copied goes to the same places in a call of `load_weights` of its own."""
+    names = set(plan.converted)
+    if len(names) > MAX_APART:
+        return False
     with twin_of(model, vllm_config) as twin:
-        _refuse_online(twin)
-        parameters, aliases = _parameters(twin), _aliases(twin, announced)
         try:
-            fills = record(twin, _meta(announced, without={*refused, *aliases}))
-        except LoadFailed as error:
-            if error.name is None:
-                raise PlanError(f"load_weights took no tensor and raised {_first_line(error.cause)}") from error
-            refused[error.name] = _first_line(error.cause)
-            if len(refused) < SHOWN:
-                return None
-            fills = []
-    return Plan(announced, fills, parameters, refused, aliases, *_holds(vllm_config.parallel_config))
+            apart = record(twin, _meta(plan.announced, without={*plan.announced} - names), apart=True)
+        except LoadFailed:
+            return False
+    return apart == [fill for fill in plan.fills if not fill.reads or any(name in names for name, _ in fill.reads)]
 
 
 def _meta(announced: Announced, without: set[str]) -> dict[str, torch.Tensor]:
@@ -160,53 +323,56 @@ def _parameters(twin: torch.nn.Module) -> dict[str, Memory]:
     }
 
 
-def _aliases(twin: torch.nn.Module, announced: Announced) -> dict[str, str]:
-    """The output embedding, where it is the input embedding and both are announced."""
-    if HEAD not in announced or not ties_its_head(twin):
+def _tied_heads(twin: torch.nn.Module, vllm_config: object, announced: Announced) -> dict[str, str | None]:
+    """Announced names of an output embedding that is the input embedding, and vLLM's name of that, where it is here."""
+    heads = [name for name in announced if name == HEAD or name.endswith(f".{HEAD}")]
+    if not heads:
         return {}
-    embedding = next((name for name in announced if name.endswith("embed_tokens.weight")), None)
-    return {} if embedding is None else {HEAD: embedding}
-
-
-def _refuse_online(twin: torch.nn.Module) -> None:
-    for name, tensor in named_tensors(twin).items():
-        if getattr(getattr(tensor, "weight_loader", None), "__name__", "") == "online_process_loader":
-            raise PlanError(f"{name}: vLLM quantises this model while it loads, and no plan can be made for that")
-
-
-def _holds(parallel: object) -> tuple[bool, bool]:
-    """Whether this rank reads a part of each tensor, and each element of each."""
-    names = parallel.pipeline_parallel_size == 1 and not parallel.enable_expert_parallel
-    return names, names and parallel.tensor_parallel_size == 1
-
-
-def elements_filled(regions: list[Region], memory: Memory) -> dict[int, int]:
-    """How many elements of a tensor lie in how many of the regions: `{number of regions: elements}`."""
-    runs = [_runs(region) for region in regions if region.elements]
-    # Counted in blocks: the largest unit in which no region begins, ends or jumps anywhere but between two blocks.
-    sizes = [size for offset, outer, run in runs for size in (offset, run, *(step for _, step in outer))]
-    block = math.gcd(memory.nbytes, *sizes)
-    if not block:
+    parameters = dict(twin.named_parameters(remove_duplicate=False))
+    own = next((name for name in parameters if name.endswith(HEAD)), None)
+    if own is not None:
+        head = parameters.pop(own)
+        tied = next((name for name, parameter in parameters.items() if parameter is head), None)
+        return {} if tied is None else dict.fromkeys(heads, tied)
+    if not getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False):
         return {}
-    counts = torch.zeros(memory.nbytes // block, dtype=torch.int32)
-    for offset, outer, run in runs:
-        shape = [*(size for size, _ in outer), run // block]
-        stride = [*(step // block for _, step in outer), 1]
-        counts.as_strided(shape, stride, offset // block).add_(1)
-    times, blocks = counts.unique(return_counts=True)
-    return {time: n * block // memory.itemsize for time, n in zip(times.tolist(), blocks.tolist(), strict=True)}
+    return dict.fromkeys(heads, _embedding(twin))
 
 
-def _runs(region: Region) -> tuple[int, list[tuple[int, int]], int]:
-    """A region as runs of bytes without a gap: offset, (number, stride) of the runs by dimension, and their length."""
-    dims = sorted(
-        ((size, step) for size, step in zip(region.shape, region.stride, strict=True) if size > 1 and step),
-        key=lambda dim: -dim[1],
-    )
-    run = region.itemsize
-    while dims and dims[-1][1] == run:
-        run *= dims.pop()[0]
-    return region.offset, dims, run
+def _embedding(twin: torch.nn.Module) -> str | None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    found = (path for path, module in twin.named_modules() if isinstance(module, VocabParallelEmbedding))
+    return next((f"{path}.weight" for path in found), None)
+
+
+def _aliases(heads: dict[str, str | None], fills: list[Fill]) -> dict[str, str | None]:
+    """The announced name that fills the embedding, for each name of the output embedding."""
+    return {
+        head: next((name for fill in fills if fill.into == into for name, _ in fill.reads), None)
+        for head, into in heads.items()
+    }
+
+
+def _is_copy(fill: Fill) -> bool:
+    """Whether one announced tensor's values are copied, element by element, and cast at most."""
+    if len(fill.reads) != 1 or fill.misfit or len(fill.conversion) > 1:
+        return False
+    return all(step.startswith("cast ") for step in fill.conversion) and fill.reads[0][1].shape == fill.region.shape
+
+
+def _unread(layout: tuple[torch.dtype, tuple[int, ...]], parts: list[Region]) -> int:
+    dtype, shape = layout
+    return elements_filled(parts, Memory(math.prod(shape) * dtype.itemsize, dtype.itemsize)).get(0, 0)
+
+
+def _whole(layout: tuple[torch.dtype, tuple[int, ...]]) -> Region:
+    dtype, shape = layout
+    return Region(0, (math.prod(shape),), (dtype.itemsize,), dtype.itemsize)
+
+
+def _either(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(dtype_name(dtype) for dtype in dtypes)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,30 +1,34 @@
 """Getting tensors into a model that may have repacked or quantised its weights.
 
-`DirectLoad` hands the tensors to the model's own `load_weights`, which copies them into the parameters. That is right
-only while the parameters are those the checkpoint was loaded into. Where processing after loading has replaced them,
-`LayerwiseReload` has vLLM's layerwise reload restore each layer's original parameters, load, process again and copy
-the result to where the old one was. So addresses captured in CUDA graphs stay valid.
+`DirectLoad` writes into the model's parameters. That is right only while they are those the checkpoint was loaded into.
+Where processing after loading has replaced them, `LayerwiseReload` restores each layer's original parameters, writes
+into those, has vLLM process the layer again and copies the result to where the old one was. So addresses captured in
+CUDA graphs stay valid.
 
-Parts of vLLM without a public name are used in two places. vLLM has no call that gives a reload up, so
-`LayerwiseReload.abort` does it with `_place_kernel_tensors` and the attributes that the reload leaves on layers and
-model. vLLM's reload does not repack experts on the CPU, so `_forget_cpu_experts` takes `moe_kernel` off the layers.
+With a plan a layer is processed when all that fills it has been written. Without one, vLLM's own wrappers around the
+parameters' loaders count what a layer has got; they do not see what a model copies past them.
+
+Parts of vLLM without a public name are used. vLLM has no call that gives a reload up, nor one that processes a single
+layer: `_place_kernel_tensors`, `_layerwise_process` and the attributes that the reload leaves on layers and model are
+used for that. vLLM's reload does not repack experts on the CPU, so `_forget_cpu_experts` takes `moe_kernel` off them.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 
-from extensions.model.expected import HEAD
+from extensions.model.load import DirectLoad, Load, configured
+from extensions.model.twin import unwrap_loader
 from extensions.model.weights import is_packed
+from extensions.plan import Plan
 
 
 def processed_layers(model: torch.nn.Module) -> list[str]:
     """Names of layers whose parameters are not those a checkpoint loads into: repacked, shuffled or quantised.
 
     A mixture-of-experts layer always counts. Its kernels may permute weights in place and keep their shapes, and
-    loading over permuted weights corrupts them in silence (vllm#42821).
+    loading over permuted weights corrupts them in silence (vllm#42821). So does latent attention, which derives
+    matrices from its weights.
     """
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -34,63 +38,22 @@ def processed_layers(model: torch.nn.Module) -> list[str]:
     names = []
     for prefix, module in model.named_modules():
         method = getattr(module, "quant_method", None)
-        if not isinstance(method, QuantizeMethodBase) or not any(True for _ in module.parameters(recurse=False)):
-            continue
-        if type(method) not in plain or is_packed(module):
+        held = isinstance(method, QuantizeMethodBase) and any(True for _ in module.parameters(recurse=False))
+        processed = held and (type(method) not in plain or is_packed(module))
+        if processed or (hasattr(module, "kv_b_proj") and hasattr(module, "process_weights_after_loading")):
             names.append(prefix)
     return names
-
-
-class Load(ABC):
-    """One update of one model, from `begin` to `end` or `abort`."""
-
-    def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
-        self._model, self._vllm_config = model, vllm_config
-        self._touched = False  # whether load() has been called
-        self._tied = ties_its_head(model)
-
-    @abstractmethod
-    def begin(self) -> None:
-        """Prepare the model for new weights."""
-
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take full tensors under their checkpoint names; they may be kept until `end`.
-
-        Give it all tensors that are there in one call: each call of `load_weights` walks the model, which in some
-        versions of vLLM takes longer than the copy of a tensor.
-        """
-        self._touched = True
-        with configured(self._vllm_config):
-            self._model.load_weights((n, t) for n, t in tensors.items() if n != HEAD or not self._tied)
-
-    @abstractmethod
-    def end(self) -> None:
-        """Finish all layers. The model computes with the new weights afterwards."""
-
-    @abstractmethod
-    def abort(self) -> bool:
-        """Give up. Returns True if the model computes with exactly the weights it had before `begin`."""
-
-
-class DirectLoad(Load):
-    """For models whose parameters are as loaded: unquantised dense models on GPUs."""
-
-    def begin(self) -> None:
-        """Nothing is to be prepared."""
-
-    def end(self) -> None:
-        """Nothing is left to do: each tensor was copied into its parameter as it was loaded."""
-
-    def abort(self) -> bool:
-        return not self._touched
 
 
 class LayerwiseReload(Load):
     """For every other model, through `vllm.model_executor.model_loader.reload`."""
 
-    def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
-        super().__init__(model, vllm_config)
+    def __init__(self, model: torch.nn.Module, vllm_config: object, plan: Plan | None) -> None:
+        super().__init__(model, vllm_config, plan)
         self.expert_kernels: list[tuple[object, object]] = []  # (method, kernel), to put back on abort
+        self._waiting = {path: set(names) for path, names in plan.layers.items()} if plan is not None else {}
+        self._restored: set[str] = set()
+        self._attention = {path for path in self._waiting if _is_attention(self._layers[path])}
 
     def begin(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -100,9 +63,11 @@ class LayerwiseReload(Load):
             initialize_layerwise_reload(self._model)
 
     def end(self) -> None:
+        self._settle()
         with configured(self._vllm_config):
             finalize(self._model, self._vllm_config.model_config)
             _repack_tied_head(self._model)
+        self._require_equal_heads()
 
     def abort(self) -> bool:
         """Put the old tensors back where no new ones were processed.
@@ -123,23 +88,66 @@ class LayerwiseReload(Load):
             self._model._do_torchao_reload = self._model._original_do_torchao_reload
         return not self._touched
 
+    def unwritten(self) -> list[str]:
+        if self._plan is None:
+            return _unloaded_layers(self._model)
+        return [
+            f"{path}, which waits for {min(names)}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            for path, names in self._waiting.items()
+            if names
+        ]
 
-def new_load(model: torch.nn.Module, vllm_config: object) -> Load:
+    def _is_copied(self, name: str) -> bool:
+        """Scales of attention layers are processed by vLLM when it finishes, so its loaders have to see them."""
+        return super()._is_copied(name) and self._attention.isdisjoint(self._plan.filled[name])
+
+    def _restore(self, path: str) -> None:
+        """Give a layer memory for the tensors that a checkpoint is loaded into, and loaders that write into it.
+
+        What no announced tensor fills has the value that it had.
+        """
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        if path in self._restored or path in self._attention:
+            return
+        self._restored.add(path)
+        layer = self._layers[path]
+        parameters, buffers = get_layerwise_info(layer).kernel_tensors
+        before = parameters | buffers
+        device = next(iter(before.values())).device
+        for tensors in (layer._parameters, layer._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    tensors[name] = _with_memory(tensor, device)
+                    if f"{path}.{name}" in self._plan.left and name in before:
+                        tensors[name].data.copy_(before[name])
+                unwrap_loader(tensors[name])
+
+    def _written(self, names: Iterable[str]) -> None:
+        filled = self._plan.filled if self._plan is not None else {}
+        for path in {path for name in names for path in filled.get(name, ())}:
+            waiting = self._waiting[path]
+            before = len(waiting)
+            waiting.difference_update(names)
+            if before and not waiting and path not in self._attention:
+                self._process(path)
+
+    def _process(self, path: str) -> None:
+        """Have vLLM process a layer that is whole, and put the result where the old one was."""
+        from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+
+        layer = self._layers[path]
+        info = get_layerwise_info(layer)
+        for name, buffer in info.kernel_tensors[1].items():
+            if f"{path}.{name}" in self._plan.into:  # vLLM leaves some buffers as they were
+                buffer.data.copy_(layer._buffers[name])
+        _layerwise_process(layer, info)
+
+
+def new_load(model: torch.nn.Module, vllm_config: object, plan: Plan | None = None) -> Load:
     """The cheaper of the two that is right for this model."""
     kind = LayerwiseReload if processed_layers(model) else DirectLoad
-    return kind(model, vllm_config)
-
-
-@contextmanager
-def configured(vllm_config: object) -> Iterator[None]:
-    """Set vLLM's current configuration, which layers look up when they are built, loaded or processed.
-
-    Before 0.28 vLLM's reload does not set it itself.
-    """
-    from vllm.config import set_current_vllm_config
-
-    with torch.no_grad(), set_current_vllm_config(vllm_config):
-        yield
+    return kind(model, vllm_config, plan)
 
 
 def finalize(model: torch.nn.Module, model_config: object) -> None:
@@ -148,16 +156,6 @@ def finalize(model: torch.nn.Module, model_config: object) -> None:
 
     finish = getattr(reload, "finalize_layerwise_reload", None) or reload.finalize_layerwise_processing
     finish(model, model_config)
-
-
-def ties_its_head(model: torch.nn.Module) -> bool:
-    """Whether the output embedding is the input embedding under another name. Then nothing is to be loaded for it.
-
-    vLLM itself leaves a tied `lm_head` out, but from 0.32 refuses it where the input embedding is not in the same call.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    head = parameters.pop(HEAD, None)
-    return head is not None and any(parameter is head for parameter in parameters.values())
 
 
 def _forget_cpu_experts(model: torch.nn.Module) -> list[tuple[object, object]]:
@@ -188,3 +186,33 @@ def _repack_tied_head(model: torch.nn.Module) -> None:
         packed = isinstance(module, ParallelLMHead) and is_packed(module)
         if packed and addresses.count(module.weight.data_ptr()) > 1:
             module.quant_method.process_weights_after_loading(module)
+
+
+def _with_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the same class, attributes and layout, with memory for its values."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device, requires_grad=False)
+    made.__class__ = tensor.__class__
+    made.__dict__ = tensor.__dict__.copy()
+    return made
+
+
+def _is_attention(layer: torch.nn.Module) -> bool:
+    """Whether vLLM processes this layer after all others."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    return isinstance(layer, AttentionLayerBase) and hasattr(layer, "process_weights_after_loading")
+
+
+def _unloaded_layers(model: torch.nn.Module) -> list[str]:
+    """The layers of which vLLM's reload has seen no or not all elements; not those that it finishes in another way."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    found = []
+    for path, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        if not info.can_load() or _is_attention(layer) or isinstance(layer, VocabParallelEmbedding):
+            continue
+        if info.load_numel < info.load_numel_total and any(True for _ in layer.parameters(recurse=False)):
+            found.append(f"{path}, of which {info.load_numel} of {info.load_numel_total} elements were loaded")
+    return found

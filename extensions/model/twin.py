@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from extensions.tensors import dtype_name
 
 CONSTANTS = ("fill_", "zero_")
+ONLINE_LOADER = "online_process_loader"  # how vLLM's layerwise reload calls the loaders that it puts around others
+LORA_WRAPPED = ".base_layer."
 # Operations that take a tensor's shape and not its values.
 SHAPE_ONLY = (
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
@@ -108,8 +110,9 @@ class Recorder(TorchDispatchMode):
         origin = self._origin_of((rest, kwargs)) or Origin()
         step = _cast(into, rest[0]) if operation == "copy_" else (operation,)
         through = (*origin.through, *step)
-        for fill in [fill for fill in self.fills if fill.into in origin.parameters - {name}]:
-            origin = replace(origin, reads=(*origin.reads, *fill.reads))
+        for other in sorted(origin.parameters - {name}):
+            reads = [read for fill in self.fills if fill.into == other for read in fill.reads]
+            origin, through = replace(origin, reads=(*origin.reads, *reads)), (*through, f"computed from {other}")
         if not origin.reads and (name in origin.parameters or operation not in ("copy_", *CONSTANTS)):
             # The parameter is computed anew from what was written before: one more conversion of the same values.
             self.fills = [
@@ -157,11 +160,16 @@ class Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def twin_of(model: torch.nn.Module, vllm_config: object) -> Iterator[torch.nn.Module]:
+def twin_of(
+    model: torch.nn.Module, vllm_config: object, ranks: tuple[int, int] | None = None
+) -> Iterator[torch.nn.Module]:
     """A model of the same class and configuration on the meta device. The live model stays as it is.
 
+    ranks: the tensor-parallel and the pipeline rank that it is built for, if not this process's own.
+
     vLLM registers the layers of every model that it builds in the configuration, and keeps rotary embeddings for the
-    next model. The twin gets a configuration of its own, and what it left behind is removed.
+    next model. The twin gets a configuration of its own, and what it left behind is removed. Parameters that the live
+    model ties are tied in the twin too: vLLM ties an output embedding when it finds it equal to the input embedding.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
@@ -174,14 +182,69 @@ def twin_of(model: torch.nn.Module, vllm_config: object) -> Iterator[torch.nn.Mo
     ropes, dtype = dict(_ROPE_DICT), torch.get_default_dtype()
     torch.set_default_dtype(vllm_config.model_config.dtype)  # by which vLLM chooses attention backends
     try:
-        with set_current_vllm_config(own), torch.no_grad():
+        with set_current_vllm_config(own), torch.no_grad(), _as_rank(ranks):
             with torch.device("meta"):
                 twin = initialize_model(vllm_config=own, model_class=type(model))
+            _tie_as(model, twin)
+            for tensor in named_tensors(twin).values():
+                unwrap_loader(tensor)
             yield twin
     finally:
         torch.set_default_dtype(dtype)
         _ROPE_DICT.clear()
         _ROPE_DICT.update(ropes)
+
+
+@contextmanager
+def _as_rank(ranks: tuple[int, int] | None) -> Iterator[None]:
+    """Have vLLM take this process for another rank of the same engine. Nothing is sent meanwhile."""
+    if ranks is None:
+        yield
+        return
+    from vllm.distributed import get_pp_group, get_tp_group
+
+    groups = (get_tp_group(), get_pp_group())
+    own = [(group.rank_in_group, group.rank) for group in groups]
+    try:
+        for group, rank in zip(groups, ranks, strict=True):
+            group.rank_in_group, group.rank = rank, group.ranks[rank]
+        yield
+    finally:
+        for group, (rank_in_group, rank) in zip(groups, own, strict=True):
+            group.rank_in_group, group.rank = rank_in_group, rank
+
+
+def _tie_as(model: torch.nn.Module, twin: torch.nn.Module) -> None:
+    """Tie the twin's parameters that are one in the live model."""
+    there = named_tensors(twin)
+    names: dict[int, list[str]] = {}
+    for name, parameter in live_tensors(model).items():
+        if name in there:
+            names.setdefault(id(parameter), []).append(name)
+    for first, *others in names.values():
+        for name in others:
+            path, attribute = split(name)
+            holder = twin.get_submodule(path)
+            (holder._parameters if attribute in holder._parameters else holder._buffers)[attribute] = there[first]
+
+
+def unwrap_loader(tensor: torch.Tensor | None) -> None:
+    """Have a tensor take its weights as they come. vLLM's wrapper would process its layer when it counts it whole."""
+    loader = getattr(tensor, "weight_loader", None)
+    while getattr(loader, "__name__", "") == ONLINE_LOADER:
+        loader = loader.__wrapped__
+        tensor.weight_loader = loader
+
+
+def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """As `named_tensors`, of a model whose layers vLLM may have wrapped for LoRA: under the names without that."""
+    return {name.replace(LORA_WRAPPED, "."): tensor for name, tensor in named_tensors(model).items()}
+
+
+def split(name: str) -> tuple[str, str]:
+    """The path of the module that holds a tensor, and the tensor's name in it."""
+    path, _, attribute = name.rpartition(".")
+    return path, attribute
 
 
 class LoadFailed(Exception):
@@ -192,23 +255,25 @@ class LoadFailed(Exception):
         super().__init__(f"{name}: {cause}")
 
 
-def record(twin: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> list[Fill]:
+def record(twin: torch.nn.Module, tensors: dict[str, torch.Tensor], apart: bool = False) -> list[Fill]:
     """What `twin.load_weights` writes where, given meta tensors. Raises LoadFailed where it raises.
 
+    apart: give it one tensor at a time, each in a call of its own, and not all in one.
     A twin that was loaded into before may hold other tensors than it was built with: give each call a new one.
     """
     targets = {name: tensor.detach() for name, tensor in named_tensors(twin).items()}
     recorder = Recorder(targets, tensors)
     taken = []
 
-    def giving() -> Iterable[tuple[str, torch.Tensor]]:
-        for name, tensor in tensors.items():
+    def giving(names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
+        for name in names:
             taken.append(name)
-            yield name, tensor
+            yield name, tensors[name]
 
     try:
         with torch.no_grad(), recorder:
-            twin.load_weights(giving())
+            for names in ([name] for name in tensors) if apart else [list(tensors)]:
+                twin.load_weights(giving(names))
     except Exception as error:
         raise LoadFailed(taken[-1] if taken else None, error) from error
     for name, tensor in named_tensors(twin).items():
@@ -219,7 +284,7 @@ def record(twin: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> list[Fill
 
 
 def named_tensors(twin: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by vLLM's names, tied ones under each of theirs."""
+    """Parameters and buffers of a model by vLLM's names, tied ones under each of theirs."""
     return dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers(remove_duplicate=False))
 
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from extensions import bracket
+from extensions import bracket, kept
 from extensions.broadcast import WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
-from extensions.manifest import manifest_of
+from extensions.manifest import Announced, check, manifest_of
 
 CPU = torch.device("cpu")
 SHAPES = {"a.weight": (2, 3), "b.weight": (4,), "c.weight": (1,)}
@@ -28,7 +28,7 @@ class Model(torch.nn.Module):
 class Load:
     """As LayerwiseReload: what is loaded is in the model only at the end."""
 
-    def __init__(self, model: Model, _: object) -> None:
+    def __init__(self, model: Model, *_: object) -> None:
         self._model, self.taken = model, {}
 
     def begin(self) -> None:
@@ -67,10 +67,14 @@ class Worker(ColocateWorkerExtension, WorkerExtension):
 
 def fitted(monkeypatch: pytest.MonkeyPatch, worker: type[Worker] = Worker) -> Worker:
     """A worker for whose model and loader the extensions are fitted."""
-    monkeypatch.setattr(bracket, "expected_weights", lambda model, config: (dict(SHAPES), {}))
+    monkeypatch.setattr(kept, "accepted", _accepted)
     monkeypatch.setattr(bracket, "processed_layers", lambda model: model.packed)
     monkeypatch.setattr(bracket, "new_load", Load)
     return worker()
+
+
+def _accepted(model: Model, _: object, announced: Announced, whole: bool = True) -> None:
+    check(announced, dict(SHAPES) if whole else {}, dict(SHAPES))
 
 
 def tensors(value: float = 1, **changes: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -42,26 +42,6 @@ def update(held: Held, seed: int) -> None:
     assert held.state() == "ready"
 
 
-# ---- what a model expects
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_model_expects_what_its_checkpoint_has(held: Held, name: str):
-    held.build(name, 0)
-    found = held.expected()
-    assert found["required"] == {name: list(shape) for name, shape in models.tensors(models.MODELS[name])}
-    tied = {"lm_head.weight": found["required"]["model.embed_tokens.weight"]} if "-tied-" in name else {}
-    assert found["optional"] == tied
-
-
-def test_a_fused_layer_is_expected_as_the_checkpoint_has_it(held: Held):
-    assert held.fused_as_whole() == {
-        "proj": {".proj.weight": [8, 4], ".proj.bias": [8]},
-        "left+right": {".left.weight": [6, 4], ".left.bias": [6], ".right.weight": [2, 4], ".right.bias": [2]},
-        "one+two+three": {f".{part}.{of}": None for part in ("one", "two", "three") for of in ("weight", "bias")},
-    }
-
-
 # ---- updates that succeed
 
 

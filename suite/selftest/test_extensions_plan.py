@@ -53,23 +53,34 @@ def sound(twin: Twin, name: str, tensor: torch.Tensor) -> None:
 def planned(
     monkeypatch: pytest.MonkeyPatch,
     loader: Callable[[Twin, str, torch.Tensor], object] = sound,
-    tensor_parallel: int = 1,
+    ranks: tuple[int, int] = (1, 1),
+    checkpoint: dict[str, tuple[int, ...]] | None = None,
     **announced: torch.Tensor,
 ) -> Plan:
-    """The plan of a loader for `upper`, `lower` and `scale`, or for others; None leaves a tensor out."""
+    """The plan of a loader for `upper`, `lower` and `scale`, or for others; None leaves a tensor out.
+
+    ranks: how many tensor-parallel and pipeline ranks there are; the plan is of the first. checkpoint: shapes in the
+    engine's own.
+    """
 
     @contextlib.contextmanager
-    def twin_of(*_: object) -> Iterator[Twin]:
-        yield Twin(loader)
+    def twin_of(model: object, config: object, rank: tuple[int, int] | None = None) -> Iterator[Twin]:
+        twin = Twin(loader)
+        twin.rank = rank or (0, 0)
+        yield twin
 
+    layouts = {name: (HALF, shape) for name, shape in (checkpoint or {}).items()}
     monkeypatch.setattr(planning, "twin_of", twin_of)
+    monkeypatch.setattr(planning, "checkpoint_layouts", lambda model: layouts)
     usual = {"upper": torch.empty(3, 4, dtype=HALF), "lower": torch.empty(3, 4, dtype=HALF)}
     named = usual | {"scale": torch.empty(4, dtype=HALF)} | announced
+    tensor_parallel, pipeline = ranks
     parallel = SimpleNamespace(
-        tensor_parallel_size=tensor_parallel, pipeline_parallel_size=1, enable_expert_parallel=False
+        tensor_parallel_size=tensor_parallel, pipeline_parallel_size=pipeline, enable_expert_parallel=False
     )
     manifest = manifest_of((name, tensor) for name, tensor in named.items() if tensor is not None)
-    return plan_of(torch.nn.Module(), SimpleNamespace(parallel_config=parallel), manifest)
+    config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="checkpoint"))
+    return plan_of(torch.nn.Module(), config, manifest)
 
 
 def places(plan: Plan, name: str) -> list[tuple]:
@@ -134,7 +145,7 @@ def also_into_table(twin: Twin, tensor: torch.Tensor) -> None:
         (in_place, [("scale", 0, (4,), ("mul_",))]),
         (replace_tensor, [("scale", 0, (4,), ("clone", "replaces the tensor"))]),
         (replace_data, [("scale", 0, (4,), ("replaces the tensor",))]),
-        (also_into_table, [("scale", 0, (4,), ()), ("table", 0, (3,), ())]),
+        (also_into_table, [("scale", 0, (4,), ()), ("table", 0, (3,), ("computed from scale",))]),
     ],
 )
 def test_what_happens_on_the_way_is_followed(monkeypatch: pytest.MonkeyPatch, load: Callable, expected: list):
@@ -148,7 +159,6 @@ def test_padding_is_no_problem_and_what_is_not_read_is(monkeypatch: pytest.Monke
     assert narrow.problems() == []
     wide = planned(monkeypatch, when("scale", fill_and_copy))
     assert wide.problems() == ["scale: other shape than expected, 1 of 4 elements of [4] go nowhere"]
-    assert planned(monkeypatch, when("scale", fill_and_copy), 2).problems() == [], "another rank may read the rest"
 
 
 @pytest.mark.parametrize(
@@ -218,23 +228,128 @@ def test_many_refusals_end_the_recording(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_can_not_be_planned_says_so(monkeypatch: pytest.MonkeyPatch):
-    def online_process_loader() -> None:
-        pass
-
     monkeypatch.setattr(Twin, "load_weights", lambda *_: 1 / 0)
     with pytest.raises(PlanError, match=r"^load_weights took no tensor and raised ZeroDivisionError: division by zero"):
         planned(monkeypatch)
-    original = planning.named_tensors
-
-    def quantised(twin: Twin) -> dict[str, torch.Tensor]:
-        twin.scale.weight_loader = online_process_loader
-        return original(twin)
-
-    monkeypatch.setattr(planning, "named_tensors", quantised)
-    with pytest.raises(PlanError, match=r"^scale: vLLM quantises this model while it loads"):
-        planned(monkeypatch)
     with pytest.raises(ManifestError):
         plan_of(torch.nn.Module(), None, [])
+
+
+def test_a_wrapper_that_would_process_a_layer_is_taken_off():
+    """As vLLM puts it around the loaders of a model that it quantises while it loads, and of one that it reloads."""
+
+    def online_process_loader() -> None:
+        pass
+
+    def own() -> None:
+        pass
+
+    tensor = torch.empty(1)
+    online_process_loader.__wrapped__, tensor.weight_loader = own, online_process_loader
+    twin.unwrap_loader(tensor)
+    assert tensor.weight_loader is own
+    twin.unwrap_loader(None)
+
+
+def test_a_dtype_that_can_not_be_the_weights_is_named(monkeypatch: pytest.MonkeyPatch):
+    says = "scale: expected a dtype of float64, float32, bfloat16, float16, found "
+    for dtype in (torch.int32, torch.float8_e4m3fn, torch.complex64, torch.bool):
+        plan = planned(monkeypatch, scale=torch.empty(4, dtype=dtype))
+        assert plan.problems() == [says + str(dtype).removeprefix("torch.")]
+
+
+# ---- ranks
+
+
+def of_rank(twin: Twin, name: str, tensor: torch.Tensor) -> None:
+    """The first of two tensor-parallel ranks has the upper half of `rows`; only the second pipeline rank has scale."""
+    if name == "rows":
+        start = 6 * twin.rank[0]
+        twin.rows.copy_(tensor[start : start + 6])
+    elif twin.rank[1] == 1 or name != "scale":
+        sound(twin, name, tensor)
+
+
+def test_what_other_ranks_take_is_known_as_theirs(monkeypatch: pytest.MonkeyPatch):
+    def of_two(rows: int, ranks: tuple[int, int], **others: object) -> list[str]:
+        return planned(monkeypatch, of_rank, ranks, rows=torch.empty(rows, 4, dtype=HALF), upper=None, lower=None,
+                       **others).problems()  # fmt: skip
+
+    missing = "scale: missing, 4 of 4 elements are filled by no announced tensor"
+    assert of_two(12, (2, 2)) == [missing]
+    assert of_two(13, (2, 2)) == ["rows: other shape than expected, 4 of 52 elements of [13, 4] go nowhere", missing]
+    assert of_two(12, (1, 2)) == ["rows: other shape than expected, 24 of 48 elements of [12, 4] go nowhere", missing]
+    assert of_two(12, (2, 1))[0] == "scale: unknown, load_weights writes it nowhere"
+    assert of_two(11, (2, 2))[0] == "rows: load_weights refuses it in shape [11, 4]: [5, 4] into [6, 4]"
+
+
+def test_a_tensor_as_the_checkpoint_has_it_is_whole(monkeypatch: pytest.MonkeyPatch):
+    """Other ranks are not planned for then, which takes time for each."""
+    shapes = {"rows": (12, 4), "scale": (4,)}
+
+    def problems(rows: int, ranks: tuple[int, int]) -> list[str]:
+        tensor = torch.empty(rows, 4, dtype=HALF)
+        return planned(monkeypatch, when_alone, ranks, shapes, rows=tensor, upper=None, lower=None).problems()
+
+    def when_alone(twin: Twin, name: str, tensor: torch.Tensor) -> None:
+        assert twin.rank == (0, 0), "expected no other rank to be looked at"
+        of_rank(twin, name, tensor)
+
+    assert problems(12, (2, 2)) == []
+    assert "no other rank" in problems(13, (2, 2))[0]
+
+
+def test_what_the_checkpoint_leaves_out_may_be_left_out(monkeypatch: pytest.MonkeyPatch):
+    """A scale that keeps the value of the model's class. What the checkpoint has is missing all the same."""
+    shapes = {"upper": (3, 4), "lower": (3, 4)}
+    plan = planned(monkeypatch, checkpoint=shapes, scale=None)
+    assert (plan.problems(), plan.kept, plan.left) == ([], {"scale": 4}, {"scale", "table"})
+    assert planned(monkeypatch, checkpoint=shapes | {"scale": (4,)}, scale=None).problems() == [
+        "scale: missing, 4 of 4 elements are filled by no announced tensor"
+    ]
+    assert planned(monkeypatch, checkpoint={"upper": (3, 4), "scale": (4,)}, upper=None).problems() == [
+        "rows: missing, 12 of 24 elements are filled by no announced tensor; the others are filled by lower"
+    ]
+
+
+# ---- what is copied by the plan, and what load_weights has to load
+
+
+@pytest.mark.parametrize(
+    ("load", "copied"),
+    [
+        (lambda twin, tensor: twin.scale.data.copy_(tensor), True),
+        (lambda twin, tensor: twin.scale[torch.arange(4)].data.copy_(tensor), False),
+        (through_function, False), (through_clone, False), (replace_data, False), (also_into_table, False),
+        (lambda twin, tensor: (twin.scale.data.zero_(), twin.scale.data.copy_(tensor)), False),
+        (lambda twin, tensor: twin.scale.data.copy_(tensor.clone().flip(0)), False),
+    ],
+)  # fmt: skip
+def test_only_what_is_copied_element_by_element_is_left_to_the_plan(
+    monkeypatch: pytest.MonkeyPatch, load: Callable, copied: bool
+):
+    plan = planned(monkeypatch, when("scale", load))
+    assert ("scale" in plan.copied) == copied
+    assert {"upper", "lower"} <= {*plan.copied}
+    cast = planned(monkeypatch, when("scale", load), scale=torch.empty(4, dtype=WHOLE))
+    assert ("scale" in cast.copied) == (copied and not cast.problems())
+
+
+def test_what_needs_its_neighbours_is_loaded_together(monkeypatch: pytest.MonkeyPatch):
+    """A loader that keeps one tensor until the other comes works in one call, and drops it between two."""
+
+    def in_one_call(twin: Twin, named: Named) -> None:
+        kept = dict(named)
+        if {"upper", "lower"} <= kept.keys():
+            twin.rows.data.copy_(torch.cat([kept["upper"], kept["lower"]]))
+        if "scale" in kept:
+            through_function(twin, kept["scale"])
+
+    apart = planned(monkeypatch, when("scale", through_function))
+    assert (apart.converted, apart.together) == (["scale"], False)
+    monkeypatch.setattr(Twin, "load_weights", in_one_call)
+    plan = planned(monkeypatch)
+    assert (plan.problems(), plan.converted, plan.together) == ([], ["upper", "lower", "scale"], True)
 
 
 # ---- counting

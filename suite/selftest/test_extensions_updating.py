@@ -278,7 +278,7 @@ def test_a_tensor_on_its_own_is_refused_where_layers_are_packed(worker: Worker):
 @pytest.mark.parametrize(
     ("name", "tensor", "said"),
     [
-        ("ghost", torch.ones(1), "ghost is no weight of this model"),
+        ("ghost", torch.ones(1), "1 unknown name: ghost"),
         ("a.weight", torch.ones(3, 2), r"a.weight: expected shape \[2, 3\], found \[3, 2\]"),
         ("a.weight", torch.ones(2, 3, dtype=torch.int8), "a.weight: expected a dtype of"),
     ],

@@ -13,8 +13,6 @@ import torch
 from extensions.colocate import ColocateWorkerExtension
 from extensions.manifest import manifest_of
 from extensions.model import loading
-from extensions.model.expected import expected_weights
-from extensions.model.loading import processed_layers
 from extensions.model.weights import effective_weights
 from extensions.plan import plan_of
 from suite import models
@@ -82,11 +80,6 @@ class Models:
         with self._current():
             self._model = get_model(vllm_config=self._config)
         self._worker = Worker(self._model, self._config)
-
-    def expected(self) -> dict[str, Any]:
-        """What an update has to bring, what it may, and which layers are packed."""
-        required, optional = expected_weights(self._model, self._config.model_config.hf_config)
-        return {"required": required, "optional": optional, "packed": processed_layers(self._model)}
 
     def computes_with(self) -> dict[str, Any]:
         """Digests of the effective weights, and of what the feed-forward blocks answer."""
@@ -161,9 +154,14 @@ class Models:
 
     def load_directly(self, *names: str) -> dict[str, bool]:
         """Load tensors one by one as on GPUs, where nothing is packed. Returns whether parameters are these then."""
-        load, shapes = loading.DirectLoad(self._model, self._config), dict(models.tensors(self._spec))
-        embedding = shapes["model.embed_tokens.weight"]
-        sent = {name: models.values(name, shapes.get(name, embedding), 1, torch.bfloat16) for name in names}
+        shapes = dict(models.tensors(self._spec))
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+        values = {
+            name: models.values("model.embed_tokens.weight", shape, 1, torch.bfloat16) for name, shape in shapes.items()
+        }
+        sent = {name: values[name] for name in names}
+        plan = plan_of(self._model, self._config, manifest_of(sent.items()))
+        load = loading.DirectLoad(self._model, self._config, plan)
         for name, tensor in sent.items():
             load.load({name: tensor})
         parameters = dict(self._model.named_parameters())
@@ -222,19 +220,6 @@ class Models:
             raise MemoryError("no room to end")
 
         loading.finalize = failing
-
-    def fused_as_whole(self) -> dict[str, Any]:
-        """The names expected of a fused layer with a bias, of sizes 6 and 2, by how a checkpoint has it."""
-        from vllm.model_executor.layers.linear import MergedColumnParallelLinear
-
-        with self._current():
-            model = torch.nn.Module()
-            model.proj = MergedColumnParallelLinear(4, [6, 2], bias=True, params_dtype=torch.bfloat16)
-        found = {}
-        for parts in (["proj"], ["left", "right"], ["one", "two", "three"]):
-            model.packed_modules_mapping = {"proj": parts}
-            found["+".join(parts)] = expected_weights(model, SimpleNamespace())[0]
-        return found
 
     def _configure(self, name: str, seed: int) -> Any:
         from vllm.engine.arg_utils import EngineArgs

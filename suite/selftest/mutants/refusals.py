@@ -8,7 +8,7 @@ from extensions.bracket import UpdateError
 from extensions.broadcast import WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
 from extensions.manifest import ManifestError
-from extensions.model.expected import expected_weights
+from extensions.model.headers import checkpoint_layouts
 from extensions.tensors import Shapes
 from suite.selftest.mutants.registry import ACCEPTED, BROADCAST, HANDLES, Loader, Meddles, Unchecked, mutant
 
@@ -142,5 +142,5 @@ class SkipsZeros(Meddles, WorkerExtension):
 
 
 def _known(extension: object) -> Shapes:
-    required, optional = expected_weights(extension.model_runner.get_model(), extension.model_config.hf_config)
-    return required | optional
+    """The shapes of the engine's own checkpoint, by name."""
+    return {name: shape for name, (_, shape) in checkpoint_layouts(extension.model_config.model).items()}

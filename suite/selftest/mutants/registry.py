@@ -118,7 +118,7 @@ class Meddles:
             for name, tensor in tensors.items():
                 self._mutant_load(lambda name, tensor: load_all({name: tensor}), name, tensor)
 
-        loading.load = load_each
+        loading.load, loading.unwritten = load_each, list  # what it leaves out is to be seen in the weights
         return count
 
     def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
@@ -137,5 +137,6 @@ class Unchecked:
     def begin_update(self, manifest: list[dict]) -> int:
         update = Update(new_load(self.model_runner.get_model(), self.vllm_config), parse(manifest))
         self._weight_sync_state = State(update, self._weight_sync_state.inconsistent)
+        update.load.unwritten = list
         update.load.begin()
         return len(manifest)

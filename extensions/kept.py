@@ -1,0 +1,117 @@
+"""Whether a model can take an update, judged once for a manifest, and the plan of it, kept for the next update.
+
+A plan is kept as long as the same tensors are announced for the same model, and the model's tensors are where they
+were, in their shapes.
+"""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from extensions.manifest import SHOWN, Announced, ManifestError, check
+from extensions.model.headers import checkpoint_layouts
+from extensions.model.twin import live_tensors
+from extensions.plan import HEAD, Plan, PlanError, planned
+
+MAX_ALONE = 1024  # plans of tensors outside the bracket that are kept
+
+
+@dataclass
+class Kept:
+    """The plans that were made for one model. `whole` is of the manifest that was announced last.
+
+    A plan is None where none could be made, and the update fits the engine's checkpoint.
+    """
+
+    _model: weakref.ref | None = None
+    _places: list[tuple[dict, str, int, torch.Size]] = field(default_factory=list)
+    _whole: tuple[Announced, Plan | None] | None = None
+    _alone: dict[tuple, Plan | None] = field(default_factory=dict)
+
+    def whole(self, model: torch.nn.Module, vllm_config: object, announced: Announced) -> Plan | None:
+        """The plan of an update of all weights. Raises ManifestError where the model can't take it."""
+        if not self._is_of(model) or self._whole is None or self._whole[0] != announced:
+            plan = accepted(model, vllm_config, announced)
+            self._keep(model)
+            self._whole = (announced, plan)
+        return self._whole[1]
+
+    def alone(self, model: torch.nn.Module, vllm_config: object, announced: Announced) -> Plan | None:
+        """The plan of tensors outside an update. Raises ManifestError where the model can't take them."""
+        key = tuple(announced.items())
+        if not self._is_of(model) or key not in self._alone:
+            plan = accepted(model, vllm_config, announced, whole=False)
+            self._keep(model)
+            if len(self._alone) >= MAX_ALONE:
+                self._alone.clear()
+            self._alone[key] = plan
+        return self._alone[key]
+
+    def _is_of(self, model: torch.nn.Module) -> bool:
+        """Whether the model is the one that was looked at, and its tensors are where they were."""
+        if self._model is None or self._model() is not model:
+            return False
+        for holder, name, address, shape in self._places:
+            tensor = holder.get(name)
+            if tensor is None or tensor.data_ptr() != address or tensor.shape != shape:
+                return False
+        return True
+
+    def _keep(self, model: torch.nn.Module) -> None:
+        """Keep plans of this model. Those of another one, or from before its tensors moved, are dropped."""
+        if not self._is_of(model):
+            self._whole, self._alone = None, {}
+            self._model, self._places = weakref.ref(model), [*_places(model)]
+
+
+def _places(model: torch.nn.Module) -> Iterator[tuple[dict, str, int, torch.Size]]:
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                if tensor is not None:
+                    yield holder, name, tensor.data_ptr(), tensor.shape
+
+
+def accepted(model: torch.nn.Module, vllm_config: object, announced: Announced, whole: bool = True) -> Plan | None:
+    """The plan of an update, or of tensors on their own, that the model can take.
+
+    None where no plan can be made, and the tensors are those of the engine's own checkpoint. Raises ManifestError where
+    the model can't take them, and where there is neither a plan nor a checkpoint to judge by. Nothing was touched then.
+    """
+    try:
+        plan = planned(model, vllm_config, announced)
+    except PlanError as error:
+        _check_by_checkpoint(vllm_config, announced, whole, str(error))
+        return None
+    problems = plan.problems() if whole else plan.misfits()
+    problems += _values_lost(plan, live_tensors(model)) if whole and not problems else []
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more problems" if len(problems) > SHOWN else ""
+        raise ManifestError("the update does not fit the model: " + "; ".join(problems[:SHOWN]) + more)
+    return plan
+
+
+def _check_by_checkpoint(vllm_config: object, announced: Announced, whole: bool, reason: str) -> None:
+    path = vllm_config.model_config.model
+    try:
+        layouts = checkpoint_layouts(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ManifestError(f"{reason}; and its checkpoint at {path} cannot be read: {error}") from error
+    if not layouts:
+        raise ManifestError(f"{reason}; and there is no checkpoint at {path} to judge the update by")
+    shapes = {name: shape for name, (_, shape) in layouts.items()}
+    optional = {name: shape for name, shape in shapes.items() if not whole or name.endswith(HEAD)}
+    tied = getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False)
+    check(announced, shapes if whole and not tied else {n: s for n, s in shapes.items() if n not in optional}, optional)
+
+
+def _values_lost(plan: Plan, live: dict[str, torch.Tensor]) -> list[str]:
+    """Parameters with elements that no announced tensor fills, where processing has not left them as they were."""
+    found = []
+    for name in plan.kept:
+        there, planned_as = live.get(name), plan.tensors[name]
+        if there is None or (there.shape, there.dtype) != (planned_as.shape, planned_as.dtype):
+            found.append(f"{name}: no announced tensor fills it, and the engine has its value in another form")
+    return found

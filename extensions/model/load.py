@@ -1,0 +1,179 @@
+"""Loading one update into a model: what every way of loading shares, and the plain way.
+
+A plan says where each tensor goes. What it copies is copied there, and `load_weights` loads what is more than a copy.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from extensions.model.twin import LORA_WRAPPED, Fill, Region, split
+from extensions.plan import Plan
+
+
+class LoadError(RuntimeError):
+    """A load that did not write every announced element to where it belongs."""
+
+
+class Load(ABC):
+    """One update of one model, from `begin` to `end` or `abort`."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: object, plan: Plan | None) -> None:
+        self._model, self._vllm_config, self._plan = model, vllm_config, plan
+        self.together = False  # whether all tensors are to go to one call of load_weights, as from a checkpoint
+        self._touched = False  # whether load() has been called
+        self._held: dict[str, torch.Tensor] = {}  # what has to be loaded together
+        self._heads: dict[str, torch.Tensor] = {}  # output embeddings that are tied: compared at the end
+        self._layers = layers_of(model)
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Prepare the model for new weights."""
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take full tensors under their checkpoint names; they may be kept until `end`.
+
+        Give it all tensors that are there in one call: each call of `load_weights` walks the model, which in some
+        versions of vLLM takes longer than the copy of a tensor.
+        """
+        self._touched = True
+        if self._plan is not None:
+            tensors = self._copied(tensors)
+        if self.together or (self._plan is not None and self._plan.together):
+            self._held |= tensors
+        elif tensors:
+            self._convert(tensors)
+
+    def _copied(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy what the plan copies. Returns what is left, which `load_weights` has to load."""
+        left = {}
+        with configured(self._vllm_config):
+            for name, tensor in tensors.items():
+                if name in self._plan.aliases:
+                    self._heads[name] = tensor
+                elif self._is_copied(name):
+                    self._copy(self._plan.copied[name], tensor)
+                    self._written([name])
+                elif self._plan.of(name):
+                    left[name] = tensor
+        return left
+
+    def _is_copied(self, name: str) -> bool:
+        return name in self._plan.copied
+
+    def _copy(self, fills: list[Fill], tensor: torch.Tensor) -> None:
+        whole = tensor.detach().contiguous()
+        for fill in fills:
+            part(self._target(fill.into), fill.region).copy_(part(whole, fill.reads[0][1]))
+
+    def _convert(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Have `load_weights` load these."""
+        with configured(self._vllm_config):
+            for name in tensors if self._plan is not None else ():
+                for fill in self._plan.of(name):
+                    self._restore(split(fill.into)[0])
+            self._model.load_weights(iter(tensors.items()))
+            self._written(tensors)
+
+    def _target(self, into: str) -> torch.Tensor:
+        """The tensor of this name that loading writes into. Raises LoadError where the plan was made for another."""
+        path, attribute = split(into)
+        self._restore(path)
+        layer, planned = self._layers[path], self._plan.tensors[into]
+        found = layer._parameters.get(attribute)
+        target = (layer._buffers[attribute] if found is None else found).data
+        if (target.shape, target.stride(), target.dtype) != (planned.shape, planned.stride(), planned.dtype):
+            expected, there = (f"{t.dtype} {list(t.shape)}" for t in (planned, target))
+            raise LoadError(f"{into}: planned as {expected}, found {there}; the plan is not of this model any more")
+        return target
+
+    def _restore(self, path: str) -> None:  # noqa: B027 (nothing is to be done for a layer that is as loaded)
+        """Make a layer ready to be written into."""
+
+    def _written(self, names: Iterable[str]) -> None:  # noqa: B027
+        """These tensors are where they belong."""
+
+    def unwritten(self) -> list[str]:
+        """What was announced and is not where it belongs, a sentence each. Asked when all tensors have been taken."""
+        return []
+
+    def _settle(self) -> None:
+        """Load what was kept. Raises LoadError where something is not where it belongs."""
+        if self._held:
+            held, self._held = self._held, {}
+            self._convert(held)
+        if lost := self.unwritten():
+            raise LoadError(f"{len(lost)} announced weights were not written to where they belong, first {lost[0]}")
+
+    def _require_equal_heads(self) -> None:
+        """Raise LoadError where a tied output embedding came with other values than the input embedding has now."""
+        for name, tensor in self._heads.items():
+            embedding = self._plan.aliases[name]
+            for fill in self._plan.of(embedding) if embedding is not None else ():
+                path, attribute = split(fill.into)
+                live = part(self._layers[path]._parameters[attribute].data, fill.region)
+                sent = part(tensor.detach().contiguous(), _of_shape(tensor, fill.reads[0][1]))
+                if not same_bits(live, sent.to(live.dtype)):
+                    raise LoadError(
+                        f"{name}: its values are not those of {embedding}, and this engine has one tensor for the two"
+                    )
+
+    @abstractmethod
+    def end(self) -> None:
+        """Finish all layers. The model computes with the new weights afterwards."""
+
+    @abstractmethod
+    def abort(self) -> bool:
+        """Give up. Returns True if the model computes with exactly the weights it had before `begin`."""
+
+
+class DirectLoad(Load):
+    """For models whose parameters are as loaded: unquantised dense models on GPUs."""
+
+    def begin(self) -> None:
+        """Nothing is to be prepared."""
+
+    def end(self) -> None:
+        """Each tensor was copied into its parameter as it was loaded."""
+        self._settle()
+        self._require_equal_heads()
+
+    def abort(self) -> bool:
+        return not self._touched
+
+
+@contextmanager
+def configured(vllm_config: object) -> Iterator[None]:
+    """Set vLLM's current configuration, which layers look up when they are built, loaded or processed.
+
+    Before 0.28 vLLM's reload does not set it itself.
+    """
+    from vllm.config import set_current_vllm_config
+
+    with torch.no_grad(), set_current_vllm_config(vllm_config):
+        yield
+
+
+def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules of a model by path. A layer that vLLM has wrapped for LoRA goes by the path that it had before."""
+    return {f"{path}.".replace(LORA_WRAPPED, ".")[:-1]: module for path, module in model.named_modules()}
+
+
+def part(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    """The part of a tensor that a region is."""
+    size = region.itemsize
+    stride = [step // size for step in region.stride]
+    return tensor.as_strided(region.shape, stride, tensor.storage_offset() + region.offset // size)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype have the same bits: a NaN equals itself, and 0 is not -0."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def _of_shape(tensor: torch.Tensor, region: Region) -> Region:
+    """The same elements of a tensor of another dtype."""
+    size, old = tensor.element_size(), region.itemsize
+    return Region(region.offset // old * size, region.shape, tuple(s // old * size for s in region.stride), size)
