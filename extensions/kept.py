@@ -6,13 +6,14 @@ were, in their shapes.
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from extensions.manifest import SHOWN, Announced, ManifestError, check
 from extensions.model.headers import checkpoint_layouts
 from extensions.model.twin import live_tensors
+from extensions.model.views import parted
 from extensions.plan import HEAD, Plan, PlanError, planned
 
 MAX_ALONE = 1024  # plans of tensors outside the bracket that are kept
@@ -86,7 +87,10 @@ def accepted(model: torch.nn.Module, vllm_config: object, announced: Announced, 
         _check_by_checkpoint(vllm_config, announced, whole, str(error))
         return None
     problems = plan.problems() if whole else plan.misfits()
-    problems += _values_lost(plan, live_tensors(model)) if whole and not problems else []
+    if not problems:
+        views, problems = parted([view for view in plan.views if view.of in plan.into], model)
+        plan = replace(plan, views=views)
+        problems += _values_lost(plan, live_tensors(model)) if whole else []
     if problems:
         more = f"; and {len(problems) - SHOWN} more problems" if len(problems) > SHOWN else ""
         raise ManifestError("the update does not fit the model: " + "; ".join(problems[:SHOWN]) + more)

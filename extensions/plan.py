@@ -16,6 +16,7 @@ from extensions.manifest import SHOWN, Announced, Manifest, parse
 from extensions.model.headers import checkpoint_layouts
 from extensions.model.regions import Memory, elements_filled
 from extensions.model.twin import Fill, LoadFailed, Region, named_tensors, record, split, twin_of
+from extensions.model.views import View, views_of
 from extensions.tensors import FLOATING_SOURCES, dtype_name
 
 HEAD = "lm_head.weight"
@@ -37,6 +38,7 @@ class Plan:
     aliases: announced names of tensors that are loaded under another name: `lm_head.weight` of tied embeddings.
     elsewhere: what other ranks of the engine read of announced tensors.
     kept: elements of parameters that the engine's own checkpoint does not fill either.
+    views: tensors that the model keeps beside the parameters and buffers that they are views of.
     together: whether those tensors that are not simply copied have to be given to `load_weights` in one call.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     aliases: dict[str, str | None] = field(default_factory=dict)
     elsewhere: dict[str, list[Region]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    views: list[View] = field(default_factory=list)
     together: bool = False
 
     def of(self, name: str) -> list[Fill]:
@@ -226,6 +229,7 @@ def _recorded(
             heads = _tied_heads(twin, vllm_config, announced)
             parameters = _parameters(twin)
             tensors = {name: tensor.detach() for name, tensor in named_tensors(twin).items()}
+            views = views_of(twin)
             try:
                 fills = record(twin, _meta(announced, without={*refused, *heads}))
             except LoadFailed as error:
@@ -235,7 +239,7 @@ def _recorded(
                 if len(refused) < SHOWN:
                     continue
                 fills = []
-        return Plan(announced, fills, parameters, tensors, refused, _aliases(heads, fills))
+        return Plan(announced, fills, parameters, tensors, refused, _aliases(heads, fills), views=views)
 
 
 def _with_other_ranks(plan: Plan, model: torch.nn.Module, vllm_config: object) -> Plan:

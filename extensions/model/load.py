@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from extensions.model.twin import LORA_WRAPPED, Fill, Region, split
+from extensions.model.twin import LORA_WRAPPED, Fill, Region, part, split
+from extensions.model.views import View, resolve
 from extensions.plan import Plan
 
 
@@ -27,6 +28,7 @@ class Load(ABC):
         self._held: dict[str, torch.Tensor] = {}  # what has to be loaded together
         self._heads: dict[str, torch.Tensor] = {}  # output embeddings that are tied: compared at the end
         self._layers = layers_of(model)
+        self._views = _views_by_layer(model, plan)
 
     @abstractmethod
     def begin(self) -> None:
@@ -89,6 +91,21 @@ class Load(ABC):
             raise LoadError(f"{into}: planned as {expected}, found {there}; the plan is not of this model any more")
         return target
 
+    def _renew_views(self, path: str) -> None:
+        """Give the views of a layer's tensors the values that these have now."""
+        layer = self._layers[path]
+        for view, tensor in self._views.get(path, ()):
+            attribute = split(view.of)[1]
+            source = layer._parameters.get(attribute)
+            source = layer._buffers[attribute] if source is None else source
+            tensor.data.copy_(part(source.data, view.region))
+
+    def _require_same_views(self) -> None:
+        """Raise LoadError where the model now computes with another tensor than the one that was renewed."""
+        for view, tensor in (pair for pairs in self._views.values() for pair in pairs):
+            if resolve(self._model, view).data_ptr() != tensor.data_ptr():
+                raise LoadError(f"{view.of}: {view.path}, which was renewed with it, was replaced meanwhile")
+
     def _restore(self, path: str) -> None:  # noqa: B027 (nothing is to be done for a layer that is as loaded)
         """Make a layer ready to be written into."""
 
@@ -138,10 +155,19 @@ class DirectLoad(Load):
     def end(self) -> None:
         """Each tensor was copied into its parameter as it was loaded."""
         self._settle()
+        for path in self._views:
+            self._renew_views(path)
         self._require_equal_heads()
 
     def abort(self) -> bool:
         return not self._touched
+
+
+def _views_by_layer(model: torch.nn.Module, plan: Plan | None) -> dict[str, list[tuple[View, torch.Tensor]]]:
+    found: dict[str, list[tuple[View, torch.Tensor]]] = {}
+    for view in plan.views if plan is not None else ():
+        found.setdefault(split(view.of)[0], []).append((view, resolve(model, view)))
+    return found
 
 
 @contextmanager
@@ -159,13 +185,6 @@ def configured(vllm_config: object) -> Iterator[None]:
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The modules of a model by path. A layer that vLLM has wrapped for LoRA goes by the path that it had before."""
     return {f"{path}.".replace(LORA_WRAPPED, ".")[:-1]: module for path, module in model.named_modules()}
-
-
-def part(tensor: torch.Tensor, region: Region) -> torch.Tensor:
-    """The part of a tensor that a region is."""
-    size = region.itemsize
-    stride = [step // size for step in region.stride]
-    return tensor.as_strided(region.shape, stride, tensor.storage_offset() + region.offset // size)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

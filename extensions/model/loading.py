@@ -67,6 +67,7 @@ class LayerwiseReload(Load):
         with configured(self._vllm_config):
             finalize(self._model, self._vllm_config.model_config)
             _repack_tied_head(self._model)
+        self._require_same_views()
         self._require_equal_heads()
 
     def abort(self) -> bool:
@@ -136,6 +137,7 @@ class LayerwiseReload(Load):
         """Have vLLM process a layer that is whole, and put the result where the old one was."""
         from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
 
+        self._renew_views(path)
         layer = self._layers[path]
         info = get_layerwise_info(layer)
         for name, buffer in info.kernel_tensors[1].items():

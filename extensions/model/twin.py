@@ -303,6 +303,13 @@ def region_of(tensor: torch.Tensor) -> Region:
     return Region(tensor.storage_offset() * size, tuple(tensor.shape), stride, size)
 
 
+def part(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    """The part of a tensor that a region is."""
+    size = region.itemsize
+    stride = [step // size for step in region.stride]
+    return tensor.as_strided(region.shape, stride, tensor.storage_offset() + region.offset // size)
+
+
 def _cast(into: torch.Tensor, values: torch.Tensor) -> tuple[str, ...]:
     if values.dtype == into.dtype:
         return ()

@@ -1,0 +1,82 @@
+"""Tensors that were built as views of a parameter, and are not part of its memory any more.
+
+A model may keep a parameter a second time: mamba's `conv_weights` is a view of `conv1d.weight`, an attention
+implementation holds its layer's sinks. Where processing after loading repacks the parameter, or casts the view, the two
+part, and a new value of the one does not reach the other (vllm#42481). Such a view is renewed with its parameter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from extensions.model.twin import LORA_WRAPPED, Region, live_tensors, named_tensors, part, region_of
+from extensions.model.walk import every_tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor at `path` that shows this part of the parameter or buffer `of`; both in vLLM's names."""
+
+    path: str
+    of: str
+    region: Region
+    dtype: torch.dtype
+
+
+def views_of(twin: torch.nn.Module) -> list[View]:
+    """The views of parameters and buffers that a twin holds beside these, before anything is loaded."""
+    owners: dict[int, str] = {}
+    for name, tensor in named_tensors(twin).items():
+        owners.setdefault(_memory(tensor), name)
+    parameters = {name for name, _ in twin.named_parameters(remove_duplicate=False)}
+    return [
+        View(path, owner, region_of(tensor), tensor.dtype)
+        for path, tensor in every_tensor(twin)
+        if (owner := owners.get(_memory(tensor), path)) != path and path not in parameters
+    ]
+
+
+def parted(views: list[View], model: torch.nn.Module) -> tuple[list[View], list[str]]:
+    """Which of the views are not part of their parameter's memory in the live model.
+
+    Also those that can't be renewed by a copy, a sentence each: their values are not the parameter's.
+    """
+    live, found, problems = live_tensors(model), [], []
+    there = {path.replace(LORA_WRAPPED, "."): tensor for path, tensor in every_tensor(model)} if views else {}
+    for view in views:
+        tensor, parameter = there.get(view.path), live.get(view.of)
+        if tensor is None or parameter is None or not tensor.numel() or _memory(tensor) == _memory(parameter):
+            continue
+        found.append(view)
+        if not _is_renewable(tensor, parameter, view):
+            problems.append(f"{view.of}: {view.path} was derived from it and can't be renewed")
+    return found, problems
+
+
+def resolve(model: torch.nn.Module, view: View) -> torch.Tensor:
+    """The tensor at a view's path. Raises AttributeError where there is none."""
+    holder: object = model
+    for name in view.path.split("."):
+        modules = getattr(holder, "_modules", {})
+        if "base_layer" in modules and name not in modules:
+            holder = modules["base_layer"]
+        holder = getattr(holder, name)
+    return holder
+
+
+def _is_renewable(tensor: torch.Tensor, parameter: torch.Tensor, view: View) -> bool:
+    """Whether the tensor is still as it was built, or else holds the values of its part of the parameter, cast."""
+    if region_of(tensor) == view.region and tensor.dtype == view.dtype:
+        return True
+    region = view.region
+    if parameter.dtype != view.dtype or not tensor.dtype.is_floating_point or tensor.shape != region.shape:
+        return False
+    reach = sum((size - 1) * step for size, step in zip(region.shape, region.stride, strict=True))
+    if region.offset + reach >= parameter.untyped_storage().nbytes():
+        return False  # the parameter is packed
+    return torch.equal(part(parameter.detach(), region).to(tensor.dtype), tensor)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata  # empty and meta storages all have address 0
