@@ -68,7 +68,7 @@ class Plan:
     @cached_property
     def copied(self) -> dict[str, list[Fill]]:
         """The fills of each tensor that is simply copied to where it belongs, cast at most."""
-        constants = {fill.into for fill in self.fills if not fill.reads}
+        constants = {fill.into for fill in self.fills if _is_constant(fill)}
         return {
             name: fills
             for name, fills in self._by_name.items()
@@ -309,7 +309,8 @@ def _loads_apart(plan: Plan, model: torch.nn.Module, vllm_config: object) -> boo
             apart = record(twin, _meta(plan.announced, without={*plan.announced} - names), apart=True)
         except LoadFailed:
             return False
-    return apart == [fill for fill in plan.fills if not fill.reads or any(name in names for name, _ in fill.reads)]
+    whole = [fill for fill in plan.fills if any(name in names for name, _ in fill.reads) or _is_constant(fill)]
+    return [fill for fill in apart if fill.reads or _is_constant(fill)] == whole
 
 
 def _meta(announced: Announced, without: set[str]) -> dict[str, torch.Tensor]:
@@ -356,6 +357,10 @@ def _aliases(heads: dict[str, str | None], fills: list[Fill]) -> dict[str, str |
         head: next((name for fill in fills if fill.into == into for name, _ in fill.reads), None)
         for head, into in heads.items()
     }
+
+
+def _is_constant(fill: Fill) -> bool:
+    return not fill.reads and fill.region.elements > 0
 
 
 def _is_copy(fill: Fill) -> bool:

@@ -4,18 +4,36 @@ A plan says where each tensor goes. What it copies is copied there, and `load_we
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from extensions.model.twin import LORA_WRAPPED, Fill, Region, part, split
+from extensions.model.twin import LORA_WRAPPED, REPLACES, Fill, Region, part, split
 from extensions.model.views import View, resolve
 from extensions.plan import Plan
 
 
 class LoadError(RuntimeError):
     """A load that did not write every announced element to where it belongs."""
+
+
+class Writes(TorchDispatchMode):
+    """Counts the elements that are written into each tensor's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._elements: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
+            self._elements[args[0].untyped_storage()._cdata] += args[0].numel()
+        return function(*args, **(kwargs or {}))
+
+    def into(self, tensor: torch.Tensor) -> int:
+        return self._elements[tensor.untyped_storage()._cdata]
 
 
 class Load(ABC):
@@ -73,19 +91,37 @@ class Load(ABC):
     def _convert(self, tensors: dict[str, torch.Tensor]) -> None:
         """Have `load_weights` load these."""
         with configured(self._vllm_config):
-            for name in tensors if self._plan is not None else ():
-                for fill in self._plan.of(name):
-                    self._restore(split(fill.into)[0])
-            self._model.load_weights(iter(tensors.items()))
+            for fill in (fill for name in tensors for fill in self._planned(name)):
+                self._restore(split(fill.into)[0])
+            with unwrapped(self._model), Writes() as writes:
+                self._model.load_weights(iter(tensors.items()))
+            self._require_writes(writes, tensors)
             self._written(tensors)
+
+    def _require_writes(self, writes: "Writes", tensors: dict[str, torch.Tensor]) -> None:
+        """Raise LoadError where `load_weights` wrote fewer elements than it did when the plan was made."""
+        expected: Counter[str] = Counter()
+        for fill in {id(fill): fill for name in tensors for fill in self._planned(name)}.values():
+            expected[fill.into] += fill.region.elements if REPLACES not in fill.conversion else 0
+        for into, elements in expected.items():
+            found = writes.into(self._tensor(into))
+            if found < elements:
+                names = [name for name in tensors if any(fill.into == into for fill in self._planned(name))]
+                raise LoadError(f"{names[0]}: {found} of {elements} elements were written to {into}")
+
+    def _planned(self, name: str) -> list[Fill]:
+        return self._plan.of(name) if self._plan is not None else []
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """The tensor that a layer has under this name now."""
+        path, attribute = split(name)
+        found = self._layers[path]._parameters.get(attribute)
+        return (self._layers[path]._buffers[attribute] if found is None else found).data
 
     def _target(self, into: str) -> torch.Tensor:
         """The tensor of this name that loading writes into. Raises LoadError where the plan was made for another."""
-        path, attribute = split(into)
-        self._restore(path)
-        layer, planned = self._layers[path], self._plan.tensors[into]
-        found = layer._parameters.get(attribute)
-        target = (layer._buffers[attribute] if found is None else found).data
+        self._restore(split(into)[0])
+        target, planned = self._tensor(into), self._plan.tensors[into]
         if (target.shape, target.stride(), target.dtype) != (planned.shape, planned.stride(), planned.dtype):
             expected, there = (f"{t.dtype} {list(t.shape)}" for t in (planned, target))
             raise LoadError(f"{into}: planned as {expected}, found {there}; the plan is not of this model any more")
@@ -93,12 +129,8 @@ class Load(ABC):
 
     def _renew_views(self, path: str) -> None:
         """Give the views of a layer's tensors the values that these have now."""
-        layer = self._layers[path]
         for view, tensor in self._views.get(path, ()):
-            attribute = split(view.of)[1]
-            source = layer._parameters.get(attribute)
-            source = layer._buffers[attribute] if source is None else source
-            tensor.data.copy_(part(source.data, view.region))
+            tensor.data.copy_(part(self._tensor(view.of), view.region))
 
     def _require_same_views(self) -> None:
         """Raise LoadError where the model now computes with another tensor than the one that was renewed."""
@@ -129,8 +161,7 @@ class Load(ABC):
         for name, tensor in self._heads.items():
             embedding = self._plan.aliases[name]
             for fill in self._plan.of(embedding) if embedding is not None else ():
-                path, attribute = split(fill.into)
-                live = part(self._layers[path]._parameters[attribute].data, fill.region)
+                live = part(self._tensor(fill.into), fill.region)
                 sent = part(tensor.detach().contiguous(), _of_shape(tensor, fill.reads[0][1]))
                 if not same_bits(live, sent.to(live.dtype)):
                     raise LoadError(
@@ -180,6 +211,24 @@ def configured(vllm_config: object) -> Iterator[None]:
 
     with torch.no_grad(), set_current_vllm_config(vllm_config):
         yield
+
+
+@contextmanager
+def unwrapped(model: torch.nn.Module) -> Iterator[None]:
+    """Take off what vLLM has put around layers for LoRA: not every `load_weights` finds its parameters through it."""
+    wrappers = [
+        (parent._modules, name, wrapper)
+        for parent in model.modules()
+        for name, wrapper in parent._modules.items()
+        if name != "base_layer" and wrapper is not None and "base_layer" in wrapper._modules
+    ]
+    for modules, name, wrapper in wrappers:
+        modules[name] = wrapper.base_layer
+    try:
+        yield
+    finally:
+        for modules, name, wrapper in wrappers:
+            modules[name] = wrapper
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

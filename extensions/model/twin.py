@@ -19,6 +19,7 @@ from extensions.tensors import dtype_name
 CONSTANTS = ("fill_", "zero_")
 ONLINE_LOADER = "online_process_loader"  # how vLLM's layerwise reload calls the loaders that it puts around others
 LORA_WRAPPED = ".base_layer."
+REPLACES = "replaces the tensor"  # the conversion of a loader that puts another tensor in the place of the parameter
 # Operations that take a tensor's shape and not its values.
 SHAPE_ONLY = (
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
@@ -101,7 +102,7 @@ class Recorder(TorchDispatchMode):
     def replaced(self, name: str, before: torch.Tensor, tensor: torch.Tensor) -> None:
         """Note that the loader put `tensor` in the place of the one called `name`."""
         origin = self._origin_of(tensor) or Origin()
-        through = (*origin.through, *_cast(before, tensor), "replaces the tensor")
+        through = (*origin.through, *_cast(before, tensor), REPLACES)
         misfit = "" if tensor.shape == before.shape else _misfit(tensor, before)
         self.fills.append(Fill(name, region_of(before), origin.reads, through, misfit))
 
