@@ -55,9 +55,9 @@ def _spread(name: str, shape: Shape) -> tuple[float, float]:
     """(middle, half width) of the uniform distribution that the tensor's elements come from.
 
     Norms lie around 1; biases are half as wide as what they are added to. The output layer gives logits of standard
-    deviation LOGIT_STD. What writes into the residual
-    stream has a gain, without which a tied output layer repeats the token it was given. Where two experts are nearly
-    equal, rounding decides between them: the router's gain makes that rare, the experts' smaller gain harmless.
+    deviation LOGIT_STD. What writes into the residual stream has a gain, without which a tied output layer repeats the
+    token it was given. Where two experts are nearly equal, rounding decides between them: the router's gain makes that
+    rare, the experts' smaller gain harmless.
     """
     if name.endswith("norm.weight"):
         return 1.0, NORM_SPREAD
