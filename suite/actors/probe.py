@@ -5,6 +5,7 @@ with the probe's methods added. The subject's own methods stay as they are.
 """
 
 import contextlib
+import hashlib
 import inspect
 import os
 import time
@@ -18,6 +19,7 @@ import torch
 from extensions.devices import device_id, synchronize
 from extensions.group import Communicator, stateless_init_process_group
 from extensions.model.weights import applied_weight, effective_weights
+from extensions.tensors import flat_bytes
 from suite.actors import memory
 from suite.subjects import load
 from suite.subjects.adapting import adapted
@@ -112,6 +114,16 @@ class Probe:
         """{parameter: address} of every parameter that isn't empty."""
         model = self.model_runner.get_model()
         return {name: p.data_ptr() for name, p in model.named_parameters() if p.numel()}
+
+    def probe_buffers(self) -> dict[str, str]:
+        """{buffer: digest} of every buffer, but for those that are a parameter's memory under another name."""
+        model = self.model_runner.get_model()
+        of_parameters = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
+        return {
+            name: hashlib.sha256(flat_bytes(buffer.contiguous()).cpu().numpy()).hexdigest()
+            for name, buffer in model.named_buffers()
+            if buffer.untyped_storage().data_ptr() not in of_parameters
+        }
 
     def probe_device(self) -> dict:
         """Which device this worker is on, and its process."""

@@ -120,7 +120,10 @@ class Trainer:
         """Hold tensors, as `fill(seed)` does, of the names and shapes in `path`'s config.json, without a model."""
         self._forget()
         self._spec = models.read_spec(path)
-        self._tensors = {name: self._empty(shape, getattr(torch, dtype)) for name, shape in models.tensors(self._spec)}
+        self._tensors = {
+            name: self._empty(shape, getattr(torch, self._spec.dtype_of(name, dtype)))
+            for name, shape in models.tensors(self._spec)
+        }
         self.fill(seed)
         return self._sizes()
 
@@ -134,7 +137,7 @@ class Trainer:
                 local.zero_()
                 continue
             first = self._first_row(tensor)
-            if checkpoint.FUSED_EXPERTS.fullmatch(parameter):
+            if self._fuses(parameter):
                 for name, view in checkpoint.views(parameter, local, first):
                     models.fill_values(view, name, tuple(view.shape), seed)
             else:
@@ -218,7 +221,7 @@ class Trainer:
         holder = {
             name: parameter
             for parameter, tensor in parameters.items()
-            for name, _ in checkpoint.views(parameter, torch.empty(tensor.shape, device="meta"))
+            for name, _ in self._views(parameter, torch.empty(tensor.shape, device="meta"))
         }
         alterations = checkpoint.Alterations.of(alter, list(holder))
         held, views = None, {}
@@ -226,8 +229,15 @@ class Trainer:
             if holder[name] != held:
                 views.clear()  # the parameter gathered before is freed first
                 held = holder[name]
-                views = dict(checkpoint.views(held, whole(parameters[held])))
+                views = dict(self._views(held, whole(parameters[held])))
             yield from alterations.apply(name, views[name])
+
+    def _views(self, parameter: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        return checkpoint.views(parameter, tensor) if self._fuses(parameter) else [(parameter, tensor)]
+
+    def _fuses(self, parameter: str) -> bool:
+        """Whether this is a parameter of a model that holds several tensors of the checkpoint."""
+        return self._model is not None and checkpoint.FUSED_EXPERTS.fullmatch(parameter) is not None
 
     def _join(self, address: str, port: int | None) -> Any:
         """Form the group of the trainer's own ranks."""

@@ -11,7 +11,7 @@ from suite.processes.call import RemoteError
 from suite.selftest import other_models
 from suite.selftest.vllm_models import NO_ENGINE, Held, holding
 
-NAMES = [TIED, "qwen3-untied-tiny", "llama-tiny", "qwen3-moe-tiny"]
+NAMES = [name for name, spec in models.MODELS.items() if spec.purpose == "tiny"]
 FAILING = [TIED, "qwen3-moe-tiny"]  # dense and of experts, which are packed in different ways
 
 pytestmark = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))

@@ -17,7 +17,7 @@ from suite.processes.local import LocalLauncher
 
 pytestmark = pytest.mark.selftest
 
-TINY = [name for name, spec in MODELS.items() if spec.purpose == "tiny"]
+TINY = [name for name, spec in MODELS.items() if spec.purpose == "tiny" and spec.computed]
 SEED = 1
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [100, 3, 200, 300, 400, 500]]
 START_DEADLINE_S = 120
@@ -207,6 +207,28 @@ def test_alterations(trainer, written):
     assert announced == [(name, tensor.shape, tensor.dtype) for name, tensor in sent]
 
 
+@pytest.mark.parametrize("layout", checkpoint.LAYOUTS)
+def test_layouts(trainer, written, layout):
+    trainer.load(str(written[TIED]))
+    matrix, norm = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+    plain = dict(trainer.named_tensors())
+    laid = [matrix] if layout == "transposed" else [matrix, norm]
+    alter = {"lay": dict.fromkeys(laid, layout)}
+    sent, announced = dict(trainer.named_tensors(alter=alter)), dict(trainer.named_layout(alter=alter))
+    for name in laid:
+        expected = plain[name][:1].expand_as(plain[name]) if layout == "expanded" else plain[name]
+        assert torch.equal(sent[name], expected)
+        assert not sent[name].is_contiguous()
+        assert (announced[name].shape, announced[name].dtype) == (expected.shape, expected.dtype)
+    assert all(tensor.is_contiguous() for name, tensor in sent.items() if name not in laid)
+
+
+def test_a_slice_has_other_numbers_between_its_own():
+    laid = checkpoint.LAYOUTS["sliced"](torch.ones(4, 3))
+    assert laid.storage_offset() > 0
+    assert laid.as_strided((4, 3), (3, 1)).isnan().any(), "what moves memory from the address on would move the values"
+
+
 @pytest.mark.parametrize("kind", ["drop", "rename"])
 def test_altering_nothing_is_an_error(trainer, written, kind):
     trainer.load(str(written[TIED]))
@@ -231,6 +253,23 @@ def test_random_weights_without_a_model(trainer, tmp_path):
     assert_same(dict(trainer.named_tensors()), expected(spec.name, 3))
     with pytest.raises(RuntimeError, match=r"call load\(\)"):
         trainer.greedy(PROMPTS, 1)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in MODELS.items() if spec.purpose == "tiny"])
+def test_random_weights_are_those_of_the_checkpoint(trainer, tmp_path, name):
+    trainer.load_random(str(models.write_config(MODELS[name], tmp_path)), "bfloat16", 3)
+    assert_same(dict(trainer.named_tensors()), read(models.write_checkpoint(MODELS[name], 3, tmp_path)))
+
+
+def test_some_random_weights_are_in_float32(trainer, tmp_path):
+    spec = MODELS["glm4-moe-tiny"]
+    trainer.load_random(str(models.write_config(spec, tmp_path)), "bfloat16", 3)
+    sent = dict(trainer.named_tensors())
+    in_float32 = [name for name, tensor in sent.items() if tensor.dtype == torch.float32]
+    prefix = "model.layers.1.mlp.gate."
+    assert sorted(in_float32) == [f"{prefix}e_score_correction_bias", f"{prefix}weight"]
+    assert set(in_float32) == {tensor["name"] for tensor in models.manifest(spec) if tensor["dtype"] == "float32"}
+    assert all((sent[name].bfloat16() != sent[name]).all() for name in in_float32)
 
 
 def test_a_checkpoint_with_a_missing_tensor_is_refused(trainer, tmp_path):

@@ -175,7 +175,8 @@ class Models:
     def begin(self, seed: int = 1, tied_head: bool = False) -> int:
         """Announce an update to the values of another seed; with the output embedding of a model that ties it."""
         self._tensors = {
-            name: models.values(name, shape, seed, torch.bfloat16) for name, shape in models.tensors(self._spec)
+            name: models.values(name, shape, seed, self._spec.dtype_of(name))
+            for name, shape in models.tensors(self._spec)
         }
         if tied_head:
             self._tensors["lm_head.weight"] = self._tensors["model.embed_tokens.weight"].clone()
