@@ -18,7 +18,7 @@ from extensions.devices import device_id, synchronize
 from extensions.group import Communicator, stateless_init_process_group
 from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
-from suite.actors import memory, recording
+from suite.actors import arrived, memory, recording
 from suite.subjects import load
 from suite.subjects.adapting import adapted
 
@@ -107,10 +107,9 @@ class Probe:
                 nonzero.append(f"{name}: {count} of {weight.numel()} elements are not zero")
         return {"rank": self.rank, "elements": elements, "differing": len(nonzero), "first": nonzero[:SHOWN]}
 
-    def probe_nonzero(self) -> dict:
-        """How many effective elements there are, and how many of them are not zero."""
-        counts = [(w.numel(), _nonzero(w)) for _, w in self._probe_weights()]
-        return {"rank": self.rank, "elements": sum(n for n, _ in counts), "nonzero": sum(n for _, n in counts)}
+    def probe_checksums(self, manifest: list[dict]) -> dict[str, int]:
+        """`{announced name: positional checksum}` of what this rank computes with; see `suite.actors.arrived`."""
+        return arrived.checksums_of(self.model_runner.get_model(), self.vllm_config, manifest)
 
     def probe_bits(self, name: str, count: int) -> list[int]:
         """The first `count` elements of an effective weight of 16-bit elements, as patterns of bits."""

@@ -111,12 +111,18 @@ class Expecting(Together):
             found = f"{same} of {result['weights']} as before"
             expect(same == 0, f"every weight to have moved from checkpoint {seed}", found, self.where)
 
-    def expect_no_zero(self) -> None:
-        """Not one effective weight element is zero, and there are some."""
-        for result in (result for ranks in self.call_engines("probe_nonzero") for result in ranks):
-            zeros = result["elements"] - result["nonzero"]
-            found = f"{zeros} zeros among {result['elements']} elements on rank {result['rank']}"
-            expect(zeros == 0 < result["elements"], "weights without a zero", found, self.where)
+    def expect_sent(self) -> None:
+        """Every element of every tensor that the trainer holds is where the engine computes with it.
+
+        Told by positional checksums, which take no second copy of the model. For engines of one rank.
+        """
+        expected = self.trainer.call("checksums")[0]
+        for engine, (found,) in zip(self.engines, self.call_engines("probe_checksums", self.manifest), strict=True):
+            wrong = [name for name, number in expected.items() if found.get(name) != number]
+            some = f"{len(wrong)} of {len(expected)} others in {engine.key}: {wrong[:5]}"
+            expect(
+                expected and not wrong, "the positional checksum of every tensor to be the trainer's", some, self.where
+            )
 
     def expect_reported_zero(self, expected: bool) -> None:
         """The extension's own check_weights_changed() says on every rank whether all weights are zero."""
