@@ -25,6 +25,9 @@ class Engine(Protocol):
     def rpc(self, method: str, *args: Any) -> list[Any]:
         """Call a worker method on all ranks; their results."""
 
+    def call_llm(self, method: str, *args: Any) -> Any:
+        """Call a method of vllm.LLM itself, and return what it returns."""
+
 
 class Trainer(Protocol):
     """What the trainer's half has of its rank of the trainer."""
@@ -39,6 +42,9 @@ class Tensors(Protocol):
 
     def held(self) -> list[tuple[str, "torch.Tensor"]]:
         """All of them at once; from then on iterating gives these."""
+
+    def manifest(self) -> list[dict]:
+        """[{"name", "dtype", "shape"}, ...] of all, in their order; nothing is gathered."""
 
 
 class EngineHalf:
