@@ -171,6 +171,11 @@ class Subject(ABC):
     def unfit(self, stage: Stage) -> str:
         """Why it makes no sense on a stage; empty where it does."""
 
+    def model_for(self, requirement: str, model: str, kind: str) -> str:
+        """The model that takes the place of `model` where a requirement is judged, or, if it is empty, where times are
+        taken. Empty for none. `kind` is the stage's, "cpu" or "gpu"."""
+        return model
+
     def engine_arguments(self) -> dict[str, Any]:
         """Arguments of vllm.LLM that its engines start with, beside the extension."""
         return {}
