@@ -41,8 +41,11 @@ ALTERED = {
 
 
 def issue_markdown(run: Run, words: Sequence[str]) -> str:
-    """The report of the first failed case that all words name: a requirement, subject, stage or model, or a part of a
-    test's id. Raises UnusableInput where there is no failed case of these."""
+    """The report of the first failed case that all words name, in Markdown.
+
+    A word is a requirement, subject, stage or model, or a part of a test's id. Raises UnusableInput where no failed
+    case has them all.
+    """
     case, *others = _named(run, words)
     parts = [
         f"# {case.subject or 'vLLM'}: {case.requirement} is not met with vLLM {run.environment.vllm or '(unknown)'}",
