@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from extensions.manifest import manifest_of
+from suite import ROOT
+from suite.models import TIED
+from suite.session import waivers
 from suite.stages import STAGES
 from suite.subjects import known_subjects, native, native_gloo, native_ipc, native_nccl, native_senders
 from suite.subjects.native_versions import Api, api_of
@@ -374,6 +377,28 @@ def test_ipc_needs_ray_in_some_releases(release: tuple[int, int], monkeypatch: p
 def test_what_every_backend_lacks():
     assert native.lacks(Api((0, 20))).keys() - native.lacks(Api((0, 21))).keys() == {"errors.nested"}
     assert native.lacks(Api((0, 33))).keys() == {"update.zeroed", "names.free"}
+
+
+def test_no_times_are_taken_where_the_transport_is_the_suites():
+    gloo = NATIVE["native-gloo"]
+    assert gloo.model_for("", "qwen3-1m", "cpu") == ""
+    assert NATIVE["native-nccl"].model_for("", "qwen3-1m", "gpu") == "qwen3-1m"
+
+
+def test_tied_layers_are_judged_where_they_are_what_is_judged():
+    gloo = NATIVE["native-gloo"]
+    found = [
+        gloo.model_for(requirement, TIED, "cpu") for requirement in ("update.exact", "errors.shape", "update.tied")
+    ]
+    assert found == ["qwen3-untied-tiny", "qwen3-untied-tiny", TIED]
+    assert gloo.model_for("update.moe", "qwen3-moe-tiny", "cpu") == "qwen3-moe-tiny"
+
+
+def test_what_is_waived_is_judged():
+    found = waivers.read(ROOT / "suite" / "subjects" / "waivers" / "native.toml")
+    assert found, "expected waivers"
+    for waiver in found:
+        assert waiver.requirement not in NATIVE[waiver.subject].lacks, f"{waiver}: it is declared, and never judged"
 
 
 @pytest.mark.parametrize(
