@@ -107,9 +107,9 @@ class Engine:
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> list[dict]:
         """Greedy continuations: {"tokens": [...], "logprobs": [log-probability of each]} for each prompt."""
+        self._expect_in_step()
         from vllm import SamplingParams
 
-        self._expect_in_step()
         greedy = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False)
         with self._watch.waiting():
             outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
