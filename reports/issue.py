@@ -104,7 +104,9 @@ def _steps(case: Outcome) -> str:
         return ""
     code = _with_helpers(source.read_text(encoding="utf-8"), test.partition("[")[0])
     introduced = f"`{file}` takes these steps on {case.stage or 'no engine'}, with the model {case.model or '(none)'}:"
-    return f"## Steps\n\n{introduced}\n\n{_fenced(code, 'python')}" if code else ""
+    calls = "\n".join(["An update is these calls in the engine:", "", *(f"- `{call}`" for call in case.calls)])
+    parts = ["## Steps", introduced, _fenced(code, "python"), calls if case.calls else ""]
+    return "\n\n".join(filter(None, parts)) if code else ""
 
 
 def _with_helpers(text: str, test: str) -> str:

@@ -23,6 +23,7 @@ WAIVER = {"waiver_issue": "https://example.org/7", "waiver_reason": "Nothing is 
 def case(requirement: str, test: str, verdict: str = "fail", **more: str) -> dict:
     entry = data.outcome(requirement, SUBJECT, STAGE, MODEL, verdict, DETAIL)
     nodeid = f"suite/conformance/{test}[{SUBJECT}-{STAGE}-{MODEL}]"
+    entry["calls"] = ["LLM.start_weight_update()", "LLM.finish_weight_update()"]
     return entry | {"nodeid": nodeid, "text": f"The clause of {requirement}.", "repeat": f"pytest {nodeid}"} | more
 
 
@@ -64,6 +65,7 @@ def test_an_issue_has_the_steps_of_its_test_and_no_other(written):
     ]
     assert "DEADLINE_S = 30.0" in steps, "expected the constants that the test names"
     assert "@requirement" not in steps, "expected the clause once, above"
+    assert "- `LLM.start_weight_update()`\n- `LLM.finish_weight_update()`\n\n## Repeat" in text
 
 
 @pytest.mark.parametrize("requirement", issue.ALTERED)

@@ -92,6 +92,12 @@ class Handles(Subject):
     )
     roofline: ClassVar[str] = "copy"
     announces: ClassVar[tuple[str, ...]] = ("handles",)
+    calls: ClassVar[tuple[str, ...]] = (
+        "report_device_id(), once",
+        "begin_update(manifest), where the class has it",
+        "update_weights_from_ipc_handles({device: {name: handle}})",
+        "end_update(), where the class has it",
+    )
 
     def engine_half(self, engine: Engine) -> EngineHalf:
         """The half for an engine's process."""

@@ -77,6 +77,13 @@ class Native(Subject):
 
     backend: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = METHODS
+    calls: ClassVar[tuple[str, ...]] = (
+        'LLM.init_weight_transfer_engine({"init_info": ...}), once',
+        "LLM.start_weight_update(), from vLLM 0.21 on",
+        'LLM.update_weights({"update_info": ...}), while the trainer sends',
+        "LLM.finish_weight_update(), from vLLM 0.21 on",
+        "LLM.reset_prefix_cache(), which vLLM leaves to its caller",
+    )
 
     def engine_arguments(self) -> dict[str, Any]:
         """The backend, without which vLLM takes no update."""

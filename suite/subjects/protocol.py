@@ -140,7 +140,8 @@ class Subject(ABC):
     host: the subject whose engines it is examined on, by taking the place of that subject's extension in the live
     workers; empty for engines of its own.
     methods: what a class has to have to be such a subject. announces: what the trainer announces beside the manifest.
-    roofline: what its updates are measured against, "broadcast" or "copy".
+    roofline: what its updates are measured against, "broadcast" or "copy". calls: what its engine's half calls, once
+    before the first update and then in every one, as those read who get a report.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Subject(ABC):
     methods: ClassVar[tuple[str, ...]]
     roofline: ClassVar[str]
     announces: ClassVar[tuple[str, ...]] = ()
+    calls: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def lacking(cls, extension: type) -> dict[str, str]:
