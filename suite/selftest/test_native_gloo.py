@@ -1,5 +1,7 @@
 """The weight-transfer engine over gloo, and how an engine's process calls vLLM's own methods, with vLLM faked."""
 
+import configparser
+import re
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -213,3 +215,14 @@ def test_a_worker_that_died_is_no_reply_that_was_left(engine: Engine):
     engine._llm.left = [WorkerDied("gone")]
     with pytest.raises(WorkerDied):
         engine.rpc("probe_resources")
+
+
+def test_what_tox_judges_in_short_are_tests():
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "tox.ini")
+    cases = config["native"]["cases"].split(" or ")
+    tests = {name for path in (ROOT / "suite" / "conformance").glob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE)}  # fmt: skip
+    assert len(cases) > 5
+    assert set(cases) <= tests, f"expected tests of suite/conformance, found {set(cases) - tests}"
+    assert (ROOT / config["native"]["waivers"].partition("{tox_root}/")[2]).is_file()
