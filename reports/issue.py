@@ -31,7 +31,9 @@ NATIVE = "native-"  # what the names of vLLM's own transfers begin with
 
 # By requirement: what the script does to the tensors of an update before they are loaded.
 ALTERED = {
-    "errors.unknown_name": 'tensors["model.layers.1.mlp.ghost_proj.weight"] = tensors[WEIGHT].clone()',
+    "errors.unknown_name": (
+        'tensors = dict(sorted({**tensors, "model.layers.1.mlp.ghost_proj.weight": tensors[WEIGHT].clone()}.items()))'
+    ),
     "errors.missing_name": "del tensors[WEIGHT]",
     "errors.shape": "tensors[WEIGHT] = tensors[WEIGHT][:-1].clone()",
     "errors.dtype": "tensors[WEIGHT] = tensors[WEIGHT].to(torch.int32)",
