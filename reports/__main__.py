@@ -1,4 +1,4 @@
-"""python -m reports: show one run, compare two, follow several over versions, export."""
+"""python -m reports: show one run, compare two, follow several over versions, export, write an issue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reports import export, text, trend
+from reports import export, issue, text, trend
 from reports.compare import CAUSES, DEFAULT_CAUSES, compare, same_hardware
 from reports.load import Run, UnusableInput, labelled, only, read, read_all
 from reports.results import BASELINES, results_markdown
@@ -16,7 +16,7 @@ from reports.statistics import THRESHOLD
 
 EXIT_STATUS = """\
 exit status:
-  0  nothing worse (show, trend, table, results, export: done)
+  0  nothing worse (show, trend, table, results, export, issue: done)
   1  compare: newly failing, newly in error, or slower beyond the threshold; --fail-on chooses what counts
   2  unusable input or options: the message names the file, the place and what was expected
   3  compare --strict: nothing worse, but a timing is inconclusive
@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("file", type=Path, metavar="FILE")
     added.add_argument("--format", choices=("csv", "markdown"), required=True)
     added.add_argument("--output", type=Path, metavar="FILE", help="instead of standard output")
+    added = command("issue", _issue, None, narrowed=False, help="a failed case as an issue to file, in Markdown")
+    added.add_argument("file", type=Path, metavar="FILE")
+    named = "a requirement, subject, stage or model, or a part of the test's id; the first case that all of them name"
+    added.add_argument("case", nargs="+", metavar="CASE", help=named)
     return parser
 
 
@@ -173,6 +177,11 @@ def _table(options: argparse.Namespace) -> int:
 
 def _results(options: argparse.Namespace) -> int:
     print(results_markdown(options.baselines), end="")
+    return 0
+
+
+def _issue(options: argparse.Namespace) -> int:
+    print(issue.issue_markdown(read(options.file), options.case), end="")
     return 0
 
 

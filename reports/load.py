@@ -44,6 +44,7 @@ class Outcome:
     waiver_reason: str = ""
     cause: str = ""
     repeat: str = ""
+    calls: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -264,6 +265,7 @@ def _outcome(node: Node) -> Outcome:
         waiver_reason=node["waiver_reason"].optional_text() or "",
         cause=node["cause"].optional_text() or "",
         repeat=node["repeat"].optional_text() or "",
+        calls=tuple(call.text() for call in node["calls"]) if "calls" in node else (),
     )
 
 

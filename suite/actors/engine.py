@@ -2,13 +2,14 @@
 
 import os
 import time
+import traceback
 from typing import Any
 
 from suite.actors import answers
 from suite.actors.dialogue import EngineSide
 from suite.actors.link import Link, Listener
 from suite.actors.probe import EXTENSION, PROBED
-from suite.actors.watch import Watch
+from suite.actors.watch import Watch, WorkerDied
 from suite.subjects import from_plain
 
 LINK_WAIT_S = 60.0
@@ -55,6 +56,7 @@ class Engine:
             **options,
         )
         self._watch = Watch()
+        self._doubtful = False
         self.devices = self.rpc("probe_device")
         self._watch.look_after([device["pid"] for device in self.devices])
         if oracle_path is not None:
@@ -74,12 +76,23 @@ class Engine:
 
         Raises WorkerError with what every rank raised, if any did, and WorkerDied where a worker has ended.
         """
+        self._expect_in_step()
         with self._watch.waiting():
             answers = self._llm.collective_rpc("probe_call", args=(method, args))
         if failed := {rank: answer for rank, answer in enumerate(answers) if "error" in answer}:
             print(*(answer["traceback"] for answer in failed.values()), sep="\n", flush=True)  # to the log
             raise WorkerError(f"{method}: " + "; ".join(f"rank {rank}: {a['error']}" for rank, a in failed.items()))
         return [answer["result"] for answer in answers]
+
+    def call_llm(self, method: str, *args: Any) -> Any:
+        """Call a method of vllm.LLM itself, as a training loop does. Raises what that raises."""
+        try:
+            with self._watch.waiting():
+                return getattr(self._llm, method)(*args)
+        except Exception:
+            traceback.print_exc()  # to the log
+            self._doubtful = True
+            raise
 
     def pace(self, manifest: list[dict], warm_ups: int, samples: int) -> dict[str, list[float]]:
         """Seconds of every call to all workers that does nothing: of an empty call, and of one that carries `manifest`.
@@ -96,6 +109,7 @@ class Engine:
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> list[dict]:
         """Greedy continuations: {"tokens": [...], "logprobs": [log-probability of each]} for each prompt."""
+        self._expect_in_step()
         from vllm import SamplingParams
 
         greedy = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False)
@@ -218,6 +232,28 @@ class Engine:
     def _examine(self, subject: dict) -> None:
         self._subject = from_plain(subject)
         self._half = self._subject.engine_half(self)
+
+    def _expect_in_step(self) -> None:
+        """Raise WorkerError where a call that failed has left replies unread, which would answer the calls to come.
+
+        vLLM's executor reads the ranks' replies in turn, and stops at the first that is an error.
+        """
+        if not self._doubtful:
+            return
+        expected = [{"result": None}] * len(self.devices)
+        try:
+            with self._watch.waiting():
+                found: Any = self._llm.collective_rpc("probe_call", args=("probe_nothing", []))
+        except WorkerDied:
+            raise
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        if found != expected:
+            raise WorkerError(
+                "a call of vllm.LLM has failed, and the next one is answered by what that left unread: expected"
+                f" {expected}, found {found!r:.300}"
+            )
+        self._doubtful = False
 
     def _abort(self, cause: Exception) -> None:
         try:

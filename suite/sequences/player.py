@@ -171,7 +171,7 @@ class Player:
     def wrong_device(self, label: str, seed: int) -> None:
         """An update by handles for another device, or for none."""
         self.sync.trainer.fill(seed)
-        self._refused(self.sync.engines[0].facts["devices"][0]["id"], relabel=label)
+        self._refused(self.sync.engines[0].facts["devices"][0]["id"].removeprefix("GPU-"), relabel=label)
 
     def called_off(self, seed: int) -> None:
         """An update that the trainer ends when the engine has begun it."""

@@ -79,6 +79,7 @@ def _put_down(item: pytest.Item, state: State, progress: Progress) -> None:
 def _entry(item: pytest.Item, progress: Progress) -> dict[str, Any]:
     """What run.json says of a case; `repeat` is a command that judges it again."""
     judgement, waiver = progress.judgement, progress.waiver
+    calls = getattr(params_of(item).get("subject"), "calls", ())
     entry = {
         **dict(zip(("requirement", "level", "text"), _clause_of(item), strict=True)),
         **names_of(item),
@@ -88,6 +89,7 @@ def _entry(item: pytest.Item, progress: Progress) -> dict[str, Any]:
         "duration_s": round(progress.duration_s, 3),
         "nodeid": item.nodeid,
         "repeat": options.repeating(item),
+        **({"calls": [*calls]} if calls else {}),
         **({"tried": item.stash[TRIED]} if TRIED in item.stash else {}),
     }
     if judgement.verdict == verdicts.WAIVED:

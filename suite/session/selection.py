@@ -134,13 +134,21 @@ def _cases(definition: pytest.Item, names: list[str], selection: Selection) -> I
     stages_taken = _stages(definition, names, (*selection.stages.values(), *selection.missing.values()))
     wanted = _models(definition) if "model" in names else ()
     for stage in stages_taken:
-        if isinstance(stage, MissingStage) or "model" not in names:
-            chosen: Sequence[str | None] = [None]
-        else:
-            chosen = [name for name in _of_kind(wanted, stage) if name in (selection.models or models.MODELS)]
+        chosen = [None] if isinstance(stage, MissingStage) or "model" not in names else _of_kind(wanted, stage)
         for subject in selection.subjects.values() if "subject" in names else [None]:
-            for model in chosen:
-                yield _case(names, {"subject": subject, "stage": stage, "model": model})
+            for model in dict.fromkeys(_model_for(subject, definition, stage, model) for model in chosen):
+                if model in (None, *(selection.models or models.MODELS)):
+                    yield _case(names, {"subject": subject, "stage": stage, "model": model})
+
+
+def _model_for(
+    subject: Subject | None, definition: pytest.Item, stage: Stage | MissingStage | None, model: str | None
+) -> str | None:
+    """The model that a subject's case takes for one that the test names."""
+    if not model or subject is None or stage is None:
+        return model
+    requirement = requirement_of(definition)
+    return subject.model_for(requirement.id if requirement else "", model, stage.kind)
 
 
 def possible(metafunc: pytest.Metafunc, selection: Selection) -> Iterator[tuple[Case, bool]]:
@@ -149,9 +157,11 @@ def possible(metafunc: pytest.Metafunc, selection: Selection) -> Iterator[tuple[
     if requirement is None:
         return
     wanted = _models(metafunc.definition) if "model" in names else ()
+    known = known_subjects() | selection.subjects
     for stage in _stages(metafunc.definition, names, selection.everywhere):
-        for model in _of_kind(wanted, stage) if "model" in names else [""]:
+        for named in _of_kind(wanted, stage) if "model" in names else [""]:
             for subject in selection.every_subject if "subject" in names else [""]:
+                model = _model_for(known.get(subject), metafunc.definition, stage, named)
                 case = Case(requirement.id, subject, stage.name if stage else "", model)
                 yield case, not isinstance(stage, MissingStage)
 

@@ -57,6 +57,12 @@ class Broadcast(Subject):
 
     methods: ClassVar[tuple[str, ...]] = ("init_weight_update_group", "update_weight", "check_weights_changed")
     roofline: ClassVar[str] = "broadcast"
+    calls: ClassVar[tuple[str, ...]] = (
+        "init_weight_update_group(address, port, rank_offset, world_size), once",
+        "begin_update(manifest), where the class has it",
+        "update_weight(name, dtype, shape), for every tensor",
+        "end_update(), where the class has it",
+    )
 
     @classmethod
     def lacking(cls, extension: type) -> dict[str, str]:

@@ -37,13 +37,9 @@ class HandlesEngine(EngineHalf):
     def receive(self, announced: list[dict[str, Any]]) -> list[dict]:
         """Put the handles of all ranks together; ranks that share a device, as on CPUs, send the same."""
         manifest, self._handles = super().receive(announced), {}
-        for announcement in announced:
-            handles = announcement["handles"]
-            if not isinstance(handles, dict) or not all(isinstance(named, dict) for named in handles.values()):
-                raise ValueError(f"the trainer sent no {{device: {{name: handle}}}}, but {handles!r:.120}")
-            for device, named in handles.items():
-                for called in self._reported.get(_bare(device), {device}):
-                    self._handles.setdefault(called, {}).update(named)
+        for device, named in merged(announced).items():
+            for called in self._reported.get(_bare(device), {device}):
+                self._handles.setdefault(called, {}).update(named)
         return manifest
 
     def transfer(self, manifest: list[dict]) -> None:
@@ -96,6 +92,12 @@ class Handles(Subject):
     )
     roofline: ClassVar[str] = "copy"
     announces: ClassVar[tuple[str, ...]] = ("handles",)
+    calls: ClassVar[tuple[str, ...]] = (
+        "report_device_id(), once",
+        "begin_update(manifest), where the class has it",
+        "update_weights_from_ipc_handles({device: {name: handle}})",
+        "end_update(), where the class has it",
+    )
 
     def engine_half(self, engine: Engine) -> EngineHalf:
         """The half for an engine's process."""
@@ -113,11 +115,28 @@ class Handles(Subject):
         """A handle is of use on its own GPU; on a CPU all memory is the host's."""
         if stage.kind == "cpu":
             return "" if self.sender else f"{stage.name}: {NO_IPC_ON_CPU}"
-        if not stage.colocated:
-            return f"{stage.name}: trainer and engine share no GPU, and a handle is of use on its own GPU only"
-        if stage.hosts_apart:
-            return f"{stage.name}: gpu-colocate-tp1 is where handles are examined on one GPU"
-        return ""
+        return unfit_on_gpus(stage)
+
+
+def unfit_on_gpus(stage: Stage) -> str:
+    """Why handles make no sense on a stage of GPUs; empty where they do."""
+    if not stage.colocated:
+        return f"{stage.name}: trainer and engine share no GPU, and a handle is of use on its own GPU only"
+    if stage.hosts_apart:
+        return f"{stage.name}: gpu-colocate-tp1 is where handles are examined on one GPU"
+    return ""
+
+
+def merged(announced: list[dict[str, Any]]) -> dict[str, dict[str, dict]]:
+    """{device: {name: handle}} of all ranks. Raises ValueError for what is malformed."""
+    found: dict[str, dict[str, dict]] = {}
+    for announcement in announced:
+        handles = announcement["handles"]
+        if not isinstance(handles, dict) or not all(isinstance(named, dict) for named in handles.values()):
+            raise ValueError(f"the trainer sent no {{device: {{name: handle}}}}, but {handles!r:.120}")
+        for device, named in handles.items():
+            found.setdefault(device, {}).update(named)
+    return found
 
 
 def _bare(device: str) -> str:

@@ -25,6 +25,9 @@ class Engine(Protocol):
     def rpc(self, method: str, *args: Any) -> list[Any]:
         """Call a worker method on all ranks; their results."""
 
+    def call_llm(self, method: str, *args: Any) -> Any:
+        """Call a method of vllm.LLM itself, and return what it returns."""
+
 
 class Trainer(Protocol):
     """What the trainer's half has of its rank of the trainer."""
@@ -39,6 +42,9 @@ class Tensors(Protocol):
 
     def held(self) -> list[tuple[str, "torch.Tensor"]]:
         """All of them at once; from then on iterating gives these."""
+
+    def manifest(self) -> list[dict]:
+        """[{"name", "dtype", "shape"}, ...] of all, in their order; nothing is gathered."""
 
 
 class EngineHalf:
@@ -134,7 +140,8 @@ class Subject(ABC):
     host: the subject whose engines it is examined on, by taking the place of that subject's extension in the live
     workers; empty for engines of its own.
     methods: what a class has to have to be such a subject. announces: what the trainer announces beside the manifest.
-    roofline: what its updates are measured against, "broadcast" or "copy".
+    roofline: what its updates are measured against, "broadcast" or "copy". calls: what its engine's half calls, once
+    before the first update and then in every one, as those read who get a report.
     """
 
     name: str
@@ -146,6 +153,7 @@ class Subject(ABC):
     methods: ClassVar[tuple[str, ...]]
     roofline: ClassVar[str]
     announces: ClassVar[tuple[str, ...]] = ()
+    calls: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def lacking(cls, extension: type) -> dict[str, str]:
@@ -164,6 +172,11 @@ class Subject(ABC):
     @abstractmethod
     def unfit(self, stage: Stage) -> str:
         """Why it makes no sense on a stage; empty where it does."""
+
+    def model_for(self, requirement: str, model: str, kind: str) -> str:
+        """The model that takes the place of `model` where a requirement is judged, or, if it is empty, where times are
+        taken. Empty for none. `kind` is the stage's, "cpu" or "gpu"."""
+        return model
 
     def engine_arguments(self) -> dict[str, Any]:
         """Arguments of vllm.LLM that its engines start with, beside the extension."""

@@ -3,7 +3,7 @@
 from functools import cache
 from importlib import metadata
 
-from suite.subjects import broadcast, example, handles
+from suite.subjects import broadcast, example, handles, native_gloo, native_ipc, native_nccl
 from suite.subjects.adapting import expect_known_forms
 from suite.subjects.protocol import Subject, load
 
@@ -12,7 +12,11 @@ KINDS: tuple[type[Subject], ...] = (broadcast.Broadcast, handles.Handles)
 
 # Examined where nobody says which.
 SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (broadcast.SUBJECT, handles.SUBJECT)}
-EXAMPLES: dict[str, Subject] = {subject.name: subject for subject in example.SUBJECTS}
+# Examined where --subject names them.
+NAMED: dict[str, Subject] = {
+    subject.name: subject
+    for subject in (*example.SUBJECTS, native_gloo.SUBJECT, native_ipc.SUBJECT, *native_nccl.SUBJECTS)
+}
 
 
 def subject_from(extension: str) -> Subject:
@@ -32,7 +36,7 @@ def subject_from(extension: str) -> Subject:
 
 def known_subjects() -> dict[str, Subject]:
     """All that --subject can name. Raises ValueError for an entry point that brings none, or one there is already."""
-    return SUBJECTS | EXAMPLES | _installed()
+    return SUBJECTS | NAMED | _installed()
 
 
 @cache
@@ -40,7 +44,7 @@ def _installed() -> dict[str, Subject]:
     found: dict[str, Subject] = {}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         subject = _brought(entry)
-        if subject.name in (*SUBJECTS, *EXAMPLES, *found):
+        if subject.name in (*SUBJECTS, *NAMED, *found):
             raise ValueError(f"{_named(entry)}: there is a subject {subject.name} already")
         found[subject.name] = subject
     return found

@@ -1,0 +1,152 @@
+"""A failed case as a report for those who maintain what failed: what was expected, what was found, how to repeat it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+
+from reports.load import Outcome, Run, UnusableInput
+from reports.message import labelled
+from reports.units import counted
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).parent / "templates" / "native_update.py.txt"
+FAILED = ("fail", "waived", "error")
+FACTS = (
+    "vLLM",
+    "distribution",
+    "torch",
+    "NCCL",
+    "driver",
+    "GPUs",
+    "CPU",
+    "platform",
+    "Python",
+    "transformers",
+    "suite",
+)
+LISTED = 8
+NATIVE = "native-"  # what the names of vLLM's own transfers begin with
+
+# By requirement: what the script does to the tensors of an update before they are loaded.
+ALTERED = {
+    "errors.unknown_name": (
+        'tensors = dict(sorted({**tensors, "model.layers.1.mlp.ghost_proj.weight": tensors[WEIGHT].clone()}.items()))'
+    ),
+    "errors.missing_name": "del tensors[WEIGHT]",
+    "errors.shape": "tensors[WEIGHT] = tensors[WEIGHT][:-1].clone()",
+    "errors.dtype": "tensors[WEIGHT] = tensors[WEIGHT].to(torch.int32)",
+    "faults.trainer_killed": "tensors[WEIGHT] = None  # the trainer is gone: nothing comes any more",
+    "faults.trainer_stopped": "tensors[WEIGHT] = None  # the trainer has stopped: the transport's deadline passes",
+}
+
+
+def issue_markdown(run: Run, words: Sequence[str]) -> str:
+    """The report of the first failed case that all words name, in Markdown.
+
+    A word is a requirement, subject, stage or model, or a part of a test's id. Raises UnusableInput where no failed
+    case has them all.
+    """
+    case, *others = _named(run, words)
+    parts = [
+        f"# {case.subject or 'vLLM'}: {case.requirement} is not met with vLLM {run.environment.vllm or '(unknown)'}",
+        f"**{case.level}** {case.text}" if case.text else f"**{case.level}** {case.requirement}",
+        _said(case),
+        _also(others),
+        f"## Environment\n\n{_environment(run)}",
+        _steps(case),
+        _repeated(run, case),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _named(run: Run, words: Sequence[str]) -> list[Outcome]:
+    failed = [outcome for outcome in run.outcomes if outcome.verdict in FAILED]
+    found = [outcome for outcome in failed if all(word in outcome.key or word in outcome.nodeid for word in words)]
+    if not found:
+        shown = ", ".join(" ".join(filter(None, outcome.key)) for outcome in failed[:LISTED]) or "none"
+        more = f" and {len(failed) - LISTED} more" if len(failed) > LISTED else ""
+        raise UnusableInput(
+            run.source, "conformance", f"expected a failed case of {' '.join(words)}, found none; failed: {shown}{more}"
+        )
+    return found
+
+
+def _said(case: Outcome) -> str:
+    expected, found = (labelled(case.detail, label) for label in ("expected", "found"))
+    lines = [
+        f"- **Expected**: {expected or 'that the requirement above is met'}",
+        f"- **Found**: {found or case.cause}",
+    ]
+    lines += [f"- **Where**: {where}" for where in [labelled(case.detail, "where")] if where]
+    lines += [f"- **Known**: {case.waiver_reason} {case.waiver_issue}"] if case.verdict == "waived" else []
+    message = [] if expected and found else ["", _fenced(case.detail, "text")]
+    return "\n".join([*lines, *message])
+
+
+def _also(others: list[Outcome]) -> str:
+    if not others:
+        return ""
+    shown = ", ".join(" ".join(filter(None, other.key)) for other in others[:LISTED])
+    return f"The same run has {counted(len(others), 'failed case')} more of these: {shown}."
+
+
+def _environment(run: Run) -> str:
+    facts = dict(run.environment.facts)
+    rows = [f"| {name} | {facts[name]} |" for name in FACTS if name in facts]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _steps(case: Outcome) -> str:
+    """The test that judged the case, with what it calls in its own file."""
+    file, _, test = case.nodeid.partition("::")
+    source = ROOT / file
+    if not file or not source.is_file():
+        return ""
+    code = _with_helpers(source.read_text(encoding="utf-8"), test.partition("[")[0])
+    introduced = f"`{file}` takes these steps on {case.stage or 'no engine'}, with the model {case.model or '(none)'}:"
+    calls = "\n".join(["An update is these calls in the engine:", "", *(f"- `{call}`" for call in case.calls)])
+    parts = ["## Steps", introduced, _fenced(code, "python"), calls if case.calls else ""]
+    return "\n\n".join(filter(None, parts)) if code else ""
+
+
+def _with_helpers(text: str, test: str) -> str:
+    """The source of a test and of the module's own functions and constants that it names, in their order."""
+    named = {name: node for node in ast.parse(text).body for name in _names_of(node)}
+    wanted, queue = set(), [test]
+    for name in queue:
+        if name in named and name not in wanted:
+            wanted.add(name)
+            queue += [inner.id for inner in ast.walk(named[name]) if isinstance(inner, ast.Name)]
+    kept = dict.fromkeys(node for name, node in named.items() if name in wanted)
+    return "\n\n".join(filter(None, (ast.get_source_segment(text, node) for node in kept)))
+
+
+def _names_of(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef):
+        node.decorator_list = []  # the clause, which stands above
+        return [node.name]
+    return (
+        [target.id for target in node.targets if isinstance(target, ast.Name)] if isinstance(node, ast.Assign) else []
+    )
+
+
+def _repeated(run: Run, case: Outcome) -> str:
+    lines = ["## Repeat it"]
+    if case.repeat:
+        lines += ["", "With the suite:", "", _fenced(case.repeat, "sh")]
+    if case.subject.startswith(NATIVE) and (altered := ALTERED.get(case.requirement)):
+        text = SCRIPT.read_text(encoding="utf-8")
+        script = text.replace("REQUIREMENT", case.requirement).replace('"ALTER THE TENSORS"', altered)
+        lines += [
+            "",
+            "Without it, on one CPU or GPU, with vLLM alone and no trainer: the tensors come from a file.",
+            "",
+        ]
+        lines.append(_fenced(script.rstrip(), "python"))
+    return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def _fenced(text: str, language: str) -> str:
+    return f"```{language}\n{text}\n```"

@@ -1,0 +1,122 @@
+"""vLLM's native weight transfer, whichever backend moves the weights: init, start, update, finish.
+
+The engine's half calls vllm.LLM's own methods, as a training loop does. Nothing is added to the workers.
+"""
+
+from typing import Any, ClassVar
+
+from suite.stages import Stage
+from suite.subjects.native_versions import Api, installed
+from suite.subjects.protocol import Engine, EngineHalf, Subject, no_beginning
+
+METHODS = "init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"
+
+
+class NativeWorker:
+    """The extension of an engine that needs none."""
+
+
+class NativeEngine(EngineHalf):
+    """Drives the four calls. An update that was started and has not failed is given up by finishing it.
+
+    vLLM has no call to give an update up: before the first tensor, finishing puts the old ones back.
+    """
+
+    def __init__(self, subject: "Native", engine: Engine) -> None:
+        super().__init__(subject, engine)
+        self._api, self._started = installed(), False
+
+    def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
+        """Have the workers meet the trainer."""
+        information = self.subject.init_information(self._api, address, port, rank_offset, world_size)
+        self._call("init_weight_transfer_engine", {"init_info": information})
+
+    def begin(self, manifest: list[dict]) -> None:
+        """Start the update; vLLM does not ask what comes."""
+        if self._api.brackets:
+            self._call("start_weight_update")
+            self._started = True
+
+    def transfer(self, manifest: list[dict]) -> None:
+        """Have the workers receive and load all tensors, in the order of the manifest."""
+        try:
+            self._call("update_weights", {"update_info": self.update_information(manifest)})
+        except Exception:
+            self._started = self._started and not self._api.ends_when_failing
+            raise
+
+    def end(self) -> None:
+        """Finish the update. No cache is reset by it: that is the caller's."""
+        if self._api.brackets:
+            self._call("finish_weight_update")
+            self._started = False
+
+    def abort(self) -> None:
+        """Finish an update that vLLM takes for one under way: else it refuses every later one."""
+        if self._started:
+            self._started = False
+            self._call("finish_weight_update")
+
+    def state(self) -> list[str]:
+        """Nothing: vLLM does not say whether its weights are whole."""
+        return []
+
+    def update_information(self, manifest: list[dict]) -> dict[str, Any]:
+        """What the workers are told of the tensors that come."""
+        return self.subject.update_information(manifest, self._api)
+
+    def _call(self, method: str, *args: Any) -> None:
+        self.engine.call_llm(method, *args)
+
+
+class Native(Subject):
+    """A backend of vLLM's native weight transfer.
+
+    backend: its name in weight_transfer_config.
+    """
+
+    backend: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]] = METHODS
+    calls: ClassVar[tuple[str, ...]] = (
+        'LLM.init_weight_transfer_engine({"init_info": ...}), once',
+        "LLM.start_weight_update(), from vLLM 0.21 on",
+        'LLM.update_weights({"update_info": ...}), while the trainer sends',
+        "LLM.finish_weight_update(), from vLLM 0.21 on",
+        "LLM.reset_prefix_cache(), which vLLM leaves to its caller",
+    )
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """The backend, without which vLLM takes no update."""
+        return {"weight_transfer_config": {"backend": self.backend}}
+
+    def engine_half(self, engine: Engine) -> EngineHalf:
+        """The half for an engine's process."""
+        return NativeEngine(self, engine)
+
+    def init_information(self, api: Api, address: str, port: int, rank_offset: int, world_size: int) -> dict[str, Any]:
+        """What the workers are told before the first update."""
+        return {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+        }
+
+    def update_information(self, manifest: list[dict], api: Api) -> dict[str, Any]:
+        """What the workers are told at every update: names, dtypes and shapes, each in a list of its own."""
+        columns = (("names", "name"), ("dtype_names", "dtype"), ("shapes", "shape"))
+        return {column: [entry[key] for entry in manifest] for column, key in columns}
+
+    def unfit(self, stage: Stage) -> str:
+        """Why it makes no sense on a stage; empty where it does."""
+        raise NotImplementedError
+
+
+def lacks(api: Api, **more: str) -> dict[str, str]:
+    """What every backend lacks, and `more`, by requirements whose dots are written as __."""
+    found = {
+        "update.zeroed": "vLLM's native transfer has no check_weights_changed(); update.repeated sends zeros too",
+        "names.free": "native transfer is part of vLLM's worker, and adds no names to it",
+    }
+    found |= {} if api.brackets else no_beginning("vLLM's native transfer before 0.21")
+    return found | {name.replace("__", "."): reason for name, reason in more.items()}
