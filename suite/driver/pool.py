@@ -125,7 +125,7 @@ class Pool:
         """Have these engines come first, and wait until `there`. Called with the lock held."""
         limit_s = START_DEADLINE_S + 60
         deadline = time.monotonic() + limit_s
-        self._wanted = keys
+        self._wanted, self._mistake = keys, None  # an earlier mistake may be over
         self._changed.notify_all()
         try:
             while not there():
@@ -310,7 +310,6 @@ class Pool:
             while not self._closed:
                 key = None if self._quiet else self._choose()
                 if key is not None:
-                    self._mistake = None
                     self._starting.add(key)
                     return key
                 self._changed.wait(1.0)
