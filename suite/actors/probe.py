@@ -19,6 +19,7 @@ from extensions.devices import device_id, synchronize
 from extensions.group import Communicator, stateless_init_process_group
 from extensions.model.weights import applied_weight, effective_weights
 from suite.actors import memory
+from suite.processes.call import SuiteFault
 from suite.subjects import load
 from suite.subjects.adapting import adapted
 
@@ -44,7 +45,8 @@ class Probe:
         try:
             return {"result": getattr(self, method)(*adapted(self, method, args))}
         except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            said = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            return said | {"is_the_suites": isinstance(error, SuiteFault)}
 
     def probe_become(self, extension: str) -> None:
         """Exchange the extension in this worker's class for `pkg.module:Class`, and forget what it left behind."""
@@ -64,17 +66,20 @@ class Probe:
 
         weights = {name: weight.cpu().clone().contiguous() for name, weight in self._probe_weights()}
         target = _of_rank(path, self.rank)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        save_file(weights, partial)
-        partial.replace(target)  # whole or not at all: others wait for the file
+        with _of_the_suite("write what this engine computes with"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.{os.getpid()}")
+            save_file(weights, partial)
+            partial.replace(target)  # whole or not at all: others wait for the file
         return sum(weight.numel() for weight in weights.values())
 
     def probe_compare(self, path: str) -> dict:
         """Compare bit by bit with what `probe_save` wrote: the weights looked at, and what differs where."""
         from safetensors.torch import load_file
 
-        expected, differing, elements, shapes = load_file(_of_rank(path, self.rank)), [], 0, {}
+        with _of_the_suite("read what another engine computes with"):
+            expected = load_file(_of_rank(path, self.rank))
+        differing, elements, shapes = [], 0, {}
         for name, weight in self._probe_weights():
             elements, shapes[name] = elements + weight.numel(), list(weight.shape)
             reference = expected.pop(name, None)
@@ -136,9 +141,10 @@ class Probe:
         """Join a group of the probe's own, for rooflines."""
         if self._probe_group is not None:
             self._probe_group.close()
-        self._probe_group = stateless_init_process_group(
-            address, port, rank_offset + self.rank, world_size, self.device
-        )
+        with _of_the_suite("join the roofline's group"):
+            self._probe_group = stateless_init_process_group(
+                address, port, rank_offset + self.rank, world_size, self.device
+            )
 
     def probe_receive(self, nbytes: int) -> None:
         """Receive `nbytes`, piece by piece: what the hardware takes for the same bytes."""
@@ -171,6 +177,15 @@ class Probe:
 
     def _probe_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return effective_weights(self.model_runner.get_model())
+
+
+@contextlib.contextmanager
+def _of_the_suite(doing: str) -> Iterator[None]:
+    """What is raised here is no fault of the extension."""
+    try:
+        yield
+    except Exception as error:
+        raise SuiteFault(f"could not {doing}: {type(error).__name__}: {error}") from error
 
 
 def _nonzero(weight: torch.Tensor) -> int:
