@@ -121,10 +121,10 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     subject, stage, model = (request.getfixturevalue(name) for name in ("subject", "stage", "model"))
     pool.patience.expect_hope(subject.name)
     keys = engines_of(request.node)
-    if reason := next(filter(None, map(pool.room.too_large, keys)), ""):
+    if reason := pool.room.too_large(keys):
         verdicts.not_applicable(reason)
     with pool.timeline("starting", str(keys[0])):
-        engines = [pool.get(key) for key in keys]
+        engines = pool.get_all(keys)
     pace.measure(request.config, engines[0])
     _become(pool, engines, subject)
     sync = Sync(pool, trainer, engines, subject, stage, model)

@@ -1,27 +1,32 @@
 """What a trainer and an engine say to each other in one update, on the line between them.
 
     trainer                          engine
+    begun                     ->
     announce {manifest, ...}  ->
                               <-     ready | refused (why)
     go | call off             ->
              ... both transfer ...
                               <-     ended | refused (why)
 
+`begun` says that the trainer's half of the subject is called now: who is silent after it is the subject, not the suite.
 The trainer may say `failed` (why) at any time. A message is plain data of one key: what is said. Both sides keep to the
 table below, each with a state of its own for every line: what a side says can cross what the other says.
 """
 
 import contextlib
+import time
 from typing import Any
 
 from suite.actors.link import Link, LinkError, Silent
+from suite.processes.call import SuiteFault
 
-ANNOUNCE, GO, CALL_OFF, FAILED = "announce", "go", "call off", "failed"
+BEGUN, ANNOUNCE, GO, CALL_OFF, FAILED = "begun", "announce", "go", "call off", "failed"
 READY, REFUSED, ENDED = "ready", "refused", "ended"
 
 # {state: {what may be said in it: the state after that}}
 TRAINER_SAYS = {
-    "new": {ANNOUNCE: "announced", FAILED: "over"},
+    "new": {BEGUN: "begun", FAILED: "over"},
+    "begun": {ANNOUNCE: "announced", FAILED: "over"},
     "announced": {FAILED: "over"},
     "ready": {GO: "moving", CALL_OFF: "over", FAILED: "over"},
     "moving": {FAILED: "over"},
@@ -29,6 +34,7 @@ TRAINER_SAYS = {
 }
 ENGINE_SAYS = {
     "new": {REFUSED: "over"},
+    "begun": {REFUSED: "over"},
     "announced": {READY: "ready", REFUSED: "over"},
     "ready": {REFUSED: "over"},  # the decision has not come
     "moving": {ENDED: "over", REFUSED: "over"},
@@ -45,7 +51,7 @@ class Cancelled(RuntimeError):
 
 
 class NotAnnounced(RuntimeError):
-    """The trainer announced nothing in time: the subject has not been called, neither here nor there."""
+    """The trainer's half of the subject was called, and has not come back with what is to be announced."""
 
 
 class TrainersHalfFailed(RuntimeError):
@@ -95,17 +101,30 @@ class EngineSide:
         self._deadline_s = deadline_s
 
     def announced(self) -> list[dict[str, Any]]:
-        """What every rank announces. Raises NotAnnounced where one is silent, TrainersHalfFailed where one says so."""
+        """What every rank announces. Raises TrainersHalfFailed where one says that it can't.
+
+        Where a rank is silent: NotAnnounced if the subject has had it for half the time or more, SuiteFault if not.
+        """
+        deadline = time.monotonic() + self._deadline_s
+        for line in self._lines:
+            try:
+                self._heard(line, deadline - time.monotonic())
+            except Silent as error:
+                raise SuiteFault(f"the subject was not called in time: {error}") from error
+        begun = time.monotonic()
         try:
-            return [self._heard(line) for line in self._lines]
+            return [self._heard(line, deadline - time.monotonic()) for line in self._lines]
         except Silent as error:
-            raise NotAnnounced(f"expected a trainer's rank to announce the update: {error}") from error
+            called_s = time.monotonic() - begun
+            if called_s < self._deadline_s / 2:
+                raise SuiteFault(f"the subject was called {called_s:.1f} s before the deadline: {error}") from error
+            raise NotAnnounced(f"the trainer's half was called and announced nothing for {called_s:.1f} s") from error
 
     def expect_go(self) -> None:
         """Say that the update may begin, and hear that it does. Raises Cancelled where it is called off."""
         self._answer(READY)
         for line in self._lines:
-            self._heard(line)
+            self._heard(line, self._deadline_s)
 
     def ended(self) -> None:
         """Say that the engine has the new weights."""
@@ -115,8 +134,8 @@ class EngineSide:
         """Say why not, to every rank that still waits for a word."""
         self._answer(REFUSED, f"{type(error).__name__}: {error}")
 
-    def _heard(self, line: Line) -> Any:
-        what, carried = line.hear(self._deadline_s)
+    def _heard(self, line: Line, deadline_s: float) -> Any:
+        what, carried = line.hear(deadline_s)
         if what == FAILED:
             raise TrainersHalfFailed(f"the trainer's half of the update failed: {carried}")
         if what == CALL_OFF:
@@ -139,6 +158,11 @@ class TrainerSide:
     def __init__(self, links: tuple[Link, ...], deadline_s: float) -> None:
         self.lines = [Line(link, TRAINER_SAYS, ENGINE_SAYS) for link in links]
         self.deadline_s = deadline_s
+
+    def begin(self) -> None:
+        """Tell all engines that the subject is called now."""
+        for line in self.lines:
+            line.say(BEGUN, self.deadline_s)
 
     def announce(self, announcement: dict[str, Any]) -> list[str]:
         """Announce the update to all engines. Returns why those refuse it that do."""

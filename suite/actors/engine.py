@@ -10,6 +10,7 @@ from suite.actors.dialogue import EngineSide
 from suite.actors.link import Link, Listener
 from suite.actors.probe import EXTENSION, PROBED
 from suite.actors.watch import Watch, WorkerDied
+from suite.processes.call import SuiteFault
 from suite.subjects import from_plain
 
 LINK_WAIT_S = 60.0
@@ -74,14 +75,16 @@ class Engine:
     def rpc(self, method: str, *args: Any) -> list[Any]:
         """Call a worker method on all ranks; returns their results in rank order.
 
-        Raises WorkerError with what every rank raised, if any did, and WorkerDied where a worker has ended.
+        Raises WorkerError with what every rank raised, if any did, and WorkerDied where a worker has ended. SuiteFault
+        where nothing but the suite's own part of a worker failed.
         """
         self._expect_in_step()
         with self._watch.waiting():
             answers = self._llm.collective_rpc("probe_call", args=(method, args))
         if failed := {rank: answer for rank, answer in enumerate(answers) if "error" in answer}:
             print(*(answer["traceback"] for answer in failed.values()), sep="\n", flush=True)  # to the log
-            raise WorkerError(f"{method}: " + "; ".join(f"rank {rank}: {a['error']}" for rank, a in failed.items()))
+            raised = SuiteFault if all(answer["is_the_suites"] for answer in failed.values()) else WorkerError
+            raise raised(f"{method}: " + "; ".join(f"rank {rank}: {a['error']}" for rank, a in failed.items()))
         return [answer["result"] for answer in answers]
 
     def call_llm(self, method: str, *args: Any) -> Any:

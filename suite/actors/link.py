@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from suite.processes import wire
+from suite.processes.call import SuiteFault
 
 GREETING = b"weight-sync 1\n"  # the first thing that a trainer's rank says: a peer that does not is none
 STRANGERS = 16  # how many peers that say nothing are kept waiting
@@ -69,7 +70,7 @@ class Listener:
         self._sock.listen()
 
     def accept(self, deadline_s: float) -> Link:
-        """The next trainer rank that connects. Raises LinkError where none comes within `deadline_s`.
+        """The next trainer rank that connects. Raises SuiteFault where none comes within `deadline_s`.
 
         Peers that don't greet as one are sent away; one that says nothing keeps nobody waiting.
         """
@@ -82,7 +83,7 @@ class Listener:
                 sock.close()
                 sent_away += 1
         strangers = f"; {sent_away} that did not greet as one were sent away" if sent_away else ""
-        raise LinkError(f"no trainer connected within {deadline_s:g} s{strangers}")
+        raise SuiteFault(f"no trainer connected within {deadline_s:g} s{strangers}")
 
     def close(self) -> None:
         """Stop listening."""
@@ -103,7 +104,7 @@ class Listener:
 
 
 def connect(path: str, deadline_s: float) -> Link:
-    """Connect to an engine's listener, as a trainer's rank."""
+    """Connect to an engine's listener, as a trainer's rank. Raises SuiteFault where nothing listens there."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(deadline_s)
     try:
@@ -111,7 +112,7 @@ def connect(path: str, deadline_s: float) -> Link:
         sock.sendall(GREETING)
     except OSError as error:
         sock.close()
-        raise LinkError(f"no engine listens at {path}: {error!r}") from error
+        raise SuiteFault(f"no engine listens at {path}: {error!r}") from error
     return Link(sock, f"the engine at {Path(path).name}")
 
 

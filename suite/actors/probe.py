@@ -21,6 +21,7 @@ from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
 from extensions.tensors import flat_bytes
 from suite.actors import arrived, memory, recording
+from suite.processes.call import SuiteFault
 from suite.subjects import load
 from suite.subjects.adapting import adapted
 
@@ -46,7 +47,8 @@ class Probe:
         try:
             return {"result": getattr(self, method)(*adapted(self, method, args))}
         except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            said = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            return said | {"is_the_suites": isinstance(error, SuiteFault)}
 
     def probe_become(self, extension: str) -> None:
         """Exchange the extension in this worker's class for `pkg.module:Class`, and forget what it left behind."""
@@ -62,8 +64,9 @@ class Probe:
 
     def probe_save(self, path: str) -> None:
         """Write what this rank computes with, for `probe_compare`."""
-        model = self.model_runner.get_model()
-        recording.write(path, self.rank, dict(self._probe_weights()), recording.beside_of(model))
+        weights, beside = dict(self._probe_weights()), recording.beside_of(self.model_runner.get_model())
+        with _of_the_suite("write what this engine computes with"):
+            recording.write(path, self.rank, weights, beside)
 
     def probe_record(self) -> None:
         """Remember what this rank computes with, after a cold load and an answer; see `suite.actors.recording`."""
@@ -74,8 +77,9 @@ class Probe:
         """Write what `probe_record` remembered, and what of it changes by itself: this rank has answered since."""
         weights, beside = self.__dict__.pop("_probe_recorded")
         answering = recording.unsteady_of(beside, recording.beside_of(self.model_runner.get_model()))
-        unsteady = recording.both(answering, recording.unsteady_loads(self.vllm_config))
-        recording.write(path, self.rank, weights, beside, unsteady)
+        with _of_the_suite("write what this engine computes with"):
+            unsteady = recording.both(answering, recording.unsteady_loads(self.vllm_config))
+            recording.write(path, self.rank, weights, beside, unsteady)
 
     def probe_compare(self, path: str, beside: list[str], unsteady: str | None) -> dict:
         """Compare bit by bit with what was written: what was looked at, and what differs where.
@@ -97,7 +101,8 @@ class Probe:
         return {"rank": self.rank, **counts, "first": [*weights, *others][:SHOWN], "shapes": shapes}
 
     def _probe_beside(self, paths: list[str], unsteady: str) -> list[str]:
-        expected, left_out = recording.agreed(paths, unsteady, self.rank)
+        with _of_the_suite("read what another engine computes with"):
+            expected, left_out = recording.agreed(paths, unsteady, self.rank)
         return recording.differing_beside(recording.beside_of(self.model_runner.get_model()), expected, left_out)
 
     def probe_zero(self) -> dict:
@@ -162,9 +167,10 @@ class Probe:
         """Join a group of the probe's own, for rooflines."""
         if self._probe_group is not None:
             self._probe_group.close()
-        self._probe_group = stateless_init_process_group(
-            address, port, rank_offset + self.rank, world_size, self.device
-        )
+        with _of_the_suite("join the roofline's group"):
+            self._probe_group = stateless_init_process_group(
+                address, port, rank_offset + self.rank, world_size, self.device
+            )
 
     def probe_receive(self, nbytes: int) -> None:
         """Receive `nbytes`, piece by piece: what the hardware takes for the same bytes."""
@@ -197,6 +203,15 @@ class Probe:
 
     def _probe_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return effective_weights(self.model_runner.get_model())
+
+
+@contextlib.contextmanager
+def _of_the_suite(doing: str) -> Iterator[None]:
+    """What is raised here is no fault of the extension."""
+    try:
+        yield
+    except Exception as error:
+        raise SuiteFault(f"could not {doing}: {type(error).__name__}: {error}") from error
 
 
 def _nonzero(weight: torch.Tensor) -> int:

@@ -125,7 +125,7 @@ class Sending:
         started, striking = time.monotonic(), Fault(fault)
         tensors, said = Outgoing(self._trainer, order, alter, striking), TrainerSide(self._links, deadline_s)
         try:
-            self._agree(said, striking, self._announcement(tensors, relabel), call_off)
+            self._agree(said, striking, self._announcement(tensors, said, relabel), call_off)
             sent = self._send(tensors, said, striking)
         except Refused:
             self._half.release()
@@ -155,7 +155,10 @@ class Sending:
     def _speaks(self) -> bool:
         return self._trainer.rank < self._subject.speakers(self._trainer.world_size)
 
-    def _announcement(self, tensors: Outgoing, relabel: str | None) -> dict[str, Any]:
+    def _announcement(self, tensors: Outgoing, said: TrainerSide, relabel: str | None) -> dict[str, Any]:
+        if self._speaks:
+            self._half.gather(tensors)
+        said.begin()
         announced = self._half.announce(tensors) if self._speaks else {}
         announced = self._half.mislabelled(announced, relabel) if relabel is not None else announced
         return {"manifest": tensors.manifest(), **announced}

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ START_DEADLINE_S = 300.0
 PORT_TAKEN, LOG_LINES = ("eaddrinuse", "address already in use"), 400  # what a log says of it, in small letters
 CORES_A_START = 4  # an engine that starts keeps one to three cores busy, more where it compiles bytecode
 MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
-POLL_S = 0.1
+POLL_S, RETRY_S = 0.1, 1.0
 
 
 class PortTaken(Exception):
@@ -70,8 +70,9 @@ class Pool:
         self._failed: dict[EngineKey, Exception] = {}
         self._starting: set[EngineKey] = set()
         self._stopping: list[EngineKey] = []
-        self._wanted: EngineKey | None = None
-        self._served: EngineKey | None = None  # the one that a test got last: its stage's trainer may hold its model
+        self._wanted: tuple[EngineKey, ...] = ()  # what is waited for
+        self._held: tuple[EngineKey, ...] = ()  # the engines of the last test: a trainer may hold the first one's model
+        self._mistake: Exception | None = None  # what the pool itself raised when it last chose an engine to start
         self.patience = Patience()
         self._changed = threading.Condition()
         self._quiet = False
@@ -83,8 +84,10 @@ class Pool:
         `references` are those that a test's engines are compared with, which start right after them. One that no test
         updates ends once it has written down what it computes with.
         """
-        needs = {test: [key for key in keys if not self.room.too_large(key)] for test, keys in needs.items()}
-        references = {test: [key for key in keys if not self.room.too_large(key)] for test, keys in references.items()}
+        needs = {test: [] if self.room.too_large(keys) else keys for test, keys in needs.items()}
+        references = {
+            test: [key for key in keys if not self.room.too_large([key])] for test, keys in references.items()
+        }
         self._by_test = needs
         updated = Counter(key for keys in needs.values() for key in keys)
         in_order = dict.fromkeys(key for test, keys in needs.items() for key in (*keys, *references.get(test, ())))
@@ -94,42 +97,73 @@ class Pool:
         for index in range(starts):
             threading.Thread(target=self._work, name=f"engine-starter-{index}", daemon=True).start()
 
-    def get(self, key: EngineKey) -> EngineHandle:
-        """The engine, waiting for it to start and for room for its trainer. Raises what its start raised."""
-        deadline = time.monotonic() + START_DEADLINE_S + 60
-        with self._changed:
-            self._needs[key] = max(1, self._needs[key])
-            self._records.discard(key)
-            self._wanted = key
-            self._changed.notify_all()
-            while key not in self._started and key not in self._failed:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no engine {key} after {START_DEADLINE_S + 60:g} s: {self._why_not(key)}")
-                self._changed.wait(POLL_S)
-            if key in self._failed:
-                self._wanted = None
-                raise self._failed[key]
-            self._make_room(key, deadline)
-            self._wanted, self._served = None, key
-            return self._started[key]
+    def get_all(self, keys: Sequence[EngineKey]) -> list[EngineHandle]:
+        """A test's engines, once they run and have room beside each other and their trainer.
 
-    def _make_room(self, key: EngineKey, deadline: float) -> None:
-        """Have a trainer's model fit beside the engines on its GPUs: those started ahead give way, the last one first.
-
-        Called with the lock held.
+        Engines that were started ahead give way to them; one that has ended by itself is started again. Raises what a
+        start raised, RuntimeError for a mistake of the pool itself, and TimeoutError.
         """
-        while not self._fits(key):
-            ahead = [other for other in self._started if other != key and self.room.shares_a_gpu(other, key)]
-            if ahead and not self._stopping:
-                self.announce(f"engine {ahead[-1]}: ended, since the trainer of {key} needs its room")
-                self.discard(self._started[ahead[-1]])
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no room for the trainer of {key} beside {', '.join(map(str, self._started))}")
-            self._changed.wait(POLL_S)
+        with self._changed:
+            for key in keys:
+                self._needs[key] = max(1, self._needs[key])
+                self._records.discard(key)
+            self._held = tuple(keys)
+            self._wait_for(self._held, lambda: self._run_all(keys))
+            return [self._started[key] for key in keys]
 
-    def _why_not(self, key: EngineKey) -> str:
-        others = ", ".join(map(str, [*self._started, *self._starting, *self._stopping])) or "no other"
-        return "it is still starting" if key in self._starting else f"it found no room beside what is there: {others}"
+    def _run_all(self, keys: Sequence[EngineKey]) -> bool:
+        """Whether engines run and have room. Raises what the start of one raised. Called with the lock held."""
+        for key in keys:
+            if key in self._failed:
+                raise self._failed[key]
+            if key in self._started and not self._started[key].process.alive:
+                self.announce(f"engine {key}: has ended by itself, and is started again")
+                self.discard(self._started[key])
+        return all(key in self._started and self._fits(key) for key in keys)
+
+    def _wait_for(self, keys: tuple[EngineKey, ...], there: Callable[[], bool]) -> None:
+        """Have these engines come first, and wait until `there`. Called with the lock held."""
+        limit_s = START_DEADLINE_S + 60
+        deadline = time.monotonic() + limit_s
+        self._wanted, self._mistake = keys, None  # an earlier mistake may be over
+        self._changed.notify_all()
+        try:
+            while not there():
+                if self._mistake:
+                    raise RuntimeError(f"no engine can be started: {self._mistake!r}") from self._mistake
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{self._missing()} after {limit_s:g} s: {self._why_not()}")
+                self._make_room()
+                self._changed.wait(POLL_S)
+        finally:
+            self._wanted = ()
+
+    def _make_room(self) -> None:
+        """Where what is waited for lacks room, end an engine that was started ahead: the one that is needed last.
+
+        One at a time: only when it has ended is it known what is free. Called with the lock held.
+        """
+        lacking = {gpu for key in self._wanted for gpu in self._lacking(key)}
+        stays = {*self._wanted, *self._held}
+        ahead = [key for key in self._started if key not in stays and lacking.intersection(self.room.devices_of(key))]
+        if ahead and not self._stopping:
+            last = max(ahead, key=self._needed_at)
+            self.announce(f"engine {last}: ended, since {self._wanted[0]} or its trainer needs its room")
+            self.discard(self._started[last])
+
+    def _needed_at(self, key: EngineKey) -> int:
+        """How many tests end before the next one that needs an engine; all for one that no test updates."""
+        tests = [*self._by_test.values()]
+        return next((index for index, keys in enumerate(tests) if key in keys), len(tests))
+
+    def _missing(self) -> str:
+        missing = [key for key in self._wanted if key not in self._started]
+        return f"no engine {missing[0]}" if missing else f"no room for the trainer of {self._wanted[0]}"
+
+    def _why_not(self) -> str:
+        if starting := [key for key in self._wanted if key in self._starting]:
+            return f"it is still starting: {starting[0]}"
+        return f"there is no room beside {', '.join(map(str, self._there())) or 'no other'}"
 
     def done(self, test: str) -> None:
         """A test has ended: the engines that no later one needs end too."""
@@ -188,19 +222,19 @@ class Pool:
         ranks = range(self._stages[key.stage].engine_ranks)
         files = [path.with_name(f"{path.name}.rank{rank}.safetensors") for rank in ranks]
         reference = self.reference(key, seed, [*self._needs])
-        deadline = time.monotonic() + START_DEADLINE_S + 60
+
+        def written() -> bool:
+            if all(file.exists() for file in files):
+                return True
+            if reference in self._failed:
+                raise NoReference(reference, self._failed[reference]) from self._failed[reference]
+            if self._needs[reference] <= 0:  # no test will update it, so nobody would end it
+                self._needs[reference] = 1
+                self._records.add(reference)
+            return False
+
         with self._changed:
-            while not all(file.exists() for file in files):
-                if self._needs[reference] <= 0:  # no test will update it, so nobody would end it
-                    self._needs[reference] = 1
-                    self._records.add(reference)
-                self._wanted = reference
-                if reference in self._failed:
-                    raise NoReference(reference, self._failed[reference]) from self._failed[reference]
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"engine {reference} has not written what it computes with: {path}")
-                self._changed.wait(POLL_S)
-            self._wanted = None
+            self._wait_for((reference,), written)
         return str(path)
 
     def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
@@ -235,24 +269,40 @@ class Pool:
         return self.launcher.directory / "oracles" / "-".join(map(str, parts))
 
     def _work(self) -> None:
-        while (key := self._next()) is not None:
+        """Start one engine after the other. A mistake of the pool's own does not end that: who waits hears of it."""
+        while not self._closed:
             try:
-                handle = self._start_again_if_port_taken(key)
-            except Exception as error:  # whatever it was, the test that needs the engine reports it
+                if (key := self._next()) is not None:
+                    self._attempt(key)
+            except Exception as error:
                 with self._changed:
-                    self._failed[key] = error
-                self.announce(f"engine {key}: failed to start ({type(error).__name__})")
-            else:
-                with self._changed:
-                    self._started[key] = handle
-                    if key in self._records:
-                        self._needs[key] = 0
-                    over = self._needs[key] <= 0  # also where the tests that needed it have ended meanwhile
-                if over:
-                    self.discard(handle)
-            with self._changed:
-                self._starting.discard(key)
-                self._changed.notify_all()
+                    self._mistake = error
+                    self._changed.notify_all()
+                    self._changed.wait(RETRY_S)
+
+    def _attempt(self, key: EngineKey) -> None:
+        """Start an engine and put down what came of it, before anything is said of it that may fail."""
+        try:
+            handle = self._start_again_if_port_taken(key)
+        except Exception as error:  # whatever it was, the test that needs the engine reports it
+            self._ended_start(key, failed=error)
+            self.announce(f"engine {key}: failed to start ({type(error).__name__})")
+            return
+        if self._ended_start(key, handle):
+            self.discard(handle)
+
+    def _ended_start(self, key: EngineKey, handle: EngineHandle | None = None, failed: Exception | None = None) -> bool:
+        """Put down an engine that has started, or why it has not. Returns whether nothing needs it any more."""
+        with self._changed:
+            self._starting.discard(key)
+            self._changed.notify_all()
+            if failed is not None:
+                self._failed[key] = failed
+                return False
+            self._started[key] = handle
+            if key in self._records:
+                self._needs[key] = 0
+            return self._needs[key] <= 0  # also where the tests that needed it have ended meanwhile
 
     def _next(self) -> EngineKey | None:
         """The engine to start next: the one a test waits for, else the next in order while there is room."""
@@ -269,8 +319,8 @@ class Pool:
         """In order, but for engines on other devices than one that has to wait for room."""
         busy = {*self._started, *self._starting, *self._failed}
         waiting = [key for key, needs in self._needs.items() if needs > 0 and key not in busy]
-        if self._wanted in waiting:
-            return self._wanted if self._fits(self._wanted) else None
+        if wanted := [key for key in self._wanted if key in waiting]:
+            return next(filter(self._fits, wanted), None)
         if len(self._started) + len(self._starting) >= engines_at_once(len(self._started)):
             return None
         taken: set[str] = set()
@@ -282,9 +332,14 @@ class Pool:
         return None
 
     def _fits(self, key: EngineKey) -> bool:
-        """Whether there is room: for the trainer too, which holds the model a test waits for, or else got last."""
-        there = (*self._started, *self._starting, *self._stopping)
-        return self.room.fits(key, there, trained=self._wanted or self._served)
+        return not self._lacking(key)
+
+    def _lacking(self, key: EngineKey) -> set[str]:
+        """The GPUs without room for an engine beside the others and the trainer of the last test, who holds a model."""
+        return self.room.lacking(key, self._there(), trained=next(iter(self._held), None))
+
+    def _there(self) -> tuple[EngineKey, ...]:
+        return (*self._started, *self._starting, *self._stopping)
 
     def _start_again_if_port_taken(self, key: EngineKey) -> EngineHandle:
         """Start an engine, a second time where a port that vLLM had found free was taken before it listened there."""

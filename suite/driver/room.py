@@ -1,7 +1,7 @@
 """Which engines have room beside each other: arithmetic with the memory of GPUs and of the host."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import psutil
 
@@ -34,29 +34,25 @@ class Room:
         self._stages = stages
         self.gpu_memory = {uuid: found for uuid, found in gpu_memory.items() if found is not None}
 
-    def too_large(self, key: EngineKey) -> str:
-        """Why an engine and the trainer of its stage have no room even alone; empty where they have."""
-        for device in self._places_of(key):
-            wanted, found = self._wanted_bytes(device, [key], key), self.gpu_memory.get(device, math.inf)
-            if wanted > GPU_FRACTION * found:
-                share = f"the GPU has {found / GB:.1f} GB, of which {GPU_FRACTION:.0%} may be planned for"
-                return f"{key.model} on {key.stage}: {self._sum(device, key)}; {share}"
+    def too_large(self, keys: Sequence[EngineKey]) -> str:
+        """Why a test's engines and the trainer of their stage have no room even alone; empty where they have."""
+        for device in sorted({device for key in keys for device in self._places_of(key)}):
+            if self._wanted_bytes(device, keys, keys[0]) > self._planned_bytes(device):
+                found = self.gpu_memory[device] / GB
+                share = f"the GPU has {found:.1f} GB, of which {GPU_FRACTION:.0%} may be planned for"
+                return f"{keys[0].model} on {keys[0].stage}: {self._sum(device, keys)}; {share}"
         return ""
 
-    def fits(self, key: EngineKey, there: Iterable[EngineKey], trained: EngineKey | None) -> bool:
-        """Whether the GPUs of an engine have room beside those that are there, and those of a trainer at work.
+    def lacking(self, key: EngineKey, there: Iterable[EngineKey], trained: EngineKey | None) -> set[str]:
+        """The GPUs on which an engine lacks room beside those that are there, and beside a trainer at work.
 
         Engines add up. Of the trainers one holds a model, that of `trained`; the others have let go of theirs.
         """
         others = [other for other in there if other != key]
-        return not others or all(
-            self._wanted_bytes(device, [key, *others], trained) <= GPU_FRACTION * self.gpu_memory.get(device, math.inf)
-            for device in self._places_of(key)
-        )
-
-    def shares_a_gpu(self, one: EngineKey, other: EngineKey) -> bool:
-        """Whether an engine is on a GPU of another one or of its trainer."""
-        return not self._places_of(other).isdisjoint(self.devices_of(one))
+        if not others:
+            return set()
+        places = self._places_of(key)
+        return {gpu for gpu in places if self._wanted_bytes(gpu, [key, *others], trained) > self._planned_bytes(gpu)}
 
     def devices_of(self, key: EngineKey) -> tuple[str, ...]:
         """The UUIDs of an engine's GPUs; none on a CPU."""
@@ -66,10 +62,13 @@ class Room:
         """The GPUs of an engine and of its stage's trainer."""
         return {*self.devices_of(key), *self._stages[key.stage].trainer_devices}
 
-    def _wanted_bytes(self, device: str, keys: list[EngineKey], trained: EngineKey | None) -> float:
+    def _planned_bytes(self, device: str) -> float:
+        return GPU_FRACTION * self.gpu_memory.get(device, math.inf)
+
+    def _wanted_bytes(self, device: str, keys: Sequence[EngineKey], trained: EngineKey | None) -> float:
         return sum(nbytes for nbytes, _ in self._parts(device, keys, trained))
 
-    def _parts(self, device: str, keys: list[EngineKey], trained: EngineKey | None) -> Iterator[tuple[float, str]]:
+    def _parts(self, device: str, keys: Sequence[EngineKey], trained: EngineKey | None) -> Iterator[tuple[float, str]]:
         """What takes a GPU's memory: bytes, and of what they are."""
         for key in keys:
             if device in self.devices_of(key):
@@ -80,10 +79,10 @@ class Room:
         if trained is not None and device in self._stages[trained.stage].trainer_devices:
             yield self._bytes(trained, self._stages[trained.stage].trainer_world_size), "of the trainer's weights"
 
-    def _sum(self, device: str, key: EngineKey) -> str:
-        """What makes up `_wanted_bytes` of one engine, in words."""
-        parts = [f"{nbytes / GB:.1f} GB {what}" for nbytes, what in self._parts(device, [key], key)]
-        return f"{' + '.join(parts)} = {self._wanted_bytes(device, [key], key) / GB:.1f} GB on one GPU"
+    def _sum(self, device: str, keys: Sequence[EngineKey]) -> str:
+        """What makes up `_wanted_bytes` of a test's engines, in words."""
+        parts = [f"{nbytes / GB:.1f} GB {what}" for nbytes, what in self._parts(device, keys, keys[0])]
+        return f"{' + '.join(parts)} = {self._wanted_bytes(device, keys, keys[0]) / GB:.1f} GB on one GPU"
 
     def _bytes(self, key: EngineKey, ranks: int) -> float:
         """The weights of an engine's model in bfloat16, on one of so many ranks."""

@@ -105,6 +105,13 @@ class NotBegun(NoAnswer):
     """A call was not begun in time: the process was still preparing. That says nothing of what was to be called."""
 
 
+class SuiteFault(Exception):
+    """What the suite itself could not do in a process: its own line is gone, its disk is full, it was too slow.
+
+    Its name crosses processes as RemoteError.kind. A test that ends with it is an error, and no fail of its subject.
+    """
+
+
 class Call:
     """A call on its way: its result, or what went wrong, some time later."""
 
@@ -159,7 +166,8 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
 
     Once one has failed, the others get `after_failure_s` more. Raises the first failure by time, with the state of
     the others as notes; DeadlineExceeded for the first unfinished call if none failed. Before either comes NotBegun,
-    for a call that its process has not come to: the others may have failed for want of it.
+    for a call that its process has not come to: the others may have failed for want of it. A process that has died
+    comes before a SuiteFault, which may be no more than how another one found out.
     """
     futures = [call.future for call in calls]
     deadline = time.monotonic() + deadline_s
@@ -173,12 +181,20 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
     for call in late:
         call.process.write_stacks()
     not_begun = [call for call in late if call.process.preparing(call)]
-    first = (not_begun or sorted(failed, key=lambda call: call.finished_at) or late)[0]
+    first = (not_begun or _by_cause(failed) or late)[0]
     error = first.error() or first.overdue()
     for other in calls:
         if other is not first:
             error.add_note(f"meanwhile: {_state(other)}")
     raise error
+
+
+def _by_cause(failed: list[Call]) -> list[Call]:
+    """By time; where the first is a SuiteFault, those whose process has died come before it."""
+    in_time = sorted(failed, key=lambda call: call.finished_at)
+    if in_time and getattr(in_time[0].error(), "kind", "") == SuiteFault.__name__:
+        in_time.sort(key=lambda call: not isinstance(call.error(), ProcessDied))
+    return in_time
 
 
 def _unfinished(futures: list[Future[Any]], limit_s: float, until: str = ALL_COMPLETED) -> set[Future[Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from suite.actors import dialogue
 from suite.actors.dialogue import ENGINE_SAYS, TRAINER_SAYS, EngineSide, Line, TrainerSide
 from suite.actors.link import Link, LinkError
+from suite.processes.call import SuiteFault
 
 DEADLINE_S, SHORT_S = 20.0, 0.2
 STATES = [*TRAINER_SAYS]
@@ -41,6 +43,7 @@ def test_both_tables_have_the_same_states_and_nothing_is_said_after_the_end():
 
 def test_an_update_from_its_announcement_to_its_end(sides: tuple[TrainerSide, EngineSide], links: tuple[Link, Link]):
     trainer, engine = sides
+    trainer.begin()
     trainer.lines[0].say(dialogue.ANNOUNCE, DEADLINE_S, {"manifest": [1]})
     assert engine.announced() == [{"manifest": [1]}]
     links[0].send({dialogue.GO: True}, DEADLINE_S)
@@ -75,6 +78,7 @@ def test_what_the_table_does_not_have_is_neither_said_nor_heard(links: tuple[Lin
     "message", [{}, {"announce": []}, {"announce": True}, {"failed": True}, {"failed": "why", "announce": {}}]
 )
 def test_what_is_malformed_is_not_heard(links: tuple[Link, Link], message: dict):
+    links[0].send({dialogue.BEGUN: True}, DEADLINE_S)
     links[0].send(message, DEADLINE_S)
     with pytest.raises(LinkError, match="the trainer sent"):
         EngineSide([links[1]], DEADLINE_S).announced()
@@ -84,6 +88,7 @@ def test_a_side_that_has_heard_that_it_is_over_says_no_more(
     sides: tuple[TrainerSide, EngineSide], links: tuple[Link, Link]
 ):
     trainer, engine = sides
+    trainer.begin()
     trainer.lines[0].say(dialogue.ANNOUNCE, DEADLINE_S, {})
     engine.announced()
     trainer.failed(ValueError("no memory"))
@@ -98,6 +103,24 @@ def test_a_side_that_has_heard_that_it_is_over_says_no_more(
 def test_refusals_and_announcements_may_cross(sides: tuple[TrainerSide, EngineSide]):
     trainer, engine = sides
     engine.refuse(TimeoutError("nothing came"))
+    trainer.begin()
     assert trainer.announce({}) == ["TimeoutError: nothing came"]
     trainer.decide(go=False)
     assert trainer.lines[0].state == "over"
+
+
+def test_a_trainer_that_is_silent_before_it_calls_the_subject_is_the_suites_fault(links: tuple[Link, Link]):
+    with pytest.raises(SuiteFault, match="the subject was not called in time"):
+        EngineSide([links[1]], SHORT_S).announced()
+
+
+def test_a_trainer_that_is_silent_once_it_has_called_the_subject_is_the_subjects_fault(links: tuple[Link, Link]):
+    TrainerSide(links[:1], DEADLINE_S).begin()
+    with pytest.raises(dialogue.NotAnnounced, match=r"was called and announced nothing for 0\.2 s"):
+        EngineSide([links[1]], SHORT_S).announced()
+
+
+def test_a_subject_that_was_called_at_the_last_moment_is_not_blamed(links: tuple[Link, Link]):
+    threading.Timer(0.7, TrainerSide(links[:1], DEADLINE_S).begin).start()
+    with pytest.raises(SuiteFault, match=r"called 0\.\d s before the deadline"):
+        EngineSide([links[1]], 1.0).announced()

@@ -6,6 +6,7 @@ import pickle
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +21,11 @@ from extensions.handles import HandleError
 from extensions.manifest import ManifestError, manifest_of
 from extensions.segments import SharedSegment
 from suite.actors import link
-from suite.actors.dialogue import ANNOUNCE, CALL_OFF, ENDED, GO, READY, REFUSED, Cancelled, NotAnnounced
+from suite.actors.dialogue import ANNOUNCE, BEGUN, CALL_OFF, ENDED, GO, READY, REFUSED, Cancelled
 from suite.actors.engine import Engine, WorkerError
 from suite.actors.link import GREETING, LinkError, Listener
 from suite.actors.probe import Probe
+from suite.processes.call import SuiteFault
 from suite.selftest.fakes import CPU, Worker, fitted, tensors, untouched
 from suite.selftest.properties import examples
 from suite.selftest.strangers import Bait, data_as, hostile_bytes
@@ -70,7 +72,7 @@ def test_strangers_alone_are_no_trainer(listener: Listener, socket_path: str, ba
         for says in said.values():
             stack.enter_context(stranger(socket_path, says))
         stack.enter_context(stranger(socket_path, b"gone")).close()
-        with pytest.raises(LinkError, match=rf"no trainer connected within 0\.3 s; {len(said)} that did not greet"):
+        with pytest.raises(SuiteFault, match=rf"no trainer connected within 0\.3 s; {len(said)} that did not greet"):
             listener.accept(SHORT_S)
 
 
@@ -78,7 +80,7 @@ def test_a_crowd_that_says_nothing_keeps_nobody_waiting(listener: Listener, sock
     with contextlib.ExitStack() as stack:
         for _ in range(3 * link.STRANGERS):
             stack.enter_context(stranger(socket_path, b""))
-        with pytest.raises(LinkError, match=r"no trainer connected within 0\.3 s$"):
+        with pytest.raises(SuiteFault, match=r"no trainer connected within 0\.3 s$"):
             listener.accept(SHORT_S)
         trainer = link.connect(socket_path, DEADLINE_S)
         engine = listener.accept(DEADLINE_S)
@@ -139,6 +141,7 @@ def serve(engine: Engined, socket_path: str, segment: SharedSegment, worker: Pro
     """A whole update by the rightful trainer."""
     trainer = link.connect(socket_path, DEADLINE_S)
     engine.accept(1)
+    trainer.send({BEGUN: True}, DEADLINE_S)
     trainer.send({ANNOUNCE: announcement(segment, 2)}, DEADLINE_S)
     trainer.send({GO: True}, DEADLINE_S)
     engine.update(DEADLINE_S)
@@ -154,12 +157,19 @@ def test_what_follows_a_greeting_is_refused_in_time(
     with stranger(socket_path, GREETING + hostile_bytes(bait.pickled)[what]):
         engine.accept(1)
         started = time.monotonic()
-        with pytest.raises((LinkError, NotAnnounced), match=r"the trainer (sent nothing|is gone|sent \[\])"):
+        with pytest.raises((LinkError, SuiteFault), match=r"the trainer (sent nothing|is gone|sent \[\])"):
             engine.update(SHORT_S)
         assert time.monotonic() - started < SHORT_S + 1
         assert worker.model.calls == []
         assert untouched(worker)
     serve(engine, socket_path, segment, worker)
+
+
+def test_what_only_the_suite_could_not_do_in_a_worker_is_its_own_fault(engine: Engined, tmp_path: Path):
+    with pytest.raises(SuiteFault, match="probe_compare: rank 0: SuiteFault: could not read what another engine"):
+        engine.rpc("probe_compare", str(tmp_path / "missing"))
+    with pytest.raises(WorkerError, match="probe_memory_peak: rank 0: AttributeError"):
+        engine.rpc("probe_memory_peak")
 
 
 WRONG_MESSAGES = {
@@ -184,6 +194,7 @@ def test_a_pickle_where_data_is_expected_is_refused_and_left_alone(
     wrong = WRONG_MESSAGES[what](announcement(segment), data_as(bait.pickled)[form])
     hostile = link.connect(socket_path, DEADLINE_S)
     engine.accept(1)
+    hostile.send({BEGUN: True}, DEADLINE_S)
     hostile.send({ANNOUNCE: wrong}, DEADLINE_S)
     hostile.send({GO: True}, DEADLINE_S)
     with pytest.raises((ValueError, WorkerError)) as caught:
@@ -219,6 +230,7 @@ def test_anything_but_go_calls_the_update_off(
 ):
     hostile = link.connect(socket_path, DEADLINE_S)
     engine.accept(1)
+    hostile.send({BEGUN: True}, DEADLINE_S)
     hostile.send({ANNOUNCE: announcement(segment)}, DEADLINE_S)
     hostile.send(decision, DEADLINE_S)
     with pytest.raises(Cancelled if decision == {CALL_OFF: True} else LinkError):

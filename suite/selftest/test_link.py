@@ -12,6 +12,7 @@ import pytest
 
 from suite.actors import link
 from suite.actors.link import Link, LinkError, Listener
+from suite.processes.call import SuiteFault
 
 DEADLINE_S, SHORT_S = 10.0, 0.3
 
@@ -35,9 +36,9 @@ def wild() -> Iterator[tuple[socket.socket, Link]]:
         there.close()
 
 
-def failing(call: Callable[[], object], said: str, within_s: float = SHORT_S) -> None:
+def failing(call: Callable[[], object], said: str, within_s: float = SHORT_S, raises: type = LinkError) -> None:
     started = time.monotonic()
-    with pytest.raises(LinkError, match=said):
+    with pytest.raises(raises, match=said):
         call()
     assert time.monotonic() - started < within_s + 1
 
@@ -82,12 +83,20 @@ def test_what_is_no_plain_data_is_refused_where_it_is_sent(pair: tuple[Link, Lin
 
 
 def test_connecting_where_nobody_listens_says_where(socket_path: str):
-    failing(lambda: link.connect(socket_path, DEADLINE_S), "no engine listens at .*engine.sock: FileNotFoundError")
+    failing(
+        lambda: link.connect(socket_path, DEADLINE_S),
+        "no engine listens at .*engine.sock: FileNotFoundError",
+        raises=SuiteFault,
+    )
 
 
 def test_connecting_to_an_engine_that_has_gone_says_so(listener: Listener, socket_path: str):
     listener.close()
-    failing(lambda: link.connect(socket_path, DEADLINE_S), "no engine listens at .*ConnectionRefusedError")
+    failing(
+        lambda: link.connect(socket_path, DEADLINE_S),
+        "no engine listens at .*ConnectionRefusedError",
+        raises=SuiteFault,
+    )
 
 
 def test_an_engine_takes_the_place_of_one_that_has_gone(listener: Listener, socket_path: str):
@@ -100,7 +109,7 @@ def test_an_engine_takes_the_place_of_one_that_has_gone(listener: Listener, sock
 
 
 def test_awaiting_a_trainer_has_a_deadline(listener: Listener):
-    failing(lambda: listener.accept(SHORT_S), r"no trainer connected within 0\.3 s")
+    failing(lambda: listener.accept(SHORT_S), r"no trainer connected within 0\.3 s", raises=SuiteFault)
 
 
 # ---- dead and silent peers

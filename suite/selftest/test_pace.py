@@ -124,7 +124,7 @@ def test_the_first_engine_that_a_test_is_lent_measures_it(monkeypatch: pytest.Mo
     engines = {name: SimpleNamespace(key=SimpleNamespace(seed=0), become=lambda subject: None) for name in
                ("first", "second")}  # fmt: skip
     pool = SimpleNamespace(
-        room=SimpleNamespace(too_large=lambda key: ""), get=engines.get,
+        room=SimpleNamespace(too_large=lambda keys: ""), get_all=lambda keys: [engines[key] for key in keys],
         timeline=lambda what, name: contextlib.nullcontext(),
         patience=Patience(),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 
 from suite.driver import pool as module
 from suite.driver import room, variables
-from suite.driver.engines import EngineKey
+from suite.driver.engines import EngineHandle, EngineKey
 from suite.driver.pool import Pool
 from suite.models import MODELS, TIED
 from suite.session.verdicts import ERROR, judge
@@ -41,6 +41,7 @@ class Engine:
         self.devices: list = [label]
         self.log = ""
         self.stopped = threading.Event()
+        self.alive = True
 
     def ready(self, deadline_s: float) -> dict:
         assert self.may_end.wait(SOON_S)
@@ -99,6 +100,11 @@ def eventually(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"expected {what} within {SOON_S} s"
         time.sleep(0.01)
+
+
+def get(pool: Pool, key: EngineKey) -> EngineHandle:
+    """What a test of one engine is lent."""
+    return pool.get_all([key])[0]
 
 
 class Asked:
@@ -174,10 +180,10 @@ def test_an_engine_that_starts_ahead_waits_for_room(pool: Pool, started: Started
     for key in (A, B, C):
         started.of(key).let()
     assert started.stays_at(3)
-    pool.get(A)
+    get(pool, A)
     pool.done("0")
     started.of(D).let()
-    assert pool.get(D).key == D
+    assert get(pool, D).key == D
 
 
 def test_the_engine_that_a_test_waits_for_comes_first_and_needs_no_room(pool: Pool, started: Started):
@@ -185,7 +191,7 @@ def test_the_engine_that_a_test_waits_for_comes_first_and_needs_no_room(pool: Po
     for key in (A, B, C):
         started.of(key).let()
     assert started.stays_at(3)
-    asked = Asked(pool.get, E)
+    asked = Asked(get, pool, E)
     started.of(E).let()
     assert asked().key == E
     assert started.stays_at(4)
@@ -193,7 +199,7 @@ def test_the_engine_that_a_test_waits_for_comes_first_and_needs_no_room(pool: Po
 
 def test_an_engine_that_was_not_planned_is_started_when_asked_for(pool: Pool, started: Started):
     plan(pool)
-    asked = Asked(pool.get, A)
+    asked = Asked(get, pool, A)
     started.of(A).let()
     assert asked().key == A
 
@@ -209,7 +215,7 @@ def test_what_an_engine_is_told(pool: Pool, started: Started, tmp_path: Path):
     assert (Path(told["model"]) / "model.safetensors").exists()
     assert str(tmp_path) in told["link_path"]
     engine.let()
-    handle = pool.get(key)
+    handle = get(pool, key)
     assert (handle.ranks, handle.facts, handle.link_path) == (2, {"devices": [engine.label]}, told["link_path"])
     assert [line.partition(":")[2][:12] for line in started.said] == [" starting", " ready after"]
 
@@ -222,10 +228,10 @@ def test_an_engine_is_on_the_gpus_of_its_stage_or_not_used(pool: Pool, started: 
     engine.devices = [{"id": found}]
     engine.let()
     if found == "GPU-1":
-        assert pool.get(key).process is engine
+        assert get(pool, key).process is engine
         return
     with pytest.raises(RuntimeError, match=r"on \('GPU-1',\), found it on \('GPU-0',\)"):
-        pool.get(key)
+        get(pool, key)
     assert engine.stopped.is_set()
 
 
@@ -260,7 +266,7 @@ def test_a_checkpoint_is_written_once(pool: Pool, monkeypatch: pytest.MonkeyPatc
 def test_tests_share_an_engine_until_the_last_has_ended(pool: Pool, started: Started):
     plan(pool, [A], [A], [A])
     started.of(A).let()
-    handles = [pool.get(A) for _ in range(3)]
+    handles = [get(pool, A) for _ in range(3)]
     assert all(handle is handles[0] for handle in handles)
     pool.done("0")
     pool.done("1")
@@ -283,7 +289,7 @@ def test_a_test_of_two_engines_needs_both(pool: Pool, started: Started):
     plan(pool, [A, B], [B])
     for key in (A, B):
         started.of(key).let()
-    first, second = pool.get(A), pool.get(B)
+    first, second = get(pool, A), get(pool, B)
     pool.done("0")
     assert first.process.stopped.wait(SOON_S)
     assert not second.process.stopped.wait(A_WHILE_S)
@@ -292,12 +298,12 @@ def test_a_test_of_two_engines_needs_both(pool: Pool, started: Started):
 def test_an_engine_that_is_discarded_is_replaced_for_the_next_test(pool: Pool, started: Started):
     plan(pool, [A], [A])
     started.of(A).let()
-    old = pool.get(A)
+    old = get(pool, A)
     pool.discard(old)
     pool.discard(old)
     pool.done("0")
     assert old.process.stopped.wait(SOON_S)
-    asked = Asked(pool.get, A)
+    asked = Asked(get, pool, A)
     assert asked.waits()
     started.of(A, again=1).let()
     assert asked() is not old
@@ -321,18 +327,18 @@ def test_nothing_starts_after_the_end(pool: Pool, started: Started):
 
 def test_a_start_that_fails_reaches_every_test_that_needs_it_and_no_other(pool: Pool, started: Started):
     plan(pool, [A], [A], [B])
-    asked = Asked(pool.get, A)
+    asked = Asked(get, pool, A)
     assert asked.waits()
     started.of(A).let(RuntimeError("no such extension"))
     started.of(B).let()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no such extension"):
-            pool.get(A)
+            get(pool, A)
     with pytest.raises(RuntimeError, match="no such extension"):
         asked()
     assert started.of(A).stopped.wait(SOON_S)
     assert any(line.endswith("failed to start (RuntimeError)") for line in started.said)
-    assert pool.get(B).key == B
+    assert get(pool, B).key == B
     assert started.stays_at(2), "expected a failed engine not to be tried again"
 
 
@@ -344,14 +350,14 @@ def test_a_process_that_cannot_be_started_reaches_the_test(pool: Pool):
     plan(pool, [A], [B])
     for key in (A, B):
         with pytest.raises(OSError, match="no more processes"):
-            pool.get(key)
+            get(pool, key)
 
 
 def test_waiting_for_an_engine_has_a_deadline(pool: Pool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "START_DEADLINE_S", -59.8)
     plan(pool, [A])
     with pytest.raises(TimeoutError, match=r"no engine .* broadcast seed=0 after 0\.2 s: it is still starting"):
-        pool.get(A)
+        get(pool, A)
 
 
 # ---- quiet
@@ -367,7 +373,7 @@ def test_no_engine_starts_while_it_is_quiet(pool: Pool, started: Started):
             entered.set()
             leave.wait(SOON_S)
 
-    pool.get(A)
+    get(pool, A)
     started.of(C)
     measuring = Asked(measure)
     assert measuring.waits()
@@ -375,12 +381,12 @@ def test_no_engine_starts_while_it_is_quiet(pool: Pool, started: Started):
     started.of(B).let()
     started.of(C).let()
     assert entered.wait(SOON_S)
-    pool.discard(pool.get(B))
+    pool.discard(get(pool, B))
     assert started.stays_at(3)
     leave.set()
     measuring()
     started.of(B, again=1).let()
-    assert pool.get(B).process is started.of(B, again=1)
+    assert get(pool, B).process is started.of(B, again=1)
 
 
 def test_it_is_not_quiet_any_more_after_an_error(pool: Pool, started: Started):
@@ -399,7 +405,7 @@ def test_a_reference_that_no_test_updates_ends_when_it_has_written(pool: Pool, s
         started.of(key).write(0)
         started.of(key).let()
     assert started.of(B).stopped.wait(SOON_S)
-    assert pool.get(A).process is started.of(A)
+    assert get(pool, A).process is started.of(A)
     assert not started.of(A).stopped.is_set()
     assert pool.oracle(A, 1) == started.of(B).arguments["oracle_path"]
     assert pool.oracle(A, 0) == started.of(A).arguments["oracle_path"]
@@ -438,7 +444,7 @@ def test_an_oracle_that_fails_to_start_reaches_the_test(pool: Pool, started: Sta
 
 def test_an_engine_whose_port_was_taken_is_started_once_more(pool: Pool, started: Started):
     plan(pool, [A])
-    asked = Asked(pool.get, A)
+    asked = Asked(get, pool, A)
     for again in (0, 1):
         engine = started.of(A, again)
         engine.log = "DistNetworkError: The server socket has failed to listen: EADDRINUSE"
@@ -448,7 +454,7 @@ def test_an_engine_whose_port_was_taken_is_started_once_more(pool: Pool, started
 
 def test_an_engine_that_fails_otherwise_is_not_started_again(pool: Pool, started: Started):
     plan(pool, [A])
-    asked = Asked(pool.get, A)
+    asked = Asked(get, pool, A)
     started.of(A).let(RuntimeError("Engine core initialization failed"))
     with pytest.raises(RuntimeError, match="initialization failed"):
         asked()
@@ -482,27 +488,131 @@ def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started,
     large, small = (EngineKey(model, "gpu", "colocate", None) for model in ("qwen3-32b", "qwen3-14b"))
     plan(pool, [large])
     assert started.stays_at(int(fits))
-    assert pool.room.too_large(small) == ""
+    assert pool.room.too_large([small]) == ""
     says = (
         "qwen3-32b on gpu: 65.5 GB of the engine's weights + 2.0 GB beside them + 5.0 GB of trainers without theirs"
         " + 65.5 GB of the trainer's weights = 138.0 GB on one GPU; the GPU has 86.0 GB, of which 90% may be planned"
         " for"
     )
-    assert pool.room.too_large(large) == ("" if fits else says)
+    assert pool.room.too_large([large]) == ("" if fits else says)
 
 
-def test_an_engine_that_was_started_ahead_gives_way_to_a_trainer(
-    pool: Pool, started: Started, monkeypatch: pytest.MonkeyPatch
-):
-    """14B and 8B fit beside each other, but not with a trainer's copy of 14B."""
+@pytest.fixture
+def on_gpus(pool: Pool, started: Started, monkeypatch: pytest.MonkeyPatch) -> Pool:
+    """Engines on GPUs, each where its stage says; two of `gpu-pair` share GPU-2 with that stage's trainer."""
     monkeypatch.setattr(module, "_expect_on", lambda *_: None)
-    pool.room.gpu_memory = {"GPU-1": 86e9}
-    first, later = (EngineKey(model, "gpu", "colocate", None) for model in ("qwen3-14b", "qwen3-8b"))
-    plan(pool, [first], [later])
+    pair = Stage("gpu-pair", "gpu", 1, 1, True, ("GPU-2", "GPU-2"), ("GPU-2",), ("2", "2"), ("2",), engines=2)
+    monkeypatch.setattr(pool, "_stages", pool._stages | {"gpu-pair": pair})
+    monkeypatch.setattr(pool.room, "_stages", pool._stages)
+    pool.room.gpu_memory = {"GPU-1": 86e9, "GPU-2": 86e9}
+    return pool
+
+
+def gpu_engine(model: str, stage: str = "gpu", copy: int = 0) -> EngineKey:
+    return EngineKey(model, stage, "colocate", None, copy=copy)
+
+
+def test_an_engine_that_was_started_ahead_gives_way_to_a_trainer(on_gpus: Pool, started: Started):
+    """14B and 8B fit beside each other, but not with a trainer's copy of 14B."""
+    first, later = gpu_engine("qwen3-14b"), gpu_engine("qwen3-8b")
+    plan(on_gpus, [first], [later])
     for key in (first, later):
         started.of(key).let()
-    assert pool.get(first).process is started.of(first)
+    assert get(on_gpus, first).process is started.of(first)
     assert started.of(later).stopped.wait(SOON_S), "expected the engine that was started ahead to end"
+
+
+def test_an_engine_that_was_started_ahead_gives_way_to_one_that_has_not_started(on_gpus: Pool, started: Started):
+    """8B was started ahead and stands where 14B and its trainer's copy, asked for now, have no room beside it."""
+    ahead, asked_for = gpu_engine("qwen3-8b"), gpu_engine("qwen3-14b")
+    plan(on_gpus, [ahead])
+    started.of(ahead).let()
+    eventually(lambda: ahead in on_gpus._started, "the engine that starts ahead")
+    asked = Asked(get, on_gpus, asked_for)
+    assert started.of(ahead).stopped.wait(SOON_S), "expected the engine that was started ahead to end"
+    started.of(asked_for).let()
+    assert asked().key == asked_for
+
+
+def test_an_engine_that_was_started_ahead_gives_way_to_a_reference(on_gpus: Pool, started: Started):
+    first, ahead = (EngineKey("qwen3-8b", "gpu", "colocate", seed) for seed in (None, 2))
+    on_gpus.checkpoint = lambda *_: ""
+    on_gpus.room.gpu_memory = {"GPU-1": 70e9}  # three times 16.4 GB, 2 GB beside each of two, 5 GB of trainers
+    plan(on_gpus, [first], [ahead])
+    for key in (first, ahead):
+        started.of(key).let()
+    served = get(on_gpus, first)
+    eventually(lambda: ahead in on_gpus._started, "the engine that starts ahead")
+    asked = Asked(on_gpus.oracle, first, 1)
+    assert started.of(ahead).stopped.wait(SOON_S), "expected the engine that was started ahead to end"
+    started.of(replace(first, seed=1)).write(0)
+    started.of(replace(first, seed=1)).let()
+    asked()
+    assert not served.process.stopped.is_set(), "expected the engine that the test has to stay"
+
+
+def test_neither_engine_of_a_test_gives_way_to_the_other(on_gpus: Pool, started: Started):
+    """All three fit beside each other; with the trainer's copy the two that the test has, and no third."""
+    pair = [gpu_engine("qwen3-8b", "gpu-pair", copy) for copy in (0, 1)]
+    ahead = gpu_engine("qwen3-4b", "gpu-pair")
+    on_gpus.room.gpu_memory = {"GPU-2": 68e9}
+    plan(on_gpus, [ahead], pair)
+    started.of(ahead).let()
+    for copy in (0, 1):
+        started.of(pair[copy], again=copy).let()
+    eventually(lambda: len(on_gpus._started) == 3, "three engines")
+    engines = on_gpus.get_all(pair)
+    assert [engine.key for engine in engines] == pair
+    assert started.of(ahead).stopped.wait(SOON_S)
+    assert not any(engine.process.stopped.is_set() for engine in engines), "expected a test's own engines to stay"
+
+
+def test_what_gives_way_is_on_the_gpu_that_lacks_room_and_needed_last(on_gpus: Pool, started: Started):
+    soon, last = gpu_engine("qwen3-4b"), gpu_engine("qwen3-8b")
+    elsewhere, asked_for = gpu_engine("qwen3-4b", "gpu-pair"), gpu_engine("qwen3-14b")
+    plan(on_gpus, [soon], [last], [soon], [elsewhere])
+    for key in (soon, last, elsewhere):
+        started.of(key).let()
+    eventually(lambda: len(on_gpus._started) == 3, "three engines")
+    asked = Asked(get, on_gpus, asked_for)
+    assert started.of(last).stopped.wait(SOON_S)
+    started.of(asked_for).let()
+    asked()
+    assert not started.of(elsewhere).stopped.is_set(), "expected an engine on another GPU to stay"
+    assert not started.of(soon).stopped.is_set(), "expected the engine that is needed sooner to stay"
+
+
+def test_engines_of_one_test_that_never_fit_together_are_not_waited_for(on_gpus: Pool, started: Started):
+    pair = [gpu_engine("qwen3-14b", "gpu-pair", copy) for copy in (0, 1)]
+    assert on_gpus.room.too_large(pair[:1]) == ""
+    assert "= 97.6 GB on one GPU" in on_gpus.room.too_large(pair)
+    plan(on_gpus, pair)
+    assert started.stays_at(0)
+
+
+def test_an_engine_that_has_ended_by_itself_is_replaced(pool: Pool, started: Started):
+    plan(pool, [A], [A])
+    started.of(A).let()
+    get(pool, A).process.alive = False
+    asked = Asked(get, pool, A)
+    started.of(A, again=1).let()
+    assert asked().process is started.of(A, again=1)
+
+
+def test_a_mistake_in_the_pool_reaches_who_waits_and_the_next_engine_starts(
+    pool: Pool, started: Started, monkeypatch: pytest.MonkeyPatch
+):
+    def wrong(*_: object) -> None:
+        raise KeyError("no such stage")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool, "_fits", wrong)
+        plan(pool, [A])
+        with pytest.raises(RuntimeError, match=r"no engine can be started: KeyError\('no such stage'\)"):
+            get(pool, A)
+    asked = Asked(get, pool, A)
+    started.of(A).let()
+    assert asked().key == A
 
 
 def test_engines_that_share_a_gpu_pass_for_hosts_of_their_own():

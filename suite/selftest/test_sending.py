@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from suite.actors import sending
-from suite.actors.dialogue import CALLED_OFF, Cancelled, EngineSide, Refused, TrainersHalfFailed
-from suite.actors.link import Link
+from suite.actors.dialogue import CALLED_OFF, Cancelled, EngineSide, NotAnnounced, Refused, TrainersHalfFailed
+from suite.actors.link import Link, LinkError
 from suite.actors.sending import Fault, Outgoing, Sending
+from suite.processes.call import SuiteFault
 from suite.subjects.protocol import TrainerHalf
 
 DEADLINE_S = 20.0
@@ -135,6 +136,27 @@ def test_an_engine_hears_of_a_half_that_fails_before_it_announces(rank: tuple[Se
         rank[0].update(DEADLINE_S)
     serving.join(DEADLINE_S)
     assert "TypeError" in str(heard[-1])
+
+
+@pytest.mark.parametrize(("hangs", "raised"), [("gather", SuiteFault), ("announce", NotAnnounced)])
+def test_who_keeps_an_engine_waiting_is_told_apart(rank: tuple[Sending, EngineSide], hangs: str, raised: type):
+    """What the suite gathers is its own affair; once the sender has it, the sender is waited for."""
+    go = threading.Event()
+    setattr(rank[0]._half, hangs, lambda tensors: go.wait(DEADLINE_S) and {})
+    rank[1]._deadline_s = 0.5
+
+    def update() -> None:
+        with contextlib.suppress(LinkError):
+            rank[0].update(DEADLINE_S)
+
+    updating = threading.Thread(target=update, daemon=True)
+    updating.start()
+    with pytest.raises(raised):
+        rank[1].announced()
+    rank[1]._lines[0]._link.close()
+    go.set()
+    updating.join(DEADLINE_S)
+    assert not updating.is_alive()
 
 
 def test_what_a_sender_raises_is_raised_and_what_it_handed_over_is_kept(rank: tuple[Sending, EngineSide]):

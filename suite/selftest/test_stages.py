@@ -184,3 +184,12 @@ def test_a_machine_without_gpus_says_why(nvidia_smi, said, code, note):
 def test_the_memory_of_gpus_goes_by_uuid(nvidia_smi):
     nvidia_smi("GPU-1, 81559\nGPU-2, [N/A]\nno such line\n")
     assert hardware.gpu_memory_bytes() == {"GPU-1": 81559 << 20, "GPU-2": None}
+
+
+@pytest.mark.parametrize(
+    ("profile", "gigabytes"), [("1g.10gb", 10), ("3g.40gb", 40), ("1g.10gb+me", 10), ("1c.3g.40gb", 40), ("odd", None)]
+)
+def test_the_memory_of_a_slice_is_in_its_name(nvidia_smi, profile, gigabytes):
+    nvidia_smi(SLICED.replace("1g.10gb", profile))
+    found = hardware.gpu_memory_bytes()["MIG-bbbb2222-0000-0000-0000-000000000000"]
+    assert found == (gigabytes and gigabytes * 10**9)

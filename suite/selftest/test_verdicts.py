@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from suite.processes.call import DeadlineExceeded, NotBegun, ProcessDied, RemoteError
+from suite.processes.call import Call, DeadlineExceeded, NotBegun, ProcessDied, RemoteError, gather
 from suite.session.verdicts import ERROR, FAIL, Judgement, judge
 
 
@@ -18,15 +18,30 @@ def late(kind: type[Exception], said: str) -> Exception:
     return kind(said, process, "update()")
 
 
-@pytest.mark.parametrize("error", [raised("WorkerError", "no"), late(DeadlineExceeded, ""), late(ProcessDied, "")])
+@pytest.mark.parametrize(
+    "error",
+    [raised("WorkerError", "no"), raised("NotAnnounced", "hangs"), late(DeadlineExceeded, ""), late(ProcessDied, "")],
+)
 def test_what_the_subjects_half_of_an_update_ends_with_is_a_fail(error: Exception):
     assert judge("call", error).verdict == FAIL
     assert judge("setup", error).verdict == ERROR
 
 
-@pytest.mark.parametrize("error", [raised("NotAnnounced", "nothing came"), late(NotBegun, "still importing")])
+@pytest.mark.parametrize("error", [raised("SuiteFault", "nothing came"), late(NotBegun, "still importing")])
 def test_what_only_the_suite_was_too_slow_for_is_an_error(error: Exception):
     assert judge("call", error).verdict == ERROR
+
+
+def test_a_process_that_has_died_comes_before_how_the_suite_found_out():
+    process = SimpleNamespace(name="engine-1", log_path="", tail=lambda: "", preparing=lambda call: "")
+    for last in (late(ProcessDied, ""), raised("WorkerError", "no peer")):
+        calls = [Call(process, what) for what in ("connect()", "accept()")]
+        calls[0].finish(error=raised("SuiteFault", "no engine listens"))
+        calls[1].finish(error=last)
+        with pytest.raises((ProcessDied, RemoteError)) as caught:
+            gather(calls, 1)
+        expected = FAIL if isinstance(last, ProcessDied) else ERROR
+        assert judge("call", caught.value).verdict == expected
 
 
 def test_the_cause_is_the_same_in_another_case_and_another_process():

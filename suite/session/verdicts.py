@@ -13,13 +13,13 @@ from typing import NoReturn
 import pytest
 
 from suite.driver.patience import GivenUp
-from suite.processes.call import DeadlineExceeded, ProcessDied, RemoteError
+from suite.processes.call import DeadlineExceeded, ProcessDied, RemoteError, SuiteFault
 
 PASS, FAIL, ERROR = "pass", "fail", "error"
 UNSUPPORTED, NOT_APPLICABLE = "unsupported", "not-applicable"
 WAIVED = "waived"
 JUDGED = (PASS, FAIL, ERROR, WAIVED)
-SUITE_KINDS = ("NotAnnounced",)  # raised in other processes, by what is not examined
+SUITE_KINDS = (SuiteFault.__name__,)  # raised in other processes, by what is not examined
 FAILURES = (AssertionError, pytest.fail.Exception, RemoteError, DeadlineExceeded, ProcessDied)
 DETAIL_CHARACTERS, CAUSE_CHARACTERS = 2000, 300
 SAYS = ("expected: ", "found: ")

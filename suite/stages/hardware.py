@@ -12,6 +12,7 @@ NVIDIA_SMI_DEADLINE_S = 30
 
 # Lines of `nvidia-smi -L`: "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-...)" and, below it, the slices it is cut into.
 GPU_LINE = re.compile(r"GPU (?P<gpu>\d+): (?P<name>.*) \(UUID: (?P<uuid>GPU-[^)]+)\)")
+SLICE_PROFILE = re.compile(r"MIG \S*?\d+g\.(?P<gigabytes>\d+)gb")  # "MIG 1g.10gb", "MIG 1c.3g.40gb", "MIG 1g.10gb+me"
 SLICE_LINE = re.compile(r"\s+(?P<name>MIG .*\S)\s+Device\s+\d+: \(UUID: (?P<uuid>MIG-[^)]+)\)")
 
 
@@ -110,9 +111,15 @@ def query(fields: str) -> list[list[str]]:
 
 
 def gpu_memory_bytes() -> dict[str, int | None]:
-    """The memory of every GPU, by UUID; None where nvidia-smi does not know it."""
+    """The memory of every GPU and MIG slice, by UUID; None where nvidia-smi does not say. A slice's is in its name."""
     found = query("uuid,memory.total")
-    return {uuid: int(mebibytes) << 20 if mebibytes.isdigit() else None for uuid, mebibytes in found}
+    whole = {uuid: int(mebibytes) << 20 if mebibytes.isdigit() else None for uuid, mebibytes in found}
+    return whole | {device.uuid: _slice_bytes(device.name) for device in _listed()[0] if device.is_slice}
+
+
+def _slice_bytes(name: str) -> int | None:
+    profile = SLICE_PROFILE.match(name)
+    return int(profile["gigabytes"]) * 10**9 if profile else None
 
 
 def topology() -> str | None:

@@ -56,6 +56,10 @@ class HandlesTrainer(TrainerHalf):
         """Make the sender: there is nobody to meet."""
         self._sender = load(self.subject.sender or EXAMPLES_SENDER)(self.trainer.device)
 
+    def gather(self, tensors: Tensors) -> None:
+        """All at once: a sender's handles() takes them together."""
+        tensors.held()
+
     def announce(self, tensors: Tensors) -> dict[str, Any]:
         """{"handles": {device id: {name: handle}}}."""
         return {"handles": self._sender.handles(tensors.held())}

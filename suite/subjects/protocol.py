@@ -105,6 +105,9 @@ class TrainerHalf:
     def invite(self, address: str, port: int, world_size: int) -> None:
         """Meet the engines, before the first update; see EngineHalf.connect. Only ranks that speak are asked."""
 
+    def gather(self, tensors: Tensors) -> None:
+        """Have at hand what announce() hands over; what is examined is not called yet."""
+
     def announce(self, tensors: Tensors) -> dict[str, Any]:
         """What the engines are told beside the manifest, as plain data, by the names in `Subject.announces`."""
         return {}
