@@ -9,6 +9,7 @@ A cold engine answers twice. How far it is from itself is the tolerance: 0.0 on 
 
 import json
 import math
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,12 @@ def prompts(vocabulary: int, longest: int) -> list[list[int]]:
 
 
 def write(path: str, first: list[dict], second: list[dict]) -> None:
-    """Write what a cold engine answered, both times."""
+    """Write what a cold engine answered, both times; whole or not at all, since others may be reading."""
     target = _path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps([first, second]))
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    partial.write_text(json.dumps([first, second]))
+    partial.replace(target)
 
 
 def read(path: str) -> Cold:
