@@ -106,12 +106,12 @@ class KeepsTheDerived(WorkerExtension):
     def end_update(self) -> int:
         count = super().end_update()
         for tensor, before in zip(self._mutant_derived(), self._mutant_kept, strict=True):
-            tensor.copy_(before)
+            tensor.data = before
         return count
 
     def _mutant_derived(self) -> list[torch.Tensor]:
         modules = self.model_runner.get_model().modules()
-        return [getattr(module, name).data for module in modules for name in DERIVED if hasattr(module, name)]
+        return [getattr(module, name) for module in modules for name in DERIVED if hasattr(module, name)]
 
 
 @mutant("sent.buffers", r"every buffer of rank 0 as it was", "vllm#44371", **BROADCAST)
