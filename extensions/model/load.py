@@ -188,6 +188,7 @@ class DirectLoad(Load):
         self._settle()
         for path in self._views:
             self._renew_views(path)
+        self._require_same_views()
         self._require_equal_heads()
 
     def abort(self) -> bool:
