@@ -16,7 +16,7 @@ import torch
 from extensions.devices import device_id
 from extensions.group import prepare
 from suite import models
-from suite.actors import checkpoint, memory, oracles
+from suite.actors import checkpoint, checksum, memory, oracles
 from suite.actors.roofline import Roofline
 from suite.actors.sending import Sending
 
@@ -186,6 +186,10 @@ class Trainer:
     def score(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[list[float]]:
         """Log-probabilities of given continuations by this model's own forward pass; see `oracles.score`."""
         return oracles.score(self._logits, prompts, continuations, self.device)
+
+    def checksums(self) -> dict[str, int]:
+        """`{checkpoint name: positional checksum}` of every whole tensor; see `suite.actors.checksum`."""
+        return {name: checksum.checksum(tensor) for name, tensor in self.named_tensors()}
 
     def named_tensors(
         self, order: str = "checkpoint", alter: dict[str, Any] | None = None

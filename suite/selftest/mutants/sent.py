@@ -57,7 +57,7 @@ class IsSentByAddress(WorkerExtension):
     weight_sync_sender = f"{PACKAGE}.sent:ByAddress"
 
 
-@mutant("sent.large", rf"{DIFFER}|without a zero", "verl#5980", **HANDLES)
+@mutant("sent.large", rf"{DIFFER}|positional checksum", "verl#5980", **HANDLES)
 class LoadsOneBuffer(Meddles, ColocateWorkerExtension):
     """Loads of each tensor what one buffer of its transport holds, and zeros for the rest."""
 
