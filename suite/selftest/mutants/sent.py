@@ -57,7 +57,7 @@ class IsSentByAddress(WorkerExtension):
     weight_sync_sender = f"{PACKAGE}.sent:ByAddress"
 
 
-@mutant("sent.large", rf"{DIFFER}|without a zero", "verl#5980", **HANDLES)
+@mutant("sent.large", rf"{DIFFER}|positional checksum", "verl#5980", **HANDLES)
 class LoadsOneBuffer(Meddles, ColocateWorkerExtension):
     """Loads of each tensor what one buffer of its transport holds, and zeros for the rest."""
 
@@ -106,12 +106,12 @@ class KeepsTheDerived(WorkerExtension):
     def end_update(self) -> int:
         count = super().end_update()
         for tensor, before in zip(self._mutant_derived(), self._mutant_kept, strict=True):
-            tensor.copy_(before)
+            tensor.data = before
         return count
 
     def _mutant_derived(self) -> list[torch.Tensor]:
         modules = self.model_runner.get_model().modules()
-        return [getattr(module, name).data for module in modules for name in DERIVED if hasattr(module, name)]
+        return [getattr(module, name) for module in modules for name in DERIVED if hasattr(module, name)]
 
 
 @mutant("sent.buffers", r"every buffer of rank 0 as it was", "vllm#44371", **BROADCAST)
