@@ -19,6 +19,7 @@ from extensions.group.rendezvous import JOIN_TIMEOUT_VARIABLE, LINGER_S, Rendezv
 __all__ = ["LINGER_S", "Communicator", "GroupError", "prepare", "stateless_init_process_group"]
 
 DEFAULT_TIMEOUT_S = 120.0
+MAX_PORT = 65535
 TIMEOUT_VARIABLE = "WEIGHT_UPDATE_TIMEOUT_S"
 
 
@@ -44,13 +45,18 @@ def stateless_init_process_group(
     environment where they are not given, and 120 where those are not set. A broadcast whose peer died or takes longer
     ends in GroupError on the ranks that are left, where NCCL itself would wait for ever.
 
-    Raises ValueError for impossible ranks or sizes, GroupError where the ranks disagree, one of them fails, or data
-    does not arrive, and TimeoutError where a rank is missing or slow after `join_timeout_s`: on every rank that is
-    there. The name and signature are those of vLLM's RLHF examples.
+    Raises ValueError for impossible ranks, sizes, ports or timeouts, GroupError where the ranks disagree, one of them
+    fails, or data does not arrive, and TimeoutError where a rank is missing or slow after `join_timeout_s`: on every
+    rank that is there. The name and signature are those of vLLM's RLHF examples.
     """
     timeout_s = _seconds(TIMEOUT_VARIABLE) if timeout_s is None else timeout_s
     join_timeout_s = _seconds(JOIN_TIMEOUT_VARIABLE) if join_timeout_s is None else join_timeout_s
     device = _whole(device)
+    for name, seconds in (("timeout_s", timeout_s), ("join_timeout_s", join_timeout_s)):
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"{name}: expected seconds, more than 0 and finite, found {seconds}")
+    if not 1 <= master_port <= MAX_PORT:
+        raise ValueError(f"expected a port of 1..{MAX_PORT} that rank 0 listens at, found {master_port}")
     if world_size < 2:
         raise ValueError(f"a trainer and its workers are at least 2 ranks, found world_size={world_size}")
     if not 0 <= rank < world_size:

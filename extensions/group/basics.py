@@ -27,8 +27,8 @@ class Communicator(Protocol):
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
         """Send `tensor` from rank `src`, or receive into it; contiguous, any dtype, on the communicator's device.
 
-        Raises GroupError where the group has been given up. On CUDA devices the tensor is there once the stream, or
-        `wait`, says so.
+        Raises ValueError for a `src` that is no rank, and GroupError where the group has been given up. On
+        CUDA devices the tensor is there once the stream, or `wait`, says so.
         """
 
     def wait(self) -> None:
@@ -64,6 +64,12 @@ def in_a_thread(function: Callable[[], T]) -> "futures.Future[T]":
 def first_line(error: BaseException) -> str:
     """What an error says, without the stack that torch adds; its type where it says nothing."""
     return str(error).partition("\n")[0] or type(error).__name__
+
+
+def expect_rank(src: int, world_size: int) -> None:
+    """Raise ValueError for a rank that a group does not have."""
+    if not 0 <= src < world_size:
+        raise ValueError(f"expected src to be a rank of 0..{world_size - 1}, found {src}")
 
 
 def as_bytes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

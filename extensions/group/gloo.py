@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 
-from extensions.group.basics import GroupError, as_bytes, first_line
+from extensions.group.basics import GroupError, as_bytes, expect_rank, first_line
 from extensions.group.rendezvous import Rendezvous
 
 ANY_ADDRESS = ("0.0.0.0", "::")
@@ -26,7 +26,6 @@ class GlooCommunicator:
         self.rank, self.world_size, self.device = meeting.rank, meeting.world_size, device
         self.timeout_s = max(1.0, meeting.left_s)
         self._lost = ""  # why the group was given up
-        self._store = meeting.store  # rank 0 serves the others through it
         before = _descriptors()
         options = torch.distributed.ProcessGroupGloo._Options()
         options._devices = [_device(meeting.local_address)]
@@ -36,10 +35,12 @@ class GlooCommunicator:
         self._group = meeting.during("connected", lambda: _connect(meeting, options), give_up=lambda reason: None)
         self._connections = _connections(before, ports)
         meeting.meet("connected", "gloo")
+        self._store = meeting.store  # rank 0 serves the others through it; last, or who keeps an error keeps the port
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
         if self._group is None:
             raise GroupError("this communicator is closed")
+        expect_rank(src, self.world_size)
         data = as_bytes(tensor, self.device)  # as bytes: gloo does not know every dtype, and moves them all alike
         options = torch.distributed.BroadcastOptions()
         options.rootRank = src

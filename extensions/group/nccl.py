@@ -9,7 +9,7 @@ from concurrent import futures
 
 import torch
 
-from extensions.group.basics import GroupError, expect_in_place, first_line, in_a_thread
+from extensions.group.basics import GroupError, expect_in_place, expect_rank, first_line, in_a_thread
 from extensions.group.nccl_binding import ID_BYTES, Comm, Library, NcclError
 from extensions.group.rendezvous import HANDSHAKE_POLL_S, Rendezvous, listens
 
@@ -31,12 +31,14 @@ class NcclCommunicator:
     def __init__(self, meeting: Rendezvous, device: torch.device) -> None:
         self.rank, self.world_size, self.device = meeting.rank, meeting.world_size, device
         self.timeout_s = max(1.0, meeting.left_s)
-        self._store, self._server = meeting.store, meeting.server  # rank 0 serves the others through the store
+        self._server = meeting.server
         self._comm: Comm | None = connect(load_library(), meeting, device)
         self._begin_watching()
+        self._store = meeting.store  # rank 0 serves the others through it; last, or who keeps an error keeps the port
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
         self._expect_whole()
+        expect_rank(src, self.world_size)
         expect_in_place(tensor, self.device)
         stream, ended = stream or torch.cuda.current_stream(self.device), torch.cuda.Event(blocking=True)
         with self._calling:

@@ -33,7 +33,7 @@ def send_attended(sender: Sends, tensors: Any, trainer: TrainerSide, sent_all: C
             raise Refused(attending.reason) from error
         attending.abort(f"the trainer's sender raised {type(error).__name__}: {error}")
         raise
-    attending.sent.set()
+    attending.expect_whole()
     sent_all()
     attending.expect_ended()
     return sent
@@ -50,7 +50,7 @@ class _Attending:
         self._changed = threading.Condition()
         self._said: dict[int, tuple[str, Any] | LinkError] = {}
         self._engines = len(trainer.lines)
-        self.sent = threading.Event()
+        self._sent = threading.Event()
         self.reason = ""
         for index, line in enumerate(trainer.lines):
             threading.Thread(target=self._listen, args=(index, line), daemon=True).start()
@@ -63,9 +63,17 @@ class _Attending:
         if refusals := [why for what, why in said if what == REFUSED]:
             raise Refused("; ".join(refusals))
 
+    def expect_whole(self) -> None:
+        """Put down that all was sent: nothing is aborted from here on. Raises Refused where that has begun already."""
+        with self._changed:
+            if self.reason:
+                raise Refused(self.reason)
+            self._sent.set()
+
     def abort(self, reason: str) -> None:
         """End the sending, where the sender can be made to."""
-        self.reason = self.reason or reason
+        with self._changed:
+            self.reason = self.reason or reason
         self._sender.abort(reason)
 
     def _all_said(self) -> list[tuple[str, Any] | LinkError]:
@@ -81,17 +89,29 @@ class _Attending:
             said: tuple[str, Any] | LinkError = line.hear(self._deadline_s)
         except LinkError as error:
             said = error
+        reason = _trouble(said)
         with self._changed:
+            aborts = self._gives_up(reason)  # before anyone hears of it who would raise
             self._said[index] = said
             self._changed.notify_all()
             all_said = len(self._said) == self._engines
-        if isinstance(said, LinkError):
-            self._abort_sending(f"an engine was lost during the transfer: {said}")
-        elif said[0] == REFUSED:
-            self._abort_sending(said[1])
-        elif all_said and not self.sent.wait(TOLD_S):
-            self._abort_sending(f"all engines ended the update, and {TOLD_S:g} s later it was still being sent")
+        if not reason and all_said and not self._sent.wait(TOLD_S):
+            reason = f"all engines ended the update, and {TOLD_S:g} s later it was still being sent"
+            with self._changed:
+                aborts = self._gives_up(reason)
+        if aborts:
+            self._sender.abort(reason)
 
-    def _abort_sending(self, reason: str) -> None:
-        if not self.sent.is_set():
-            self.abort(reason)
+    def _gives_up(self, reason: str) -> bool:
+        """Whether the sending is aborted for a reason: not when all was sent. Called with the lock held."""
+        if not reason or self._sent.is_set():
+            return False
+        self.reason = self.reason or reason
+        return True
+
+
+def _trouble(said: tuple[str, Any] | LinkError) -> str:
+    """Why the sending is of no use any more; empty where an engine has ended."""
+    if isinstance(said, LinkError):
+        return f"an engine was lost during the transfer: {said}"
+    return said[1] if said[0] == REFUSED else ""

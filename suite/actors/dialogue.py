@@ -181,5 +181,5 @@ class TrainerSide:
         """Tell the engines, which may wait for what now never comes."""
         for line in self.lines:
             if line.may_say(FAILED):
-                with contextlib.suppress(LinkError):
+                with contextlib.suppress(LinkError, KeyError):  # the engine may end the dialogue at this moment
                     line.say(FAILED, TOLD_S, f"{type(error).__name__}: {error}")

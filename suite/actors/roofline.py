@@ -33,6 +33,10 @@ class Roofline:
         synchronize(self._device)
         return {"started_s": started, "ended_s": time.monotonic()}
 
+    def forget(self) -> None:
+        """Free the buffer; it is made again when it is needed."""
+        self._buffer = None
+
     def close(self) -> None:
         """Leave the group and free the buffer."""
         if self._group is not None:

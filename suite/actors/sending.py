@@ -56,6 +56,7 @@ class Outgoing:
     def __init__(self, trainer: Trains, order: str, alter: dict | None, fault: Fault) -> None:
         self._trainer, self._how, self._fault = trainer, (order, alter), fault
         self._held: list[tuple[str, torch.Tensor]] = []
+        self._gathering: Named | None = None
         self.count = 0
 
     def held(self) -> list[tuple[str, torch.Tensor]]:
@@ -70,16 +71,21 @@ class Outgoing:
         return manifest
 
     def gather(self) -> None:
-        """Take part in gathering, which all ranks do: another one sends."""
-        for _ in self._trainer.named_tensors(*self._how):
+        """Take part in gathering what has not been gathered: all ranks do, whoever sends, and however that ends."""
+        for _ in self._gathered():
             pass
 
     def __iter__(self) -> Named:
         """One after the other; a fault may strike half way."""
-        for index, named in enumerate(self._held or self._trainer.named_tensors(*self._how)):
+        for index, named in enumerate(self._held or self._gathered()):
             if index == self.count // 2:
                 self._fault.strike("during")
             yield named
+
+    def _gathered(self) -> Named:
+        if self._gathering is None:
+            self._gathering = iter(self._trainer.named_tensors(*self._how))
+        return self._gathering
 
 
 class Sending:
@@ -136,6 +142,14 @@ class Sending:
         self._half.release()
         return {"started_s": started, "ended_s": time.monotonic(), "bytes_sent": sent, "tensors": tensors.count}
 
+    def release(self) -> None:
+        """Let go of what a failed update has left handed over. What the sender raises goes to the log."""
+        try:
+            if self._half is not None:
+                self._half.release()
+        except Exception as error:
+            print(f"a sender could not release what it held: {type(error).__name__}: {error}")
+
     def close(self) -> None:
         """Hang up, and let go of what was handed over and of whom it went to.
 
@@ -154,6 +168,10 @@ class Sending:
     @property
     def _speaks(self) -> bool:
         return self._trainer.rank < self._subject.speakers(self._trainer.world_size)
+
+    @property
+    def _all_speak(self) -> bool:
+        return self._subject.speakers(self._trainer.world_size) == self._trainer.world_size
 
     def _announcement(self, tensors: Outgoing, said: TrainerSide, relabel: str | None) -> dict[str, Any]:
         if self._speaks:
@@ -177,11 +195,16 @@ class Sending:
         if not self._speaks:
             tensors.gather()
             return 0
-        return send_attended(self._half, tensors, said, lambda: fault.strike("after"))
+        try:
+            return send_attended(self._half, tensors, said, lambda: fault.strike("after"))
+        except Exception:
+            if not self._all_speak:
+                tensors.gather()  # the other ranks are in the middle of it, and can't be told
+            raise
 
     def _all_agree(self, go: bool) -> bool:
         """Rank 0's decision, on the ranks that hear no engine themselves."""
-        if self._subject.speakers(self._trainer.world_size) == self._trainer.world_size:
+        if self._all_speak:
             return go
         decision = torch.tensor([int(go)], device=self._trainer.device)
         torch.distributed.broadcast(decision, src=0)

@@ -68,7 +68,9 @@ class Trainer:
         }
 
     def forget(self) -> None:
-        """Let go of the weights, and of what trains them."""
+        """Let go of the weights, of what trains them, and of what updates and rooflines still hold."""
+        self._sending.release()
+        self._roofline.forget()
         self._forget()
 
     def close(self) -> None:

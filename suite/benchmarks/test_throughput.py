@@ -11,6 +11,7 @@ from suite.driver.moving import Moved
 from suite.driver.pool import Pool
 from suite.driver.room import GB
 from suite.driver.sync import Sync
+from suite.driver.trainers import Trainers
 
 ROUNDS = 10
 SEED = 1
@@ -22,23 +23,27 @@ UPDATE = pytest.mark.benchmark(group="update", timer=moved_clock)
 
 @UPDATE
 @pytest.mark.models(**{"cpu-tp1": LADDER})
-def test_update(benchmark: BenchmarkFixture, sync: Sync, target: int, pool: Pool, pytestconfig: pytest.Config) -> None:
+def test_update(
+    benchmark: BenchmarkFixture, sync: Sync, target: int, pool: Pool, trainers: Trainers, pytestconfig: pytest.Config
+) -> None:
     sync.load(target)
     sync.update()
     sync.expect_exact(target)
-    _measure(benchmark, sync, pool, pytestconfig)
+    _measure(benchmark, sync, pool, trainers, pytestconfig)
     sync.expect_exact(target)
 
 
 @UPDATE
 @pytest.mark.models(**{"gpu-split": PUBLISHED, "gpu-colocate-tp1": PUBLISHED})
-def test_update_published(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, pytestconfig: pytest.Config) -> None:
+def test_update_published(
+    benchmark: BenchmarkFixture, sync: Sync, pool: Pool, trainers: Trainers, pytestconfig: pytest.Config
+) -> None:
     sync.trainer.hold_random(pool.config(sync.model), SEED)
     sync.update()
     sync.expect_sent()
     before = sync.tokens_per_s(GENERATED_TOKENS)
     sync.trainer.fill(SEED + 1)
-    rounds = _measure(benchmark, sync, pool, pytestconfig, pause=True)
+    rounds = _measure(benchmark, sync, pool, trainers, pytestconfig, pause=True)
     sync.expect_sent()  # what the updates that were timed have brought
     pauses_s = [moved.pause_s for moved in rounds]
     after = sync.tokens_per_s(GENERATED_TOKENS)
@@ -46,7 +51,7 @@ def test_update_published(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, p
 
 
 def _measure(
-    benchmark: BenchmarkFixture, sync: Sync, pool: Pool, config: pytest.Config, pause: bool = False
+    benchmark: BenchmarkFixture, sync: Sync, pool: Pool, trainers: Trainers, config: pytest.Config, pause: bool = False
 ) -> list[Moved]:
     """Time updates, the roofline, the host's pace and peak memory, and put them beside pytest-benchmark's samples.
 
@@ -58,7 +63,7 @@ def _measure(
         rounds.append(sync.update(pause=pause))
         moved_clock.add(rounds[-1].elapsed_s)
 
-    with pool.quiet():
+    with trainers.quiet(), pool.quiet():
         benchmark.pedantic(one_update, rounds=ROUNDS, iterations=1, warmup_rounds=0)
         nbytes = rounds[0].bytes_sent
         kind, roofline_s = sync.roofline(nbytes, ROUNDS)

@@ -55,8 +55,7 @@ def test_mixed_dtypes(sync: Sync, target: int) -> None:
     MUST,
     text="Tensors that are not contiguous in the trainer's memory, such as a transposed view, a slice and an expanded "
     "one, arrive with the values that they have, each at its place.",
-    because="What moves memory from an address on moves other elements, or those between, and no shape "
-    "tells.",
+    because="What moves memory from an address on moves other elements, or those between, and no shape tells.",
     seen_in=("miles#1608", "vllm#50641", "verl#6919"),
     models=[TIED],
 )

@@ -40,16 +40,17 @@ class EngineHandle:
     process: Process
     link_path: str
     ranks: int
-    extension: str  # what its workers have now
+    subject: dict[str, str] | None  # whose extension its workers have now, as `Subject.plain`; None if not known
     connection: object = None  # which trainer and group it last joined
     facts: dict = field(default_factory=dict)
 
     def become(self, subject: Subject) -> None:
-        """Have the workers exchange their extension for this subject's, unless they have it."""
-        if self.extension != subject.extension:
-            self.extension, self.connection = "", None
-            self.process.call("become", subject.plain(), deadline_s=BECOME_DEADLINE_S)
-            self.extension = subject.extension
+        """Have the engine go over to this subject, unless it is this one's: to its extension, half and sender."""
+        wanted = subject.plain()
+        if self.subject != wanted:
+            self.subject, self.connection = None, None
+            self.process.call("become", wanted, deadline_s=BECOME_DEADLINE_S)
+            self.subject = wanted
 
 
 def seed_of(subject_index: int) -> int:

@@ -379,7 +379,7 @@ class Pool:
                 raise PortTaken("a port that vLLM had found free was taken by another process") from error
             raise
         self.announce(f"engine {key}: ready after {time.monotonic() - started:.0f} s")
-        return EngineHandle(key, process, link_path, stage.engine_ranks, subject.extension, facts=facts)
+        return EngineHandle(key, process, link_path, stage.engine_ranks, subject.plain(), facts=facts)
 
 
 def _expect_on(devices: tuple[str, ...], facts: dict, name: str) -> None:

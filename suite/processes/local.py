@@ -55,6 +55,8 @@ class LocalLauncher(Launcher):
         self.janitor = self._start_janitor()
         self._labels: set[str] = set()
         self._lock = threading.Lock()
+        self._starting = threading.Lock()  # held while a process is started: close() leaves none behind
+        self._closed = False
 
     def __enter__(self) -> "LocalLauncher":
         return self
@@ -71,9 +73,12 @@ class LocalLauncher(Launcher):
         deadline_s: float = 120,
     ) -> LocalProcess:
         task = wire.encode({"target": target, "kwargs": kwargs or {}})
-        process = LocalProcess(self, name, target, deadline_s)
-        process.start(task, env or {})
-        self.processes.append(process)
+        with self._starting:
+            if self._closed:
+                raise RuntimeError(f"{name} is not started: this launcher was closed, and ends what it has started")
+            process = LocalProcess(self, name, target, deadline_s)
+            process.start(task, env or {})
+            self.processes.append(process)
         with contextlib.suppress(OSError):  # without a janitor, close() does its work
             self.janitor.stdin.write(f"{process.pid}\n".encode())
         return process
@@ -91,6 +96,8 @@ class LocalLauncher(Launcher):
         """End processes side by side, then whatever the janitor finds."""
         if self.janitor.stdin is None or self.janitor.stdin.closed:
             return
+        with self._starting:
+            self._closed = True
         # Daemons, or the interpreter would wait for one that a signal's exception has left without its lock.
         stopping = [threading.Thread(target=process.stop, args=(grace_s,), daemon=True) for process in self.processes]
         for thread in stopping:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from suite.actors.attending import send_attended
+from suite.actors.attending import _Attending, send_attended
 from suite.actors.dialogue import ENDED, REFUSED, TOLD_S, Refused, TrainerSide
 from suite.actors.link import Link, LinkError
 
@@ -116,3 +116,39 @@ def test_an_engine_that_refuses_after_all_was_sent_is_heard(lines: tuple[Link, L
 def test_a_silent_engine_is_an_error_in_time(lines: tuple[Link, Link]):
     with pytest.raises(LinkError, match=r"sent nothing for 0\.5 s"):
         send(Sender(), lines[0], deadline_s=0.5)
+
+
+def test_a_sender_that_comes_back_from_an_aborted_group_has_not_sent(lines: tuple[Link, Link]):
+    class Careless(Sender):
+        def send(self, tensors: object, acknowledged: Callable[[], None]) -> int:
+            self._go.wait(DEADLINE_S)
+            return 7
+
+    sender = Careless(stuck=True)
+    lines[1].send({ENDED: True}, DEADLINE_S)
+    with pytest.raises(Refused, match="all engines ended the update"):
+        send(sender, lines[0])
+    assert len(sender.aborted) == 1
+
+
+def test_nothing_is_aborted_once_all_was_sent(lines: tuple[Link, Link]):
+    trainer = TrainerSide(lines[:1], DEADLINE_S)
+    attending, sender = _Attending(Sender(), trainer), Sender()
+    attending._sender = sender
+    attending.expect_whole()
+    lines[1].close()
+    with pytest.raises(LinkError):
+        attending.expect_ended()
+    assert (sender.aborted, attending.reason) == ([], "")
+
+
+def test_whoever_hears_of_an_engine_knows_why_the_sending_ends(lines: tuple[Link, Link]):
+    class Asks(Sender):
+        def send(self, tensors: object, acknowledged: Callable[[], None]) -> int:
+            acknowledged()
+            raise AssertionError("no engine has ended")
+
+    lines[1].close()
+    for _ in range(50):
+        with pytest.raises(Refused, match="an engine was lost"):
+            send(Asks(), lines[0])

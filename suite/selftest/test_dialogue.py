@@ -124,3 +124,12 @@ def test_a_subject_that_was_called_at_the_last_moment_is_not_blamed(links: tuple
     threading.Timer(0.7, TrainerSide(links[:1], DEADLINE_S).begin).start()
     with pytest.raises(SuiteFault, match=r"called 0\.\d s before the deadline"):
         EngineSide([links[1]], 1.0).announced()
+
+
+def test_an_engine_that_ends_the_dialogue_while_it_is_told_of_a_failure_is_no_error(
+    sides: tuple[TrainerSide, EngineSide],
+):
+    trainer, _ = sides
+    line = trainer.lines[0]
+    line.may_say, line.state = lambda what: True, "over"  # as seen a moment ago
+    trainer.failed(ValueError("no memory"))

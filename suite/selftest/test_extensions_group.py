@@ -1,16 +1,19 @@
 """stateless_init_process_group over gloo: it carries every tensor, or fails in time, on every rank."""
 
+import errno
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 
 import pytest
+import torch
 
-from extensions.group import LINGER_S, GroupError, stateless_init_process_group
+from extensions.group import LINGER_S, GroupError, gloo, stateless_init_process_group
 from suite.processes.call import Call, Process, RemoteError, gather
 from suite.processes.local import LocalLauncher, free_port
 from suite.selftest.ranks import started
@@ -166,7 +169,55 @@ def test_impossible_ranks_are_refused_at_once(rank: int, world_size: int, said: 
         stateless_init_process_group("127.0.0.1", free_port(), rank, world_size, "cpu")
 
 
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_impossible_ports_are_refused_at_once(port: int):
+    with pytest.raises(ValueError, match=rf"expected a port of 1\.\.65535 that rank 0 listens at, found {port}"):
+        stateless_init_process_group("127.0.0.1", port, 1, 2, "cpu", join_timeout_s=0.1)
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "join_timeout_s"])
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_impossible_timeouts_are_refused_at_once(name: str, seconds: float):
+    given = {"join_timeout_s": 0.1, name: seconds}
+    with pytest.raises(ValueError, match=rf"^{name}: expected seconds, more than 0 and finite, found"):
+        stateless_init_process_group("127.0.0.1", free_port(), 1, 2, "cpu", **given)
+
+
 # ---- misuse
+
+
+@pytest.mark.parametrize("src", [-1, 2])
+def test_a_source_that_is_no_rank_is_refused(src: int):
+    """On the one rank alone: nobody is kept waiting."""
+    port = free_port()
+    with futures.ThreadPoolExecutor(2) as pool:
+        joined = [pool.submit(stateless_init_process_group, "127.0.0.1", port, rank, 2, "cpu") for rank in (0, 1)]
+        groups = [one.result(DEADLINE_S) for one in joined]
+    with pytest.raises(ValueError, match=rf"expected src to be a rank of 0\.\.1, found {src}"):
+        groups[0].broadcast(torch.zeros(1), src)
+    for group in groups:
+        group.close()
+
+
+def test_the_port_is_free_again_while_the_error_of_a_failed_join_is_kept(monkeypatch: pytest.MonkeyPatch):
+    """The error's traceback keeps every frame alive, and the communicator that was being made."""
+    plain = gloo._device
+
+    def fail(address: str) -> object:
+        if threading.current_thread() is threading.main_thread():  # rank 0, which listens
+            raise OSError("no device")
+        return plain(address)
+
+    monkeypatch.setattr(gloo, "_device", fail)
+    port = free_port()
+    with futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(stateless_init_process_group, "127.0.0.1", port, 1, 2, "cpu")
+        with pytest.raises(GroupError, match="rank 0 could not make the group: no device") as kept:
+            stateless_init_process_group("127.0.0.1", port, 0, 2, "cpu")
+        assert isinstance(other.exception(DEADLINE_S), GroupError)
+    assert kept.value.__traceback__ is not None
+    with socket.socket() as sock:
+        assert sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED, "expected nothing to listen any more"
 
 
 @pytest.mark.parametrize(

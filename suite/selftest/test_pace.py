@@ -135,16 +135,16 @@ def test_the_first_engine_that_a_test_is_lent_measures_it(monkeypatch: pytest.Mo
 
 
 def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.MonkeyPatch, config: SimpleNamespace):
-    state = {"quiet": False}
-    seen = []
+    quiet, seen = [], []
 
     @contextmanager
-    def quiet():
-        state["quiet"] = True
+    def of(whom: str):
+        quiet.append(whom)
         yield
-        state["quiet"] = False
+        quiet.remove(whom)
 
-    monkeypatch.setattr(pace, "measure", lambda *args, quiet: seen.append((*args, quiet, state["quiet"])))
+    monkeypatch.setattr(pace, "measure", lambda *args, quiet: seen.append((*args, quiet, *now())))
+    now = lambda: sorted(quiet)  # noqa: E731
     moved = SimpleNamespace(elapsed_s=1.0, bytes_sent=8, tensors=1, steps_s={})
     sync = SimpleNamespace(
         update=lambda pause: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
@@ -152,8 +152,9 @@ def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.Mon
         spec=SimpleNamespace(elements=4),
     )  # fmt: skip
     benchmark = SimpleNamespace(extra_info={}, pedantic=lambda function, **how: function())
-    test_throughput._measure(benchmark, sync, SimpleNamespace(quiet=quiet), config)
-    assert seen == [(config, "engine", True, True)]
+    pool, trainers = (SimpleNamespace(quiet=lambda whom=whom: of(whom)) for whom in ("engines", "trainers"))
+    test_throughput._measure(benchmark, sync, pool, trainers, config)
+    assert seen == [(config, "engine", True, "engines", "trainers")]
 
 
 MEASURED = """

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from suite import ROOT
 from suite.conformance import requirements
 from suite.processes import janitor
 from suite.session import environment, selection
+from suite.subjects import SUBJECTS
 
 DEADLINE_S = 60
 
@@ -28,6 +29,7 @@ CONFTEST = """
 import dataclasses
 import pytest
 from suite.session import environment, selection
+from suite.subjects import SUBJECTS
 from suite.stages import Stage
 from suite.subjects import SUBJECTS
 
@@ -377,6 +379,17 @@ def test_unknown_names_are_usage_errors(monkeypatch: pytest.MonkeyPatch, option:
     with pytest.raises(pytest.UsageError) as caught:
         selection.select(SimpleNamespace(getoption=options.__getitem__))
     assert said in str(caught.value)
+
+
+def test_a_subject_on_the_engines_of_one_that_is_not_chosen_is_a_usage_error(monkeypatch: pytest.MonkeyPatch):
+    guest = replace(SUBJECTS["colocate"], name="guest", host="broadcast")
+    monkeypatch.setattr(selection, "known_subjects", lambda: SUBJECTS | {"guest": guest})
+    options = {"subject": ["guest"], "extension": []}
+    config = SimpleNamespace(getoption=options.__getitem__)
+    with pytest.raises(pytest.UsageError, match="which is not chosen: add --subject=broadcast"):
+        selection.subjects(config)
+    options["subject"].append("broadcast")
+    assert [*selection.subjects(config)] == ["guest", "broadcast"]
 
 
 def test_a_usage_error_ends_pytest_as_such(tmp_path: Path):

@@ -625,3 +625,15 @@ def test_engines_that_share_a_gpu_pass_for_hosts_of_their_own():
 
 def test_snapshots_have_paths_of_their_own(pool: Pool):
     assert pool.scratch() != pool.scratch()
+
+
+def test_an_engine_goes_over_to_a_subject_that_differs_by_its_sender_alone():
+    called, subject = [], SUBJECTS["broadcast"]
+    process = SimpleNamespace(call=lambda *args, deadline_s: called.append(args))
+    engine = EngineHandle(A, process, "", 1, subject.plain(), connection="old")
+    engine.become(subject)
+    assert (called, engine.connection) == ([], "old")
+    other = replace(subject, sender="somewhere:Else")
+    for _ in range(2):
+        engine.become(other)
+    assert (called, engine.connection) == ([("become", other.plain())], None)

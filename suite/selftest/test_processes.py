@@ -461,3 +461,28 @@ def test_what_can_not_be_stopped_keeps_nobody_from_ending(tmp_path: Path):
     command = [sys.executable, "-c", STUCK, str(tmp_path / "logs")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.stdout == "closed\n", done.stderr
+
+
+def test_nothing_is_started_once_the_launcher_is_closed(tmp_path: Path):
+    launcher = LocalLauncher(tmp_path / "logs")
+    launcher.close(grace_s=0)
+    with pytest.raises(RuntimeError, match="late is not started: this launcher was closed"):
+        launcher.start("late", ECHO)
+    assert launcher.processes == []
+
+
+def test_what_is_being_started_while_the_launcher_closes_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    launcher, begun, plain = LocalLauncher(tmp_path / "logs"), threading.Event(), local.LocalProcess.start
+
+    def slow(self: Process, *arguments: object) -> None:
+        begun.set()
+        time.sleep(0.5)
+        plain(self, *arguments)
+
+    monkeypatch.setattr(local.LocalProcess, "start", slow)
+    starting = threading.Thread(target=launcher.start, args=("late", ECHO))
+    starting.start()
+    assert begun.wait(10)
+    launcher.close(grace_s=0)
+    starting.join(10)
+    assert [running(process.pid) for process in launcher.processes] == [False]

@@ -12,7 +12,9 @@ import torch
 from suite.actors import sending
 from suite.actors.dialogue import CALLED_OFF, Cancelled, EngineSide, NotAnnounced, Refused, TrainersHalfFailed
 from suite.actors.link import Link, LinkError
+from suite.actors.roofline import Roofline
 from suite.actors.sending import Fault, Outgoing, Sending
+from suite.actors.trainer import Trainer as ModelTrainer
 from suite.processes.call import SuiteFault
 from suite.subjects.protocol import TrainerHalf
 
@@ -179,3 +181,36 @@ def test_a_sender_that_can_not_be_closed_does_not_spoil_the_next_subject(
     rank[0].close()
     assert (rank[0]._half, rank[0]._links) == (None, ())
     assert "could not be closed: ValueError: still busy" in capsys.readouterr().out
+
+
+def test_the_other_ranks_gather_to_the_end_when_the_one_that_sends_fails(rank: tuple[Sending, EngineSide]):
+    class OneSpeaks:
+        def speakers(self, world_size: int) -> int:
+            return 1
+
+    def take_one_and_raise(tensors: Outgoing, acknowledged: Callable[[], None]) -> int:
+        next(iter(tensors))
+        raise ValueError("no memory")
+
+    serving = engine(rank[1], [])
+    rank[0]._trainer.world_size, rank[0]._subject = 2, OneSpeaks()
+    rank[0]._all_agree = lambda go: go
+    rank[0]._half.send = take_one_and_raise
+    with pytest.raises(ValueError, match="no memory"):
+        rank[0].update(DEADLINE_S)
+    serving.join(DEADLINE_S)
+    assert rank[0]._trainer.gathered == len(NAMES), "expected each tensor to be gathered once, as the other ranks do"
+
+
+def test_a_trainer_that_lets_go_releases_what_a_failed_update_has_left(
+    rank: tuple[Sending, EngineSide], capsys: pytest.CaptureFixture
+):
+    trainer = ModelTrainer.__new__(ModelTrainer)
+    trainer.device = torch.device("cpu")
+    trainer._sending, trainer._roofline = rank[0], Roofline(trainer.device)
+    trainer._roofline._buffer = torch.ones(1)
+    trainer.forget()
+    assert (rank[0]._half.released, trainer._roofline._buffer) == (1, None)
+    rank[0]._half.release = None  # which cannot be called
+    trainer.forget()
+    assert "could not release what it held: TypeError" in capsys.readouterr().out

@@ -106,6 +106,10 @@ def subjects(config: pytest.Config) -> dict[str, Subject]:
         if subject.name in found:
             raise pytest.UsageError(f"--extension {extension}: there is a subject {subject.name} already")
         found[subject.name] = subject
+    for subject in found.values():
+        if subject.host and subject.host not in found:
+            host = f"is examined on the engines of {subject.host}"
+            raise pytest.UsageError(f"{subject.name} {host}, which is not chosen: add --subject={subject.host}")
     return found
 
 
