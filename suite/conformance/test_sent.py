@@ -139,6 +139,7 @@ def test_parameters(sync: Sync, target: int) -> None:
         for rank in sync.compared(seed):
             _expect_among(sync, [_last(name) for name in _held(rank)], own)
         sync.expect_exact(seed)
+    sync.expect_cold_answers(seed)
 
 
 @requirement(
@@ -178,6 +179,7 @@ def test_derived(sync: Sync, target: int) -> None:
         sync.load(seed)
         sync.update()
         sync.expect_exact(seed)
+    sync.expect_cold_answers(seed)
 
 
 @requirement(

@@ -48,6 +48,8 @@ class Engine:
 
     def expect_same_behaviour(self) -> None: ...
 
+    def expect_cold_answers(self, seed: int) -> None: ...
+
     def call_engines(self, method: str, name: str = "", count: int = 0) -> list[list]:
         if method == "probe_buffers":
             return [[self._buffers.pop(0)]]
