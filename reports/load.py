@@ -97,6 +97,7 @@ class Timing:
     median_s: float
     bytes_sent: float | None = None
     tensors: float | None = None
+    worker_calls: float | None = None
     parameters: float | None = None
     roofline_kind: str = "roofline"
     roofline_samples_s: tuple[float, ...] = ()
@@ -297,6 +298,7 @@ def _timing(node: Node, notes: list[str]) -> Timing:
         median_s=median_s,
         bytes_sent=bytes_sent,
         tensors=extra["tensors"].optional_number(),
+        worker_calls=extra["worker_calls"].optional_number(),
         parameters=extra["parameters"].optional_number(),
         roofline_kind=extra["roofline_kind"].optional_text() or "roofline",
         roofline_samples_s=roofline,

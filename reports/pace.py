@@ -26,14 +26,14 @@ class Pace:
     calls: tuple[tuple[str, tuple[float, ...]], ...]
     quiet: bool = True
 
-    def calls_s(self, tensors: float) -> list[float]:
-        """An upper bound for the seconds that an update spends on calls: one a tensor, and one with the manifest.
+    def calls_s(self, number: float, kinds: Iterable[str]) -> list[float]:
+        """An upper bound for the seconds that an update of so many calls spends on them, one of which has the manifest.
 
-        One value a sample. A call that was not measured counts as 0; no values where neither was.
+        One value a sample. Kinds of call that are not among `kinds` count as 0; no values where there are none.
         """
-        empty, manifest = (dict(self.calls).get(call, ()) for call in CALLS.values())
-        missing = [0.0] * max(len(empty), len(manifest))
-        return [tensors * one + other for one, other in zip(empty or missing, manifest or missing, strict=False)]
+        times = dict(zip(CALLS.values(), (number, 1.0), strict=True))
+        taken = [[times[kind] * seconds for seconds in samples] for kind, samples in self.calls if kind in kinds]
+        return [sum(sample) for sample in zip(*taken, strict=False)]
 
     def __str__(self) -> str:
         told = ", ".join(f"{call} {units.seconds(median(samples))}" for call, samples in self.calls)
@@ -98,6 +98,11 @@ class Against:
         return f"{seconds.verdict} in seconds, {left}, {host} {units.ratio(self.drift)}"
 
 
+def _calls_of(timing: Timing) -> float:
+    """How many calls to all workers an update made; in older files, which do not say it, at most one a tensor."""
+    return timing.worker_calls or timing.tensors or 1
+
+
 def against(a: Timing, b: Timing, threshold: float) -> Against | None:
     """Take the pace's drift out of a benchmark; None where a run does not know its pace.
 
@@ -106,13 +111,13 @@ def against(a: Timing, b: Timing, threshold: float) -> Against | None:
     """
     if not (a.pace and b.pace):
         return None
-    tensors = max(a.tensors or 1, b.tensors or 1)
-    calls = [side.pace.calls_s(tensors) for side in (a, b)]
+    number, kinds = max(map(_calls_of, (a, b))), dict(a.pace.calls).keys() & dict(b.pace.calls)
+    calls = [side.pace.calls_s(number, kinds) for side in (a, b)]
     if not all(calls):
         return None
     shares = [median(taken) / (side.median_s or 1.0) for taken, side in zip(calls, (a, b), strict=True)]
     rest_s = min(side.median_s - median(taken) for taken, side in zip(calls, (a, b), strict=True))
-    if max(shares) >= OF_WEIGHT or not (a.tensors and b.tensors):
+    if max(shares) >= OF_WEIGHT or not all(side.worker_calls or side.tensors for side in (a, b)):
         rest_s = 0.0
     with_rest = [[rest_s + seconds for seconds in taken] for taken in calls]
     relative = statistics.compare_relative(a.samples_s, with_rest[0], b.samples_s, with_rest[1], threshold)

@@ -58,6 +58,7 @@ class Engine:
         )
         self._watch = Watch()
         self._doubtful = False
+        self._calls = 0  # to all workers, so far
         self.devices = self.rpc("probe_device")
         self._watch.look_after([device["pid"] for device in self.devices])
         if oracle_path is not None:
@@ -79,6 +80,7 @@ class Engine:
         where nothing but the suite's own part of a worker failed.
         """
         self._expect_in_step()
+        self._calls += 1
         with self._watch.waiting():
             answers = self._llm.collective_rpc("probe_call", args=(method, args))
         if failed := {rank: answer for rank, answer in enumerate(answers) if "error" in answer}:
@@ -89,6 +91,7 @@ class Engine:
 
     def call_llm(self, method: str, *args: Any) -> Any:
         """Call a method of vllm.LLM itself, as a training loop does. Raises what that raises."""
+        self._calls += 1
         try:
             with self._watch.waiting():
                 return getattr(self._llm, method)(*args)
@@ -164,21 +167,23 @@ class Engine:
         """Take the memory back."""
         self._llm.wake_up()
 
-    def pause(self, prompt: list[int], deadline_s: float) -> dict:
+    def pause(self, prompt: list[int], *args: Any) -> dict:
         """As `update`, between two generated tokens; `pause_s` is from the end of the one to the end of the other."""
         self.generate([prompt], 1)
         before = time.monotonic()
-        half = self.update(deadline_s)
+        half = self.update(*args)
         self.generate([prompt], 1)
         return half | {"pause_s": time.monotonic() - before}
 
     def update(self, deadline_s: float, reset_cache: bool = True, bracket: bool = True) -> dict:
-        """The engine's half of one update. Returns when it started and ended (monotonic clock), and its steps' seconds.
+        """The engine's half of one update. Returns when it started and ended (monotonic clock), its steps' seconds, and
+        the number of calls to all workers.
 
         `reset_cache=False` leaves out what the extension asks of its caller, `bracket=False` the calls that say where
         the update begins and ends. Raises what the extension raised, after telling the trainer.
         """
         started, half, said = time.monotonic(), self._half, EngineSide(self._links, deadline_s)
+        calls = self._calls
         try:
             announced = said.announced()
             arrived = time.monotonic()
@@ -205,7 +210,7 @@ class Engine:
         ended = time.monotonic()
         said.ended()
         steps_s = {"begin": begun - arrived, "transfer": transferred - begun, "end": ended - transferred}
-        return {"started_s": started, "ended_s": ended, "steps_s": steps_s}
+        return {"started_s": started, "ended_s": ended, "steps_s": steps_s, "calls": self._calls - calls}
 
     def receive(self, nbytes: int) -> dict:
         """The engine's half of one roofline broadcast."""

@@ -77,6 +77,7 @@ def _measure(
         parameters=sync.spec.elements,
         bytes_sent=nbytes,
         tensors=rounds[0].tensors,
+        worker_calls=rounds[0].calls,
         gb_per_s=nbytes / update_s / GB,
         roofline_kind=kind,
         roofline_samples_s=roofline_s,

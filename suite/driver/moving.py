@@ -22,6 +22,7 @@ class Moved:
     bytes_sent: int
     tensors: int
     steps_s: dict[str, float]
+    calls: int  # that the first engine made to all its workers
     pause_s: float | None = None  # from the last token before to the first after, where that was asked for
 
 
@@ -80,10 +81,9 @@ class Moving(Together):
         self.connect()
         self.updates += 1
         with self.pool.timeline("moving", str(self.engines[0].key)):
-            if pause:
-                calls = [e.process.submit("pause", self.prompts(1)[0], deadline_s) for e in self.engines]
-            else:
-                calls = [e.process.submit("update", deadline_s, reset_cache, bracket) for e in self.engines]
+            method, between = ("pause", self.prompts(1)[:1]) if pause else ("update", [])
+            asked = [*between, deadline_s, reset_cache, bracket]
+            calls = [engine.process.submit(method, *asked) for engine in self.engines]
             ranks = self.trainer.processes
             calls += [rank.submit("update", deadline_s, **how) for rank in ranks]
             halves = self._gathered(calls, deadline_s + CALL_MARGIN_S)
@@ -91,8 +91,9 @@ class Moving(Together):
         started = min(half["started_s"] for half in halves)
         ended = max(half["ended_s"] for half in halves)
         sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])
+        first = halves[0]
         return Moved(
-            ended - started, sent["bytes_sent"], sent["tensors"], halves[0]["steps_s"], halves[0].get("pause_s")
+            ended - started, sent["bytes_sent"], sent["tensors"], first["steps_s"], first["calls"], first.get("pause_s")
         )
 
     def refusal(self, deadline_s: float, **how: object) -> str:

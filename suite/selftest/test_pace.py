@@ -145,7 +145,7 @@ def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(pace, "measure", lambda *args, quiet: seen.append((*args, quiet, *now())))
     now = lambda: sorted(quiet)  # noqa: E731
-    moved = SimpleNamespace(elapsed_s=1.0, bytes_sent=8, tensors=1, steps_s={})
+    moved = SimpleNamespace(elapsed_s=1.0, bytes_sent=8, tensors=1, steps_s={}, calls=3)
     sync = SimpleNamespace(
         update=lambda pause: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
         engines=["engine"], subject=SimpleNamespace(name="s"), stage=SimpleNamespace(name="t"), model="m",
@@ -155,6 +155,7 @@ def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.Mon
     pool, trainers = (SimpleNamespace(quiet=lambda whom=whom: of(whom)) for whom in ("engines", "trainers"))
     test_throughput._measure(benchmark, sync, pool, trainers, config)
     assert seen == [(config, "engine", True, "engines", "trainers")]
+    assert benchmark.extra_info["worker_calls"] == 3
 
 
 MEASURED = """

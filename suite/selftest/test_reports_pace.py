@@ -91,6 +91,22 @@ def test_calls_that_take_next_to_nothing_explain_nothing():
     assert verdicts(found) == {("slower", "seconds")}
 
 
+def test_an_update_of_few_calls_is_not_explained_by_their_pace():
+    """310 tensors that travel by 4 calls: what a call a tensor would take says nothing."""
+    made = [document(host, updates, seed) for host, updates, seed in ((1.0, 1.0, 8), (2.0, 1.5, 9))]
+    assert verdicts(compare(*(load.parse(one, "made up") for one in made))) == {("inconclusive", BOTH)}
+    for entry in (entry for one in made for entry in one["benchmarks"]):
+        entry["extra_info"]["worker_calls"] = 4
+    assert verdicts(compare(*(load.parse(one, "made up") for one in made))) == {("slower", "seconds")}
+
+
+def test_a_call_that_one_run_has_not_measured_is_no_drift():
+    before, after = document(1.0, 1.0, 8), document(1.0, 1.5, 9)
+    for stage in before["environment"]["pace"].values():
+        stage["empty_call_samples_s"] = []
+    assert verdicts(compare(*(load.parse(one, "made up") for one in (before, after)))) == {("slower", "seconds")}
+
+
 def ratio(verdict: str) -> Ratio:
     return Ratio(verdict, 1.0, 1.0, 1.0, 1.0)
 
