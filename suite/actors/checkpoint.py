@@ -54,6 +54,7 @@ class Alterations:
     duplicate: list[str] = field(default_factory=list)  # sent twice in a row
     bits: dict[str, list[int]] = field(default_factory=dict)  # the first elements, of 16 bits each, become these
     add: dict[str, str] = field(default_factory=dict)  # after this tensor, the same one under a name of no model's
+    lay: dict[str, str] = field(default_factory=dict)  # in memory as one of LAYOUTS says, which is never contiguous
 
     @classmethod
     def of(cls, alter: dict[str, Any] | None, names: list[str]) -> "Alterations":
@@ -74,10 +75,33 @@ class Alterations:
             tensor = tensor.to(getattr(torch, self.cast[name]))
         if name in self.bits:
             tensor = with_bits(tensor, self.bits[name])
+        if name in self.lay:
+            tensor = LAYOUTS[self.lay[name]](tensor)
         for _ in range(2 if name in self.duplicate else 1):
             yield self.rename.get(name, name), tensor
         if name in self.add:
             yield self.add[name], tensor
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, whose first dimension is the innermost in memory."""
+    last_first = (*range(1, tensor.ndim), 0)
+    return tensor.permute(last_first).contiguous().permute(tensor.ndim - 1, *range(tensor.ndim - 1))
+
+
+def sliced(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as every other element of a larger tensor, from its second on; NaN lies between them."""
+    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"))
+    wide[..., 1::2] = tensor
+    return wide[..., 1::2]
+
+
+def expanded(tensor: torch.Tensor) -> torch.Tensor:
+    """The first of its rows, or elements, as many times as there are: all are the same memory."""
+    return tensor[:1].expand_as(tensor)
+
+
+LAYOUTS = {"transposed": transposed, "sliced": sliced, "expanded": expanded}
 
 
 def with_bits(tensor: torch.Tensor, patterns: list[int]) -> torch.Tensor:

@@ -35,7 +35,7 @@ def test_tied(sync: Sync, target: int) -> None:
     text="With untied embeddings, embedding and output layer each get their own tensor, and neither the other's.",
     because="Code written for tied models discards or duplicates the output layer.",
     seen_in=("vllm#51063", "vllm#51665"),
-    models=["qwen3-untied-tiny"],
+    models=["qwen2-tiny"],
 )
 def test_untied(sync: Sync, target: int) -> None:
     for seed in (target, sync.seed):

@@ -20,7 +20,7 @@ class ModelSpec:
     """
 
     name: str
-    architecture: str  # "qwen3" | "llama" | "qwen3_moe"
+    architecture: str  # a key of ARCHITECTURES
     config: dict[str, Any]
     purpose: str
 
@@ -58,11 +58,12 @@ def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
     hidden, head = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     yield "input_layernorm.weight", (hidden,)
-    yield "self_attn.q_proj.weight", (queries, hidden)
-    yield "self_attn.k_proj.weight", (keys, hidden)
-    yield "self_attn.v_proj.weight", (keys, hidden)
+    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        yield f"self_attn.{name}.weight", (rows, hidden)
+        if spec.architecture in WITH_BIASES:
+            yield f"self_attn.{name}.bias", (rows,)
     yield "self_attn.o_proj.weight", (hidden, queries)
-    if spec.architecture != "llama":
+    if spec.architecture in WITH_HEAD_NORMS:
         yield "self_attn.q_norm.weight", (head,)
         yield "self_attn.k_norm.weight", (head,)
 
@@ -126,7 +127,14 @@ def _config(architecture: str, purpose: str, size: Size) -> dict[str, Any]:
     return config
 
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+WITH_HEAD_NORMS = ("qwen3", "qwen3_moe")
+WITH_BIASES = ("qwen2",)  # of queries, keys and values
 
 TIED = "qwen3-tied-tiny"  # the model of a test that needs no other
 
@@ -136,6 +144,7 @@ _CATALOGUE = [
     # hidden, intermediate, layers, heads, kv heads, head dim, vocabulary, tied, experts
     (TIED,                "qwen3",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, True)),
     ("qwen3-untied-tiny", "qwen3",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False)),
+    ("qwen2-tiny",        "qwen2",     "tiny",      Size( 256,   512,  2,  4, 2,  64,    512, False)),
     ("llama-tiny",        "llama",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False)),
     ("qwen3-moe-tiny",    "qwen3_moe", "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False, (8, 2, 128))),
     ("qwen3-1m",          "qwen3",     "ladder",    Size( 128,   320,  4,  4, 2,  64,   1024, True)),

@@ -23,6 +23,7 @@ RESIDUAL_GAIN = 16.0
 EXPERT_GAIN = 2.0
 ROUTER_GAIN = 16.0
 NORM_SPREAD = 0.25
+BIAS_SPREAD = 0.5
 
 # Elements computed at once: bounds the scratch memory to about 100 MB whatever the tensor's size.
 CHUNK_ELEMENTS = 4 * 1024 * 1024
@@ -53,12 +54,15 @@ def fill_values(out: torch.Tensor, name: str, shape: Shape, seed: int, start: in
 def _spread(name: str, shape: Shape) -> tuple[float, float]:
     """(middle, half width) of the uniform distribution that the tensor's elements come from.
 
-    Norms lie around 1. The output layer gives logits of standard deviation LOGIT_STD. What writes into the residual
+    Norms lie around 1; biases are half as wide as what they are added to. The output layer gives logits of standard
+    deviation LOGIT_STD. What writes into the residual
     stream has a gain, without which a tied output layer repeats the token it was given. Where two experts are nearly
     equal, rounding decides between them: the router's gain makes that rare, the experts' smaller gain harmless.
     """
     if name.endswith("norm.weight"):
         return 1.0, NORM_SPREAD
+    if name.endswith(".bias"):
+        return 0.0, BIAS_SPREAD
     gain = 1.0
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
         gain = LOGIT_STD

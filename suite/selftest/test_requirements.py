@@ -19,6 +19,7 @@ IDS = [
     "errors.missing_name", "errors.shape", "errors.dtype", "devices.remap", "devices.identity",
     "devices.wrong_handle", "cache.prefix", "sleep.level1", "sleep.level2", "memory.steady",
     "update.nonfinite", "errors.nested", "faults.trainer_killed", "faults.trainer_stopped", "faults.worker_killed",
+    "sent.mixed_dtypes", "sent.strides", "sent.large", "sent.biases",
 ]  # fmt: skip
 
 

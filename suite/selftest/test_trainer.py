@@ -207,6 +207,28 @@ def test_alterations(trainer, written):
     assert announced == [(name, tensor.shape, tensor.dtype) for name, tensor in sent]
 
 
+@pytest.mark.parametrize("layout", checkpoint.LAYOUTS)
+def test_layouts(trainer, written, layout):
+    trainer.load(str(written[TIED]))
+    matrix, norm = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+    plain = dict(trainer.named_tensors())
+    laid = [matrix] if layout == "transposed" else [matrix, norm]
+    alter = {"lay": dict.fromkeys(laid, layout)}
+    sent, announced = dict(trainer.named_tensors(alter=alter)), dict(trainer.named_layout(alter=alter))
+    for name in laid:
+        expected = plain[name][:1].expand_as(plain[name]) if layout == "expanded" else plain[name]
+        assert torch.equal(sent[name], expected)
+        assert not sent[name].is_contiguous()
+        assert (announced[name].shape, announced[name].dtype) == (expected.shape, expected.dtype)
+    assert all(tensor.is_contiguous() for name, tensor in sent.items() if name not in laid)
+
+
+def test_a_slice_has_other_numbers_between_its_own():
+    laid = checkpoint.LAYOUTS["sliced"](torch.ones(4, 3))
+    assert laid.storage_offset() > 0
+    assert laid.as_strided((4, 3), (3, 1)).isnan().any(), "what moves memory from the address on would move the values"
+
+
 @pytest.mark.parametrize("kind", ["drop", "rename"])
 def test_altering_nothing_is_an_error(trainer, written, kind):
     trainer.load(str(written[TIED]))
