@@ -178,7 +178,9 @@ class UpdateBracket:
         announced = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         plan = self._weight_sync_plans().alone(model, self.vllm_config, announced)
         before, self._weight_sync_state = self._weight_sync_state, State(inconsistent=True)  # stays if the load fails
-        new_load(model, self.vllm_config, plan).load(tensors)
+        load = new_load(model, self.vllm_config, plan)
+        load.load(tensors)
+        load.end()
         synchronize(self.device)
         self._weight_sync_state = before
 

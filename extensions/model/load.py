@@ -93,7 +93,7 @@ class Load(ABC):
         with configured(self._vllm_config):
             for fill in (fill for name in tensors for fill in self._planned(name)):
                 self._restore(split(fill.into)[0])
-            with Writes() as writes:
+            with unwrapped(self._model), Writes() as writes:
                 self._model.load_weights(iter(tensors.items()))
             self._require_writes(writes, tensors)
             self._written(tensors)
@@ -188,6 +188,7 @@ class DirectLoad(Load):
         self._settle()
         for path in self._views:
             self._renew_views(path)
+        self._require_same_views()
         self._require_equal_heads()
 
     def abort(self) -> bool:
@@ -211,6 +212,24 @@ def configured(vllm_config: object) -> Iterator[None]:
 
     with torch.no_grad(), set_current_vllm_config(vllm_config):
         yield
+
+
+@contextmanager
+def unwrapped(model: torch.nn.Module) -> Iterator[None]:
+    """Take off what vLLM has put around layers for LoRA: not every `load_weights` finds its parameters through it."""
+    wrappers = [
+        (parent._modules, name, wrapper)
+        for parent in model.modules()
+        for name, wrapper in parent._modules.items()
+        if name != "base_layer" and wrapper is not None and "base_layer" in wrapper._modules
+    ]
+    for modules, name, wrapper in wrappers:
+        modules[name] = wrapper.base_layer
+    try:
+        yield
+    finally:
+        for modules, name, wrapper in wrappers:
+            modules[name] = wrapper
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -145,8 +145,8 @@ def _of_object(holder: object, is_registered: bool) -> Iterator[tuple[str, objec
     own = dict(getattr(holder, "__dict__", {}))
     classes = [cls for cls in type(holder).__mro__ if not _is_skipped(cls.__module__)]
     for cls in classes:
-        slots = (name for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType))
-        own |= {name: getattr(holder, name) for name in slots if hasattr(holder, name)}
+        slots = [name for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType)]
+        own |= {name: getattr(holder, name) for name in slots if name != "__dict__" and hasattr(holder, name)}
     if isinstance(holder, torch.nn.Module):
         tables = [own.pop(table, None) or {} for table in TABLES]
         for table in tables if not is_registered else ():

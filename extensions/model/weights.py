@@ -69,7 +69,7 @@ def _count_nonzero(weight: torch.Tensor) -> int:
 
 def is_packed(module: torch.nn.Module) -> bool:
     """Whether vLLM's CPU backend keeps a packed copy of this layer's weight, which the layer computes with."""
-    return hasattr(module, "cpu_linear")
+    return "cpu_linear" in vars(module)  # not hasattr: vLLM's wrapper for LoRA answers for the layer in it
 
 
 def _is_applied(model: torch.nn.Module, module: torch.nn.Module) -> bool:

@@ -4,6 +4,7 @@ import os
 import time
 from typing import Any
 
+from suite.actors import answers
 from suite.actors.dialogue import EngineSide
 from suite.actors.link import Link, Listener
 from suite.actors.probe import EXTENSION, PROBED
@@ -25,7 +26,8 @@ class Engine:
         subject: `Subject.plain()` of the subject.
         link_path: Unix socket on which trainers are awaited.
         tensor_parallel_size: ranks of the engine.
-        oracle_path: where to write the weights it starts with, for others to be compared with; None for nowhere.
+        oracle_path: where to write what it computes with and answers now, for others to be compared with; None for
+            nowhere.
         options: further arguments of vllm.LLM.
     """
 
@@ -56,7 +58,7 @@ class Engine:
         self.devices = self.rpc("probe_device")
         self._watch.look_after([device["pid"] for device in self.devices])
         if oracle_path is not None:
-            self.rpc("probe_save", oracle_path)
+            self._write_down(oracle_path)
 
     def facts(self) -> dict:
         """Which devices the workers are on."""
@@ -100,6 +102,18 @@ class Engine:
         with self._watch.waiting():
             outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
         return [_continuation(output.outputs[0]) for output in outputs]
+
+    def answers(self) -> list[dict]:
+        """As `generate`, of the prompts of `suite.actors.answers`, with no prefix cached.
+
+        Each prompt is a batch of its own: so every engine computes in the same steps, whenever requests reach it.
+        """
+        config = self._llm.llm_engine.model_config
+        self.reset_prefix_cache()
+        return [
+            self.generate([prompt], answers.TOKENS)[0]
+            for prompt in answers.prompts(config.get_vocab_size(), config.max_model_len)
+        ]
 
     def tokens_per_s(self, prompts: list[list[int]], max_tokens: int) -> float:
         """Generated tokens per second of one batch."""
@@ -191,6 +205,15 @@ class Engine:
         shutdown = getattr(self._llm.llm_engine.engine_core, "shutdown", None)
         if shutdown is not None:
             shutdown()
+
+    def _write_down(self, path: str) -> None:
+        """Write what this engine computes with and answers after its cold load; see `suite.actors.recording`."""
+        first = self.answers()
+        self.rpc("probe_record")
+        second = self.answers()
+        self.reset_prefix_cache()
+        answers.write(path, first, second)
+        self.rpc("probe_settle", path)  # last: once its files are there, so are the answers
 
     def _examine(self, subject: dict) -> None:
         self._subject = from_plain(subject)

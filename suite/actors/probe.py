@@ -5,20 +5,22 @@ with the probe's methods added. The subject's own methods stay as they are.
 """
 
 import contextlib
+import hashlib
 import inspect
 import os
 import time
 import traceback
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from extensions.devices import device_id, synchronize
 from extensions.group import Communicator, stateless_init_process_group
+from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
-from suite.actors import memory
+from extensions.tensors import flat_bytes
+from suite.actors import arrived, memory, recording
 from suite.subjects import load
 from suite.subjects.adapting import adapted
 
@@ -58,30 +60,45 @@ class Probe:
                 delattr(self, name)
         synchronize(self.device)
 
-    def probe_save(self, path: str) -> int:
-        """Write this rank's effective weights to `<path>.rank<r>.safetensors`. Returns the elements written."""
-        from safetensors.torch import save_file
+    def probe_save(self, path: str) -> None:
+        """Write what this rank computes with, for `probe_compare`."""
+        model = self.model_runner.get_model()
+        recording.write(path, self.rank, dict(self._probe_weights()), recording.beside_of(model))
 
-        weights = {name: weight.cpu().clone().contiguous() for name, weight in self._probe_weights()}
-        target = _of_rank(path, self.rank)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        save_file(weights, partial)
-        partial.replace(target)  # whole or not at all: others wait for the file
-        return sum(weight.numel() for weight in weights.values())
+    def probe_record(self) -> None:
+        """Remember what this rank computes with, after a cold load and an answer; see `suite.actors.recording`."""
+        weights = {name: weight.cpu().clone() for name, weight in self._probe_weights()}
+        self._probe_recorded = weights, recording.beside_of(self.model_runner.get_model())
 
-    def probe_compare(self, path: str) -> dict:
-        """Compare bit by bit with what `probe_save` wrote: the weights looked at, and what differs where."""
-        from safetensors.torch import load_file
+    def probe_settle(self, path: str) -> None:
+        """Write what `probe_record` remembered, and what of it changes by itself: this rank has answered since."""
+        weights, beside = self.__dict__.pop("_probe_recorded")
+        answering = recording.unsteady_of(beside, recording.beside_of(self.model_runner.get_model()))
+        unsteady = recording.both(answering, recording.unsteady_loads(self.vllm_config))
+        recording.write(path, self.rank, weights, beside, unsteady)
 
-        expected, differing, elements, shapes = load_file(_of_rank(path, self.rank)), [], 0, {}
-        for name, weight in self._probe_weights():
-            elements, shapes[name] = elements + weight.numel(), list(weight.shape)
-            reference = expected.pop(name, None)
-            differing += _difference(name, weight.cpu(), reference)
-        differing += [f"{name}: expected, but the engine has none" for name in expected]
-        counts = {"elements": elements, "weights": len(shapes), "differing": len(differing)}
-        return {"rank": self.rank, **counts, "first": differing[:SHOWN], "shapes": shapes}
+    def probe_compare(self, path: str, beside: list[str], unsteady: str | None) -> dict:
+        """Compare bit by bit with what was written: what was looked at, and what differs where.
+
+        path: where the weights are. beside: where the other tensors are; of several places, what they agree on counts;
+        of no place, nothing is compared. unsteady: of the cold engine that says what is left out.
+        """
+        elements, shapes = 0, {}
+
+        def looked_at() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal elements
+            for name, weight in self._probe_weights():
+                elements, shapes[name] = elements + weight.numel(), list(weight.shape)
+                yield name, weight
+
+        weights = [*recording.differing_weights(path, self.rank, looked_at())]
+        others = self._probe_beside(beside, unsteady) if beside else []
+        counts = {"elements": elements, "weights": len(shapes), "differing": len(weights), "others": len(others)}
+        return {"rank": self.rank, **counts, "first": [*weights, *others][:SHOWN], "shapes": shapes}
+
+    def _probe_beside(self, paths: list[str], unsteady: str) -> list[str]:
+        expected, left_out = recording.agreed(paths, unsteady, self.rank)
+        return recording.differing_beside(recording.beside_of(self.model_runner.get_model()), expected, left_out)
 
     def probe_zero(self) -> dict:
         """How many effective elements there are, and which weights have some that aren't zero."""
@@ -92,10 +109,9 @@ class Probe:
                 nonzero.append(f"{name}: {count} of {weight.numel()} elements are not zero")
         return {"rank": self.rank, "elements": elements, "differing": len(nonzero), "first": nonzero[:SHOWN]}
 
-    def probe_nonzero(self) -> dict:
-        """How many effective elements there are, and how many of them are not zero."""
-        counts = [(w.numel(), _nonzero(w)) for _, w in self._probe_weights()]
-        return {"rank": self.rank, "elements": sum(n for n, _ in counts), "nonzero": sum(n for _, n in counts)}
+    def probe_checksums(self, manifest: list[dict]) -> dict[str, int]:
+        """`{announced name: positional checksum}` of what this rank computes with; see `suite.actors.arrived`."""
+        return arrived.checksums_of(self.model_runner.get_model(), self.vllm_config, manifest)
 
     def probe_bits(self, name: str, count: int) -> list[int]:
         """The first `count` elements of an effective weight of 16-bit elements, as patterns of bits."""
@@ -109,9 +125,19 @@ class Probe:
         return {"rank": self.rank, "rows": len(looked_up), "equal": int((looked_up == applied).all(dim=1).sum())}
 
     def probe_addresses(self) -> dict[str, int]:
-        """{parameter: address} of every parameter that isn't empty."""
+        """`{path: address}` of every tensor on this rank's device that it computes with and that isn't empty."""
+        found = every_tensor(self.model_runner.get_model())
+        return {path: t.data_ptr() for path, t in found if t.numel() and t.device.type == self.device.type}
+
+    def probe_buffers(self) -> dict[str, str]:
+        """{buffer: digest} of every buffer, but for those that are a parameter's memory under another name."""
         model = self.model_runner.get_model()
-        return {name: p.data_ptr() for name, p in model.named_parameters() if p.numel()}
+        of_parameters = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
+        return {
+            name: hashlib.sha256(flat_bytes(buffer.contiguous()).cpu().numpy()).hexdigest()
+            for name, buffer in model.named_buffers()
+            if buffer.untyped_storage().data_ptr() not in of_parameters
+        }
 
     def probe_device(self) -> dict:
         """Which device this worker is on, and its process."""
@@ -176,23 +202,6 @@ class Probe:
 def _nonzero(weight: torch.Tensor) -> int:
     """How many elements are not zero, counted in pieces: a whole copy may not fit beside the weights."""
     return sum(int(torch.count_nonzero(piece.float())) for piece in weight.reshape(-1).split(PIECE_ELEMENTS))
-
-
-def _of_rank(path: str, rank: int) -> Path:
-    return Path(f"{path}.rank{rank}.safetensors")
-
-
-def _difference(name: str, weight: torch.Tensor, reference: torch.Tensor | None) -> list[str]:
-    if reference is None:
-        return [f"{name}: the engine has it, the reference does not"]
-    if (weight.shape, weight.dtype) != (reference.shape, reference.dtype):
-        return [
-            f"{name}: expected {tuple(reference.shape)} {reference.dtype}, found {tuple(weight.shape)} {weight.dtype}"
-        ]
-    size = weight.element_size()
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    count = int((weight.contiguous().view(bits) != reference.contiguous().view(bits)).sum())
-    return [f"{name}: {count} of {weight.numel()} elements differ"] if count else []
 
 
 def __getattr__(name: str) -> type:

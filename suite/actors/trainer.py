@@ -16,7 +16,7 @@ import torch
 from extensions.devices import device_id
 from extensions.group import prepare
 from suite import models
-from suite.actors import checkpoint, memory, oracles
+from suite.actors import checkpoint, checksum, memory, oracles
 from suite.actors.roofline import Roofline
 from suite.actors.sending import Sending
 
@@ -120,7 +120,10 @@ class Trainer:
         """Hold tensors, as `fill(seed)` does, of the names and shapes in `path`'s config.json, without a model."""
         self._forget()
         self._spec = models.read_spec(path)
-        self._tensors = {name: self._empty(shape, getattr(torch, dtype)) for name, shape in models.tensors(self._spec)}
+        self._tensors = {
+            name: self._empty(shape, getattr(torch, self._spec.dtype_of(name, dtype)))
+            for name, shape in models.tensors(self._spec)
+        }
         self.fill(seed)
         return self._sizes()
 
@@ -134,7 +137,7 @@ class Trainer:
                 local.zero_()
                 continue
             first = self._first_row(tensor)
-            if checkpoint.FUSED_EXPERTS.fullmatch(parameter):
+            if self._fuses(parameter):
                 for name, view in checkpoint.views(parameter, local, first):
                     models.fill_values(view, name, tuple(view.shape), seed)
             else:
@@ -184,6 +187,10 @@ class Trainer:
         """Log-probabilities of given continuations by this model's own forward pass; see `oracles.score`."""
         return oracles.score(self._logits, prompts, continuations, self.device)
 
+    def checksums(self) -> dict[str, int]:
+        """`{checkpoint name: positional checksum}` of every whole tensor; see `suite.actors.checksum`."""
+        return {name: checksum.checksum(tensor) for name, tensor in self.named_tensors()}
+
     def named_tensors(
         self, order: str = "checkpoint", alter: dict[str, Any] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -218,7 +225,7 @@ class Trainer:
         holder = {
             name: parameter
             for parameter, tensor in parameters.items()
-            for name, _ in checkpoint.views(parameter, torch.empty(tensor.shape, device="meta"))
+            for name, _ in self._views(parameter, torch.empty(tensor.shape, device="meta"))
         }
         alterations = checkpoint.Alterations.of(alter, list(holder))
         held, views = None, {}
@@ -226,8 +233,15 @@ class Trainer:
             if holder[name] != held:
                 views.clear()  # the parameter gathered before is freed first
                 held = holder[name]
-                views = dict(checkpoint.views(held, whole(parameters[held])))
+                views = dict(self._views(held, whole(parameters[held])))
             yield from alterations.apply(name, views[name])
+
+    def _views(self, parameter: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        return checkpoint.views(parameter, tensor) if self._fuses(parameter) else [(parameter, tensor)]
+
+    def _fuses(self, parameter: str) -> bool:
+        """Whether this is a parameter of a model that holds several tensors of the checkpoint."""
+        return self._model is not None and checkpoint.FUSED_EXPERTS.fullmatch(parameter) is not None
 
     def _join(self, address: str, port: int | None) -> Any:
         """Form the group of the trainer's own ranks."""

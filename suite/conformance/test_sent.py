@@ -1,6 +1,8 @@
 """sent.*: whatever tensors an update has, and however the trainer holds them, the engine computes with their values."""
 
 import math
+import re
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 
 import pytest
@@ -11,10 +13,18 @@ from suite.driver.expected import expect
 from suite.driver.pool import Pool
 from suite.driver.sync import Sync
 from suite.models import TIED
+from suite.stages import GPU_OF_ONE_RANK
 
 BIASED = "qwen2-tiny"
 LARGE = "qwen3-100m"
 PUBLISHED = dict.fromkeys(("gpu-split", "gpu-colocate-tp1"), ("qwen3-8b",))  # whose engines the measurements need too
+
+ROUTED = {"cpu-tp1": ["deepseek-v3-tiny"], **dict.fromkeys(GPU_OF_ONE_RANK, ("glm4-moe-reduced",))}
+PARTICULAR = {"cpu-tp1": ["gpt-oss-tiny"], **dict.fromkeys(GPU_OF_ONE_RANK, ("qwen3-next-reduced",))}
+LATENT = {"cpu-tp1": ["deepseek-v3-tiny"], **dict.fromkeys(GPU_OF_ONE_RANK, ("deepseek-v3-reduced",))}
+DERIVED = ("W_UV", "W_UK_T")  # by vLLM, from kv_b_proj
+BUFFERS = ("cos_sin_cache", "_k_scale")
+BESIDE_WEIGHTS = ("sinks", "A_log")
 
 # No buffer of a transport holds more: vLLM packs the tensors of an update into buffers of 1 GiB on GPUs; on CPUs a
 # socket sends from one of at most 4 MiB, and a segment of shared memory is as large as the update.
@@ -87,12 +97,9 @@ def test_large(sync: Sync, target: int) -> None:
 @pytest.mark.requirement("sent.large", models=PUBLISHED)
 def test_large_published(sync: Sync, pool: Pool) -> None:
     _expect_large(sync)
-    sync.trainer.hold_random(pool.config(sync.model), None)  # zeros
+    sync.trainer.hold_random(pool.config(sync.model), 1)
     sync.update()
-    sync.expect_zero()
-    sync.trainer.fill(1)
-    sync.update()
-    sync.expect_no_zero()
+    sync.expect_sent()
 
 
 @requirement(
@@ -104,13 +111,95 @@ def test_large_published(sync: Sync, pool: Pool) -> None:
     models=[BIASED],
 )
 def test_biases(sync: Sync, target: int) -> None:
+    biases = [f"{layer}self_attn.qkv_proj.bias" for layer in _layers(sync)]  # vLLM fuses those of three
     for seed in (target, sync.seed):
         sync.load(seed)
         sync.update()
         for rank in sync.compared(seed):
-            _expect_biases(sync, rank["shapes"])
+            _expect_among(sync, _held(rank), biases)
         sync.expect_exact(seed)
         sync.expect_same_behaviour()
+
+
+@requirement(
+    "sent.parameters",
+    MUST,
+    text="Parameters that are neither weights nor biases, such as attention sinks and the decay of a recurrent layer, "
+    "are updated with the others.",
+    because="Models load them past the loader that reload knows, and code that chooses tensors by their names does not "
+    "know theirs.",
+    seen_in=("vllm#57795", "vllm#57805", "prime-rl#2714"),
+    models=PARTICULAR,
+)
+def test_parameters(sync: Sync, target: int) -> None:
+    sent = [_last(tensor["name"]) for tensor in sync.manifest]
+    own = sorted({name for name in sent if name in BESIDE_WEIGHTS})
+    for seed in (target, sync.seed):
+        sync.load(seed)
+        sync.update()
+        for rank in sync.compared(seed):
+            _expect_among(sync, [_last(name) for name in _held(rank)], own)
+        sync.expect_exact(seed)
+
+
+@requirement(
+    "sent.float32",
+    MUST,
+    text="A parameter that the engine keeps in float32, such as a router and the bias that corrects its choice, gets "
+    "the float32 number that was sent.",
+    because="Senders cast whole models to bfloat16. A router's last bits decide between experts, and an optimiser "
+    "moves those bits first.",
+    seen_in=("prime-rl#3524", "prime-rl#3480", "sglang#31213"),
+    models=ROUTED,
+)
+def test_float32(sync: Sync, target: int) -> None:
+    sent = [tensor["name"] for tensor in sync.manifest if tensor["dtype"] == "float32"]
+    for seed in (target, sync.seed):
+        sync.load(seed)
+        sync.update()
+        for rank in sync.compared(seed):
+            _expect_among(sync, _held(rank), sent)
+        sync.expect_exact(seed)
+
+
+@requirement(
+    "sent.derived",
+    MUST,
+    text="Tensors that the engine derives from others when it loads them, such as the matrices of a latent attention, "
+    "are derived anew after every update.",
+    because="Nothing is sent under their names: who copies what arrives to where its name says leaves them stale.",
+    seen_in=("sglang#6265", "vllm#42481", "vllm#48312"),
+    models=LATENT,
+)
+def test_derived(sync: Sync, target: int) -> None:
+    derived = [f"{layer}{name}" for layer in _layers(sync) for name in DERIVED]
+    for held in sync.call_engines("probe_addresses")[0]:
+        _expect_among(sync, [_within_its_layer(name) for name in held], derived)
+    for seed in (target, sync.seed, target):
+        sync.load(seed)
+        sync.update()
+        sync.expect_exact(seed)
+
+
+@requirement(
+    "sent.buffers",
+    MUST,
+    text="A buffer that no update sends, such as a rotary table and a scale, is bit by bit what it was before.",
+    because="Reloading builds modules anew, and fills the buffers that no tensor comes for with what memory holds. "
+    "Short prompts do not read what is spoilt.",
+    seen_in=("vllm#44371", "vime#446", "nemo-rl#2631"),
+    models=LATENT,
+)
+def test_buffers(sync: Sync, target: int) -> None:
+    before = sync.call_engines("probe_buffers")[0]
+    for held in before:
+        _expect_among(sync, [_last(name) for name in held], BUFFERS)
+    for seed in (target, sync.seed):
+        sync.load(seed)
+        sync.update()
+        for rank, (held, found) in enumerate(zip(before, sync.call_engines("probe_buffers")[0], strict=True)):
+            other = [name for name in {**held, **found} if held.get(name) != found.get(name)]
+            expect(not other, f"every buffer of rank {rank} as it was", f"{len(other)} others: {other[:5]}", sync.where)
 
 
 def _mixed(sync: Sync) -> dict[str, str]:
@@ -140,9 +229,27 @@ def _expect_large(sync: Sync) -> None:
         raise RuntimeError(f"expected a tensor of more than {room} bytes, found at most {largest} {sync.where}")
 
 
-def _expect_biases(sync: Sync, shapes: dict[str, list[int]]) -> None:
-    """What was compared has the bias of every layer's queries, keys and values, which vLLM fuses into one."""
-    found = [name for name, shape in shapes.items() if name.endswith("qkv_proj.bias") and shape[0]]
-    layers = sync.spec.config["num_hidden_layers"]
-    if len(found) != layers:
-        raise RuntimeError(f"expected {layers} biases among what is compared, found {found} {sync.where}")
+def _layers(sync: Sync) -> list[str]:
+    """What the names of tensors begin with, by layer."""
+    return [f"model.layers.{layer}." for layer in range(sync.spec.config["num_hidden_layers"])]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _within_its_layer(name: str) -> str:
+    """A tensor's name without what stands between its layer and its own last part."""
+    return re.sub(r"^(model\.layers\.\d+\.).*\.", r"\1", name)
+
+
+def _held(rank: dict) -> list[str]:
+    """The names of the tensors that were compared on a rank and have elements."""
+    return [name for name, shape in rank["shapes"].items() if math.prod(shape)]
+
+
+def _expect_among(sync: Sync, names: Iterable[str], expected: Sequence[str]) -> None:
+    """Else a test would say nothing of what it is about."""
+    missing = [name for name in expected if name not in names]
+    if missing or not expected:
+        raise RuntimeError(f"expected {missing or 'tensors'} among what is looked at, found {[*names]} {sync.where}")

@@ -41,10 +41,21 @@ def test_zeroed(sync: Sync, target: int) -> None:
 @requirement(
     "update.exact",
     MUST,
-    text="After an update, every weight that the engine computes with equals, bit by bit, that of an engine that "
-    "loaded the same checkpoint from disk; so it does after the update back.",
-    because="Shapes, sums and 'the output changed' let swapped, stale and half loaded tensors pass.",
-    seen_in=("vllm#42821", "vllm#44814", "vllm#48284", "vllm#51063", "prime-rl#2714", "sglang#14178", "vllm#57022"),
+    text="After an update, every tensor that the engine computes with equals, bit by bit, that of an engine that "
+    "loaded the same checkpoint from disk: weights, buffers, and whatever else modules, attention and quantisation "
+    "hold. So it does after the update back.",
+    because="Shapes, sums and 'the output changed' let swapped, stale and half loaded tensors pass, and weights alone "
+    "let spoilt buffers pass.",
+    seen_in=(
+        "vllm#42821",
+        "vllm#44814",
+        "vllm#48284",
+        "vllm#51063",
+        "prime-rl#2714",
+        "sglang#14178",
+        "vllm#57022",
+        "vllm#44371",
+    ),
     models=[TIED],
 )
 def test_exact(sync: Sync, target: int) -> None:
@@ -61,7 +72,8 @@ def test_exact(sync: Sync, target: int) -> None:
     "update.behaviour",
     MUST,
     text="After an update, the engine chooses the greedy tokens of the trainer's own forward pass wherever the choice "
-    "is clear, and the log-probabilities of its tokens are the trainer's within the stated tolerance.",
+    "is clear, and the log-probabilities of its tokens are the trainer's within the stated tolerance. Both are, bit by "
+    "bit, those of an engine that loaded the same checkpoint from disk, from short prompts to the longest.",
     because="Weights may be right where they are read and not where they are used.",
     seen_in=("vllm#42821", "trl#5312", "slime#929"),
     models=[TIED],
@@ -71,6 +83,7 @@ def test_behaviour(sync: Sync, target: int) -> None:
         sync.load(seed)
         sync.update()
         sync.expect_same_behaviour()
+        sync.expect_cold_answers(seed)
 
 
 @requirement(

@@ -59,7 +59,8 @@ def seed_of(subject_index: int) -> int:
 
 def engine_options(stage: Stage) -> dict:
     """Arguments of vllm.LLM that every engine of a stage gets."""
-    options = {"dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 16, "seed": 0, "enforce_eager": True}
+    options = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": 16, "seed": 0, "enforce_eager": True}
+    options["max_num_batched_tokens"] = 4096
     options["kv_cache_memory_bytes"] = (64 if stage.kind == "cpu" else 512) * 2**20
     if stage.kind == "gpu":
         options["gpu_memory_utilization"] = 0.05  # the cache's size is given; this is only what has to be free

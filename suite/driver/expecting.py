@@ -1,5 +1,8 @@
 """What tests expect of an engine after an update: its weights, and what it answers."""
 
+from collections.abc import Sequence
+
+from suite.actors import answers
 from suite.driver.expected import expect
 from suite.driver.together import MAX_TOKENS, Together
 
@@ -18,7 +21,7 @@ class Expecting(Together):
         results = []
         for engine in self.engines:
             path = self.pool.oracle(engine.key, seed)
-            results += self._call(engine, "probe_compare", path)
+            results += self._call(engine, "probe_compare", path, [path], path)
         return results
 
     def snapshot(self) -> str:
@@ -27,6 +30,28 @@ class Expecting(Together):
         for index, engine in enumerate(self.engines):
             self._call(engine, "probe_save", f"{path}-{index}")
         return path
+
+    def steady_addresses(self) -> list[list[dict[str, int]]]:
+        """`{path: address}` by engine and rank, of every tensor that an answer leaves where it was.
+
+        Those are what a captured graph may read. What moves by itself, a graph cannot.
+        """
+        self.generate(self.prompts())
+        before = self.call_engines("probe_addresses")
+        self.generate(self.prompts())
+        after = self.call_engines("probe_addresses")
+        return [
+            [dict(one.items() & other.items()) for one, other in zip(*ranks, strict=True)]
+            for ranks in zip(before, after, strict=True)
+        ]
+
+    def expect_at(self, addresses: list[list[dict[str, int]]]) -> None:
+        """Every tensor is at its address, and there are some."""
+        for engine, expected, found in zip(self.engines, addresses, self.call_engines("probe_addresses"), strict=True):
+            for rank, (steady, now) in enumerate(zip(expected, found, strict=True)):
+                moved = sorted(path for path, address in steady.items() if now.get(path) != address)
+                some = f"{len(moved)} of {len(steady)} moved on rank {rank} of {engine.key}: {moved[:5]}"
+                expect(steady and not moved, "every tensor at its address", some, self.where)
 
     def says_inconsistent(self) -> bool:
         """Whether the extension says of itself, by `update_state()`, that its weights are not to be used."""
@@ -37,8 +62,23 @@ class Expecting(Together):
         return sum(result["differing"] for ranks in self.call_engines("probe_zero") for result in ranks)
 
     def expect_exact(self, seed: int) -> None:
-        """Every effective weight of every rank is bit-equal to the cold-loaded engine's."""
+        """Every tensor that a rank computes with is bit-equal to the cold-loaded engine's: weights, and all others."""
         self._expect_none(self.compared(seed), f"the weights of an engine cold-loaded from checkpoint {seed}")
+
+    def expect_cold_answers(self, seed: int) -> None:
+        """Tokens and log-probabilities are, bit by bit, those of the engine cold-loaded from the checkpoint of `seed`.
+
+        Where the cold engine's second answer was not its first, what lies between them is the tolerance.
+        """
+        for engine in self.engines:
+            cold = answers.read(self.pool.oracle(engine.key, seed))
+            if not cold.is_exact:
+                apart = f"log-probabilities {cold.apart:.3g} apart, {min(cold.steady)} leading tokens the same"
+                self.pool.announce(f"two answers of one cold engine for {engine.key} differ, which is allowed: {apart}")
+            found = engine.process.call("answers", deadline_s=self.call_deadline_s)
+            differing = answers.differing(found, cold)
+            expected = f"the answers of an engine cold-loaded from checkpoint {seed}, within {cold.apart:.3g}"
+            expect(not differing, expected, f"{len(differing)} other answers: {'; '.join(differing)}", self.where)
 
     def expect_zero(self) -> None:
         """Every effective weight element of every rank is zero, and there are some."""
@@ -51,13 +91,17 @@ class Expecting(Together):
             same = result["weights"] - result["differing"]
             expect(same == 0, f"every weight to differ from checkpoint {seed}", f"{same} equal", self.where)
 
-    def expect_equal_to(self, snapshot: str, what: str) -> None:
-        """Every effective weight is bit-equal to a snapshot of the same engines."""
-        results = [
-            result
-            for index, engine in enumerate(self.engines)
-            for result in self._call(engine, "probe_compare", f"{snapshot}-{index}")
-        ]
+    def expect_equal_to(self, snapshot: str, what: str, in_common: Sequence[int] = ()) -> None:
+        """Every tensor that a rank computes with is bit-equal to a snapshot of the same engines.
+
+        A snapshot may hold weights alone. Then all others are compared with what cold engines of the checkpoints
+        `in_common` have in common.
+        """
+        results = []
+        for index, engine in enumerate(self.engines):
+            path, unsteady = f"{snapshot}-{index}", self.pool.oracle(engine.key, self.seed)
+            beside = [self.pool.oracle(engine.key, seed) for seed in in_common] or [path]
+            results += self._call(engine, "probe_compare", path, beside, unsteady)
         self._expect_none(results, what)
 
     def expect_moved_from(self, seed: int) -> None:
@@ -67,12 +111,18 @@ class Expecting(Together):
             found = f"{same} of {result['weights']} as before"
             expect(same == 0, f"every weight to have moved from checkpoint {seed}", found, self.where)
 
-    def expect_no_zero(self) -> None:
-        """Not one effective weight element is zero, and there are some."""
-        for result in (result for ranks in self.call_engines("probe_nonzero") for result in ranks):
-            zeros = result["elements"] - result["nonzero"]
-            found = f"{zeros} zeros among {result['elements']} elements on rank {result['rank']}"
-            expect(zeros == 0 < result["elements"], "weights without a zero", found, self.where)
+    def expect_sent(self) -> None:
+        """Every element of every tensor that the trainer holds is where the engine computes with it.
+
+        Told by positional checksums, which take no second copy of the model. For engines of one rank.
+        """
+        expected = self.trainer.call("checksums")[0]
+        for engine, (found,) in zip(self.engines, self.call_engines("probe_checksums", self.manifest), strict=True):
+            wrong = [name for name, number in expected.items() if found.get(name) != number]
+            some = f"{len(wrong)} of {len(expected)} others in {engine.key}: {wrong[:5]}"
+            expect(
+                expected and not wrong, "the positional checksum of every tensor to be the trainer's", some, self.where
+            )
 
     def expect_reported_zero(self, expected: bool) -> None:
         """The extension's own check_weights_changed() says on every rank whether all weights are zero."""
@@ -85,13 +135,13 @@ class Expecting(Together):
         prompts = prompts or self.prompts()
         self.expect_answers(prompts, self.trainer.call("greedy", prompts, MAX_TOKENS)[0])
 
-    def expect_same_answers(self, answers: list[list[dict]], what: str) -> None:
+    def expect_same_answers(self, before: list[list[dict]], what: str) -> None:
         """The engines answer as they did before `what`."""
         found = self.generate(self.prompts())
         differing = sum(
-            a != b for one, other in zip(answers, found, strict=True) for a, b in zip(one, other, strict=True)
+            a != b for one, other in zip(before, found, strict=True) for a, b in zip(one, other, strict=True)
         )
-        expect(found == answers, f"the answers from before {what}", f"{differing} others", self.where)
+        expect(found == before, f"the answers from before {what}", f"{differing} others", self.where)
 
     def expect_answers(self, prompts: list[list[int]], oracle: list[dict]) -> None:
         """Greedy tokens and log-probabilities are those of an oracle, as `oracles.greedy` gives them.
@@ -102,8 +152,8 @@ class Expecting(Together):
         clear = [next((i for i, gap in enumerate(a["gaps"]) if gap <= CLEAR_GAP), MAX_TOKENS) for a in oracle]
         if sum(clear) < MIN_CLEAR_TOKENS:
             raise RuntimeError(f"only {sum(clear)} tokens of {len(prompts)} prompts are clear-cut {self.where}")
-        for answers in self.generate(prompts):
-            for prompt, expected, found, count in zip(prompts, oracle, answers, clear, strict=True):
+        for said in self.generate(prompts):
+            for prompt, expected, found, count in zip(prompts, oracle, said, clear, strict=True):
                 self._expect_answer(expected, found, prompt, count)
 
     def _expect_answer(self, expected: dict, found: dict, prompt: list[int], count: int) -> None:
@@ -116,7 +166,8 @@ class Expecting(Together):
 
     def _expect_none(self, results: list[dict], expected: str) -> None:
         for result in results:
-            rank, differing = result["rank"], result["differing"]
+            rank, differing, others = result["rank"], result["differing"], result.get("others", 0)
             expect(result["elements"] > 0, f"weights on rank {rank}", "none to look at", self.where)
-            found = f"{differing} weights that differ on rank {rank}: {'; '.join(result['first'])}"
-            expect(differing == 0, expected, found, self.where)
+            which = f"{differing} weights" + (f" and {others} other tensors" if others else "")
+            found = f"{which} that differ on rank {rank}: {'; '.join(result['first'])}"
+            expect(differing == others == 0, expected, found, self.where)

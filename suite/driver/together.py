@@ -48,7 +48,10 @@ class Together:
         return models.manifest(self.spec)
 
     def load(self, seed: int, dtype: str = "bfloat16") -> None:
-        """Have the trainer hold the checkpoint of a seed."""
+        """Have the trainer hold the checkpoint of a seed, or its tensors alone where it does not compute with them."""
+        if not self.spec.computed:
+            self.trainer.hold_random(self.pool.config(self.model), seed, dtype)
+            return
         self.trainer.load(self.pool.checkpoint(self.model, seed, dtype), dtype)
 
     def call_engines(self, method: str, *args: object) -> list[list]:

@@ -103,9 +103,9 @@ class TrainerGroup:
             self._to_restore = wanted
         self.restore()
 
-    def hold_random(self, config: str, seed: int | None) -> None:
+    def hold_random(self, config: str, seed: int | None, dtype: str = "bfloat16") -> None:
         """Hold seeded tensors of a model's names and shapes, or zeros, without the model."""
-        self._to_restore = [("load_random", (config, "bfloat16", seed))]
+        self._to_restore = [("load_random", (config, dtype, seed))]
         self.restore()
 
     def fill(self, seed: int | None) -> None:

@@ -4,10 +4,10 @@ They follow from the config alone, independently of transformers and vLLM, so th
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from suite.models import layers
 from suite.models.values import Shape
 
 
@@ -33,6 +33,15 @@ class ModelSpec:
     def tied(self) -> bool:
         return bool(self.config["tie_word_embeddings"])
 
+    @property
+    def computed(self) -> bool:
+        """Whether the trainer computes with this model, or else holds its tensors alone and is no oracle of answers."""
+        return self.architecture not in PARTICULAR
+
+    def dtype_of(self, name: str, dtype: str = "bfloat16") -> str:
+        """The dtype of a tensor of this model in `dtype`: some are in float32 whatever the others are."""
+        return "float32" if name.endswith(IN_FLOAT32.get(self.architecture, ())) else dtype
+
 
 def tensors(spec: ModelSpec) -> list[tuple[str, Shape]]:
     """Names and shapes of the checkpoint's tensors, in the order of the layers; no lm_head where it is tied."""
@@ -41,7 +50,7 @@ def tensors(spec: ModelSpec) -> list[tuple[str, Shape]]:
     found: list[tuple[str, Shape]] = [("model.embed_tokens.weight", (vocabulary, hidden))]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        found += [(prefix + name, shape) for name, shape in (*_attention(spec), *_feed_forward(spec))]
+        found += [(prefix + name, shape) for name, shape in layers.tensors(spec.architecture, config, layer)]
     found.append(("model.norm.weight", (hidden,)))
     if not spec.tied:
         found.append(("lm_head.weight", (vocabulary, hidden)))
@@ -50,40 +59,7 @@ def tensors(spec: ModelSpec) -> list[tuple[str, Shape]]:
 
 def manifest(spec: ModelSpec) -> list[dict[str, Any]]:
     """What announces a whole update of a model in bfloat16: [{"name", "dtype", "shape"}, ...]."""
-    return [{"name": name, "dtype": "bfloat16", "shape": list(shape)} for name, shape in tensors(spec)]
-
-
-def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
-    config = spec.config
-    hidden, head = config["hidden_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    yield "input_layernorm.weight", (hidden,)
-    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        yield f"self_attn.{name}.weight", (rows, hidden)
-        if spec.architecture in WITH_BIASES:
-            yield f"self_attn.{name}.bias", (rows,)
-    yield "self_attn.o_proj.weight", (hidden, queries)
-    if spec.architecture in WITH_HEAD_NORMS:
-        yield "self_attn.q_norm.weight", (head,)
-        yield "self_attn.k_norm.weight", (head,)
-
-
-def _feed_forward(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
-    config = spec.config
-    hidden = config["hidden_size"]
-    yield "post_attention_layernorm.weight", (hidden,)
-    if spec.architecture != "qwen3_moe":
-        yield from _gated("mlp.", hidden, config["intermediate_size"])
-        return
-    yield "mlp.gate.weight", (config["num_experts"], hidden)
-    for expert in range(config["num_experts"]):
-        yield from _gated(f"mlp.experts.{expert}.", hidden, config["moe_intermediate_size"])
-
-
-def _gated(prefix: str, hidden: int, intermediate: int) -> Iterator[tuple[str, Shape]]:
-    yield prefix + "gate_proj.weight", (intermediate, hidden)
-    yield prefix + "up_proj.weight", (intermediate, hidden)
-    yield prefix + "down_proj.weight", (hidden, intermediate)
+    return [{"name": name, "dtype": spec.dtype_of(name), "shape": list(shape)} for name, shape in tensors(spec)]
 
 
 class Size(NamedTuple):
@@ -122,9 +98,10 @@ def _config(architecture: str, purpose: str, size: Size) -> dict[str, Any]:
         "vocab_size": size.vocabulary,
     }
     if size.experts is not None:
-        config["num_experts"], config["num_experts_per_tok"], config["moe_intermediate_size"] = size.experts
+        count = layers.EXPERTS[architecture]
+        config[count], config["num_experts_per_tok"], config["moe_intermediate_size"] = size.experts
         config |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
-    return config
+    return config | PARTICULAR.get(architecture, {})
 
 
 ARCHITECTURES = {
@@ -132,9 +109,35 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
 }
-WITH_HEAD_NORMS = ("qwen3", "qwen3_moe")
-WITH_BIASES = ("qwen2",)  # of queries, keys and values
+IN_FLOAT32 = {  # ends of names of what engines keep in float32
+    "glm4_moe": ("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    "deepseek_v3": ("mlp.gate.e_score_correction_bias",),
+    "qwen3_next": ("linear_attn.A_log",),
+}
+
+# What a config has beside what all have, of the architectures that the trainer does not compute with.
+_ROUTED = {
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+PARTICULAR = {
+    "glm4_moe": _ROUTED | {
+        "attention_bias": True, "n_group": 1, "topk_group": 1, "partial_rotary_factor": 0.5, "use_qk_norm": True,
+    },
+    "deepseek_v3": _ROUTED | {
+        "q_lora_rank": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    },
+    "gpt_oss": {"attention_bias": True, "sliding_window": 64},
+    "qwen3_next": {
+        "shared_expert_intermediate_size": 128, "full_attention_interval": 2, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
+}  # fmt: skip
 
 TIED = "qwen3-tied-tiny"  # the model of a test that needs no other
 
@@ -147,10 +150,17 @@ _CATALOGUE = [
     ("qwen2-tiny",        "qwen2",     "tiny",      Size( 256,   512,  2,  4, 2,  64,    512, False)),
     ("llama-tiny",        "llama",     "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False)),
     ("qwen3-moe-tiny",    "qwen3_moe", "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False, (8, 2, 128))),
+    ("glm4-moe-tiny",     "glm4_moe",  "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False, (8, 2, 128))),
+    ("deepseek-v3-tiny", "deepseek_v3", "tiny",     Size( 128,   256,  2,  4, 4,  64,    512, False, (8, 2, 128))),
+    ("gpt-oss-tiny",      "gpt_oss",   "tiny",      Size( 128,   128,  2,  4, 2,  64,    512, False, (8, 2, 128))),
+    ("qwen3-next-tiny",   "qwen3_next", "tiny",     Size( 128,   256,  2,  4, 2,  64,    512, False, (8, 2, 128))),
     ("qwen3-1m",          "qwen3",     "ladder",    Size( 128,   320,  4,  4, 2,  64,   1024, True)),
     ("qwen3-10m",         "qwen3",     "ladder",    Size( 384,  1152,  5,  6, 2,  64,   4096, True)),
     ("qwen3-100m",        "qwen3",     "ladder",    Size( 768,  2048, 14, 12, 4,  64,  16384, True)),
     ("qwen3-moe-reduced", "qwen3_moe", "reduced",   Size(1024,  2048,  4, 16, 4, 128,  16384, False, (32, 4, 512))),
+    ("glm4-moe-reduced",  "glm4_moe",  "reduced",   Size(1024,  2048,  2, 16, 4, 128,  16384, False, (32, 4, 512))),
+    ("deepseek-v3-reduced", "deepseek_v3", "reduced", Size(1024, 2048, 2, 16, 16, 64,  16384, False, (32, 4, 512))),
+    ("qwen3-next-reduced", "qwen3_next", "reduced", Size(1024,  2048,  2, 16, 4, 128,  16384, False, (32, 4, 512))),
     ("qwen3-0.6b",        "qwen3",     "published", Size(1024,  3072, 28, 16, 8, 128, 151936, True)),
     ("qwen3-1.7b",        "qwen3",     "published", Size(2048,  6144, 28, 16, 8, 128, 151936, True)),
     ("qwen3-4b",          "qwen3",     "published", Size(2560,  9728, 36, 32, 8, 128, 151936, True)),

@@ -24,12 +24,13 @@ def write_config(spec: ModelSpec, directory: Path | str, dtype: torch.dtype | st
 
 def write_checkpoint(spec: ModelSpec, seed: int, directory: Path | str, dtype: torch.dtype | str = "bfloat16") -> Path:
     """Write config.json and model.safetensors with the weights of `seed`; the whole model is held in memory once."""
-    weights = {name: values(name, shape, seed, dtype) for name, shape in tensors(spec)}
+    dtype = str(dtype).removeprefix("torch.")
+    weights = {name: values(name, shape, seed, spec.dtype_of(name, dtype)) for name, shape in tensors(spec)}
     return save(spec, weights, directory)
 
 
 def save(spec: ModelSpec, weights: dict[str, torch.Tensor], directory: Path | str) -> Path:
-    """Write config.json and model.safetensors with these weights, all of one dtype, on the CPU and contiguous."""
+    """Write model.safetensors with these weights, contiguous on the CPU, and config.json with the first one's dtype."""
     from safetensors.torch import save_file
 
     directory = write_config(spec, directory, next(iter(weights.values())).dtype)

@@ -3,25 +3,37 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from suite.actors.probe import Probe
 from suite.conformance import test_sent as judging
 from suite.models import MODELS, TIED, manifest
+from suite.selftest.test_extensions_weights import model
 
+LATENT = "deepseek-v3-tiny"
 BIASES = {f"model.layers.{layer}.self_attn.qkv_proj.bias": [512] for layer in range(2)}
+
+DERIVED = {f"model.layers.{i}.self_attn.mla_attn.{name}": [4, 512, 128] for i in range(2) for name in judging.DERIVED}
+SINKS = {f"model.layers.{layer}.attn.sinks": [4] for layer in range(2)}
+FLOAT32 = {"model.layers.1.mlp.gate.e_score_correction_bias": [8]}
+TABLE = {"model.layers.0.rotary_emb.cos_sin_cache": "a", "model.layers.0.attn._k_scale": "b"}
 
 
 class Engine:
     """Stands in for a connected trainer and engine whose weights are right, but for what a test says.
 
-    shapes: what is compared. first: the bits of every element of the last norm. sent: the bytes of an update.
+    shapes: what is compared. bits: those of the elements of the last norm. sent: the bytes of an update. buffers: the
+    digests that are found one time after the other.
     """
 
     seed, where, updates = 0, "[here]", 1
     stage = SimpleNamespace(kind="cpu")
 
-    def __init__(self, name: str, shapes: dict | None = None, bits: tuple[int, ...] = (7,), sent: int = 0) -> None:
+    def __init__(
+        self, name: str, shapes: dict | None = None, bits: tuple[int, ...] = (7,), sent: int = 0, buffers: tuple = ()
+    ) -> None:
         self.spec, self.manifest, self.altered = MODELS[name], manifest(MODELS[name]), []
-        self._shapes, self._bits, self._sent = shapes, bits, sent
+        self._shapes, self._bits, self._sent, self._buffers = shapes, bits, sent, [*buffers]
 
     def load(self, seed: int) -> None: ...
 
@@ -36,7 +48,11 @@ class Engine:
 
     def expect_same_behaviour(self) -> None: ...
 
-    def call_engines(self, method: str, name: str, count: int) -> list[list[list[int]]]:
+    def call_engines(self, method: str, name: str = "", count: int = 0) -> list[list]:
+        if method == "probe_buffers":
+            return [[self._buffers.pop(0)]]
+        if method == "probe_addresses":
+            return [[dict.fromkeys(self._shapes, 64)]]
         return [[[*self._bits[:-1], *self._bits[-1:] * (count + 1 - len(self._bits))]]]
 
 
@@ -52,6 +68,10 @@ def test_what_is_right_passes():
     judging.test_strides(Engine(TIED), 1)
     judging.test_large(Engine("qwen3-100m"), 1)
     judging.test_biases(Engine("qwen2-tiny", shapes=BIASES), 1)
+    judging.test_parameters(Engine("gpt-oss-tiny", shapes=SINKS), 1)
+    judging.test_float32(Engine(LATENT, shapes=FLOAT32), 1)
+    judging.test_derived(Engine(LATENT, shapes=DERIVED), 1)
+    judging.test_buffers(Engine(LATENT, buffers=(TABLE, TABLE, TABLE)), 1)
 
 
 def test_an_update_is_of_three_dtypes_and_norms_are_in_float16():
@@ -95,5 +115,49 @@ def test_the_published_model_has_a_tensor_of_more_than_the_buffers_on_gpus():
 
 @pytest.mark.parametrize("missing", BIASES)
 def test_a_bias_that_is_not_compared_is_noticed(missing: str):
-    with pytest.raises(RuntimeError, match="expected 2 biases among what is compared"):
+    with pytest.raises(RuntimeError, match=f"expected ..{missing}.. among what is looked at"):
         judging.test_biases(Engine("qwen2-tiny", shapes=BIASES | {missing: [0]}), 1)
+
+
+@pytest.mark.parametrize("missing", [*DERIVED, *FLOAT32])
+def test_a_tensor_that_is_not_compared_is_noticed(missing: str):
+    judges, shapes = (judging.test_derived, DERIVED) if missing in DERIVED else (judging.test_float32, FLOAT32)
+    left = {name: shape for name, shape in shapes.items() if name != missing}
+    with pytest.raises(RuntimeError, match=r"expected .* among what is looked at"):
+        judges(Engine(LATENT, shapes=left), 1)
+
+
+@pytest.mark.parametrize(("name", "shapes"), [("gpt-oss-tiny", {}), ("qwen3-next-tiny", SINKS), (TIED, SINKS)])
+def test_a_sink_or_decay_that_is_not_there_is_noticed(name: str, shapes: dict):
+    with pytest.raises(RuntimeError, match=r"expected .* among what is looked at"):
+        judging.test_parameters(Engine(name, shapes=shapes), 1)
+
+
+def test_a_model_without_float32_parameters_proves_nothing():
+    with pytest.raises(RuntimeError, match="expected tensors among what is looked at"):
+        judging.test_float32(Engine(TIED, shapes=FLOAT32), 1)
+
+
+def test_a_buffer_that_is_not_looked_at_is_noticed():
+    with pytest.raises(RuntimeError, match=r"expected \['cos_sin_cache'\] among what is looked at"):
+        judging.test_buffers(Engine(LATENT, buffers=({"model.layers.0.attn._k_scale": "b"},)), 1)
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("after", ["other", None])
+def test_a_buffer_that_is_another_or_gone_fails(name: str, after: str | None):
+    changed = {other: digest for other, digest in (TABLE | {name: after}).items() if digest}
+    with pytest.raises(AssertionError, match=f"every buffer of rank 0 as it was\nfound: 1 others: .*{name}"):
+        judging.test_buffers(Engine(LATENT, buffers=(TABLE, TABLE, changed)), 1)
+
+
+def test_buffers_are_told_by_what_they_hold_and_those_of_parameters_are_left_out():
+    built, probe = model(weight=torch.ones(2)), Probe()
+    built.register_buffer("alias", built.weight.data[:1])
+    built.register_buffer("table", torch.ones(4, dtype=torch.bfloat16))
+    built.register_buffer("scale", torch.tensor(1.0))
+    probe.model_runner = SimpleNamespace(get_model=lambda: built)
+    before = probe.probe_buffers()
+    assert before.keys() == {"table", "scale"}
+    built.table[3] += 1
+    assert [name for name, digest in probe.probe_buffers().items() if digest != before[name]] == ["table"]

@@ -1,16 +1,18 @@
 """A failure says what was expected, found and where, each on a line; and each expectation of an engine can fail."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from suite.actors import answers
 from suite.driver.expected import Differs, expect
 from suite.driver.expecting import LOGPROB_TOLERANCE, Expecting
 from suite.driver.together import MAX_TOKENS
 from suite.session.verdicts import cause_of, judge
 
 WHERE = "after update 0 [subject=mine stage=cpu-tp1 model=qwen3-tied-tiny]"
-RIGHT = {"rank": 0, "elements": 9, "weights": 3, "differing": 0, "nonzero": 9, "first": []}
+RIGHT = {"rank": 0, "elements": 9, "weights": 3, "differing": 0, "others": 0, "first": []}
 ANSWER = {"tokens": [1] * MAX_TOKENS, "logprobs": [0.0] * MAX_TOKENS, "gaps": [9.0] * MAX_TOKENS}
 PROMPTS = [[1, 2]] * 8
 
@@ -60,11 +62,15 @@ WRONG = [
         "2 weights that differ on rank 0",
     ),
     (lambda e: e.expect_exact(1), RIGHT | {"elements": 0}, "none to look at"),
+    (
+        lambda e: e.expect_exact(1),
+        RIGHT | {"others": 1, "first": ["rope.cos_sin_cache: 1 of 8 elements differ"]},
+        "0 weights and 1 other tensors that differ on rank 0: rope.cos_sin_cache: 1 of 8",
+    ),
+    (lambda e: e.expect_equal_to("", "as before"), RIGHT | {"others": 2}, "0 weights and 2 other tensors that differ"),
     (lambda e: e.expect_zero(), RIGHT | {"differing": 1}, "1 weights that differ on rank 0"),
     (lambda e: e.expect_all_different(1), RIGHT | {"differing": 2}, "1 equal"),
     (lambda e: e.expect_moved_from(1), RIGHT | {"differing": 2}, "1 of 3 as before"),
-    (lambda e: e.expect_no_zero(), RIGHT | {"nonzero": 8}, "1 zeros among 9 elements on rank 0"),
-    (lambda e: e.expect_no_zero(), RIGHT | {"nonzero": 0, "elements": 0}, "0 zeros among 0 elements on rank 0"),
     (lambda e: e.expect_equal_to("", "the weights from before"), RIGHT | {"differing": 3}, "3 weights that differ"),
 ]
 
@@ -82,6 +88,72 @@ def test_what_the_extension_says_of_zeros_has_to_be_so_on_every_rank():
     Engines(True).expect_reported_zero(True)
     with pytest.raises(Differs, match=r"say True on every rank\nfound: \[False\]"):
         Engines(False).expect_reported_zero(True)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Engines:
+    """An engine beside the written answers of a cold one, which answered alike twice."""
+    engines = Engines()
+    cold = [{"tokens": [1, 2], "logprobs": [-1.0, -2.0]}]
+    engines.said = []
+    engines.pool = SimpleNamespace(oracle=lambda key, seed: str(tmp_path / f"{seed}"), announce=engines.said.append)
+    answers.write(str(tmp_path / "1"), cold, cold)
+    answers.write(str(tmp_path / "2"), cold, [cold[0] | {"logprobs": [-1.0, -2.5]}])
+    engines.found = [dict(cold[0])]
+    engines.engines[0].process = SimpleNamespace(call=lambda method, deadline_s: engines.found)
+    return engines
+
+
+def test_answers_are_a_cold_engines_bit_by_bit(asked: Engines):
+    asked.expect_cold_answers(1)
+    asked.found[0]["logprobs"] = [-1.0, -2.0000001]
+    with pytest.raises(Differs, match=r"checkpoint 1, within 0\nfound: 1 other answers: prompt 0: log-prob"):
+        asked.expect_cold_answers(1)
+    assert asked.said == []
+
+
+def test_where_a_cold_engine_differs_from_itself_the_report_says_so(asked: Engines):
+    asked.found[0]["logprobs"] = [-1.0, -2.4]
+    asked.expect_cold_answers(2)
+    assert "differ, which is allowed: log-probabilities 0.5 apart" in asked.said[0]
+    asked.found[0]["logprobs"] = [-1.0, -2.6]
+    with pytest.raises(Differs, match=r"within 0\.5"):
+        asked.expect_cold_answers(2)
+
+
+def test_what_an_answer_leaves_where_it_was_has_to_stay_there():
+    addresses = iter([{"a": 1, "scratch": 2}, {"a": 1, "scratch": 3}, {"a": 1, "scratch": 4}, {"a": 5, "scratch": 4}])
+    engines = Engines()
+    engines.call_engines = lambda method: [[next(addresses)]]
+    steady = engines.steady_addresses()
+    assert steady == [[{"a": 1}]]
+    engines.expect_at(steady)
+    with pytest.raises(Differs, match=r"every tensor at its address\nfound: 1 of 1 moved on rank 0 .*'a'"):
+        engines.expect_at(steady)
+
+
+def test_a_checksum_that_is_not_the_trainers_is_told_by_its_name():
+    found = {"a": 1, "b": 2}
+    engines = Engines()
+    engines.trainer = SimpleNamespace(call=lambda method: [{"a": 1, "b": 2}])
+    engines.call_engines = lambda method, manifest: [[found]]
+    engines.expect_sent()
+    found["b"] = 3
+    with pytest.raises(Differs, match=r"1 of 2 others in .*\['b'\]"):
+        engines.expect_sent()
+    del found["b"]
+    with pytest.raises(Differs, match="1 of 2 others"):
+        engines.expect_sent()
+    engines.trainer = SimpleNamespace(call=lambda method: [{}])
+    with pytest.raises(Differs, match="0 of 0 others"):
+        engines.expect_sent()
+
+
+def test_no_address_at_all_proves_nothing():
+    engines = Engines()
+    engines.call_engines = lambda method: [[{}]]
+    with pytest.raises(Differs, match="0 of 0 moved"):
+        engines.expect_at([[{}]])
 
 
 def test_an_engine_is_inconsistent_where_it_says_so():

@@ -8,9 +8,10 @@ import pytest
 from suite import models
 from suite.models import TIED
 from suite.processes.call import RemoteError
+from suite.selftest import other_models
 from suite.selftest.vllm_models import NO_ENGINE, Held, holding
 
-NAMES = [TIED, "qwen3-untied-tiny", "llama-tiny", "qwen3-moe-tiny"]
+NAMES = [name for name, spec in models.MODELS.items() if spec.purpose == "tiny"]
 FAILING = [TIED, "qwen3-moe-tiny"]  # dense and of experts, which are packed in different ways
 
 pytestmark = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
@@ -163,3 +164,17 @@ def test_weights_are_not_looked_at_within_an_update(each: Held):
     with pytest.raises(RemoteError, match="an update is under way: call end_update"):
         each.reports_zero()
     each.abort()
+
+
+# ---- models that load in ways of their own
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+@pytest.mark.parametrize("name", list(other_models.CONFIGS))
+def test_every_tensor_that_a_model_computes_with_is_new(held: Held, name: str, apart: bool):
+    assert held.updated_and_cold(name, apart) == []
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "odd vocabulary"])
+def test_a_model_that_takes_adapters_is_updated_as_any_other(held: Held, name: str):
+    assert held.updated_and_cold(name, True, True) == []

@@ -254,7 +254,7 @@ def test_weights_are_not_looked_at_within_an_update(worker: Worker):
 
 def test_a_tensor_on_its_own_is_loaded_where_layers_are_as_loaded(worker: Worker):
     send(worker, "a.weight")
-    assert worker.model.calls == ["load"]
+    assert worker.model.calls == ["load", "end"]
     assert worker.update_state() == "ready"
 
 

@@ -147,6 +147,12 @@ def test_a_tensor_is_found_in(kind: str):
     assert {"layers.0.weight", "layers.1.weight"} < found.keys()
 
 
+def test_a_tensor_of_a_namespace_has_one_path():
+    built = model()
+    place(built, SimpleNamespace(a=torch.ones(1)))
+    assert [*dict(every_tensor(built))] == ["layers.0.weight", "layers.1.weight", "layers.1.place.a"]
+
+
 @pytest.mark.parametrize("persistent", [True, False])
 def test_buffers_are_found(persistent: bool):
     built = model()

@@ -1,5 +1,6 @@
 """What tests are given, and that it is taken back: runs of pytest with a pool that only notes what it is told."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,3 +162,22 @@ def test_what_a_subject_has_left_of_its_hosts_engine_is_charged_to_the_subject(m
     assert not fixtures._given_back(sync, engine, host)
     assert became == [host], "expected the host's own extension"
     assert [(subject.name, subject.extension) for subject in charged] == [("mutant", host.extension)]
+
+
+@pytest.mark.parametrize(("computed", "compared"), [(True, 2), (False, 0)])
+def test_answers_are_the_trainers_where_it_computes_with_the_model(monkeypatch, computed: bool, compared: int):
+    did = []
+
+    class Given:
+        seed, spec = 0, SimpleNamespace(computed=computed)
+
+        def __init__(self, *arguments: object) -> None: ...
+
+        def __getattr__(self, step: str) -> Callable[..., None]:
+            return lambda *arguments: did.append(step)
+
+    monkeypatch.setattr(fixtures, "Sync", Given)
+    sync = SimpleNamespace(pool=None, trainer=None, subject=SimpleNamespace(name="mutant"), stage=None, model="")
+    assert fixtures._given_back(sync, SimpleNamespace(become=lambda host: None), SUBJECTS["broadcast"])
+    assert did.count("expect_same_behaviour") == compared
+    assert (did.count("update"), did.count("expect_exact")) == (2, 1)

@@ -55,3 +55,24 @@ def test_a_failure_is_raised_also_where_no_spare_trainer_starts(monkeypatch: pyt
         moving._gathered([failed, late], 5.0)
     assert "ended, since they did not come back: trainer" in raised.value.__notes__
     assert moving.trainer.connected == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "asked"),
+    [
+        (TIED, ("load", "checkpoint of qwen3-tied-tiny 1 float32", "float32")),
+        ("glm4-moe-tiny", ("hold_random", "config of glm4-moe-tiny", 1, "float32")),
+    ],
+)
+def test_a_trainer_holds_the_tensors_alone_of_a_model_that_it_does_not_compute_with(model: str, asked: tuple):
+    pool = SimpleNamespace(
+        checkpoint=lambda name, seed, dtype: f"checkpoint of {name} {seed} {dtype}",
+        config=lambda name: f"config of {name}",
+    )
+    calls: list[tuple] = []
+    trainer = SimpleNamespace(
+        load=lambda *args: calls.append(("load", *args)), hold_random=lambda *args: calls.append(("hold_random", *args))
+    )
+    handle, stage = SimpleNamespace(key=SimpleNamespace(seed=0)), SimpleNamespace(name="stage")
+    Moving(pool, trainer, [handle], SimpleNamespace(name="subject"), stage, model).load(1, "float32")
+    assert calls == [asked]

@@ -20,6 +20,7 @@ IDS = [
     "devices.wrong_handle", "cache.prefix", "sleep.level1", "sleep.level2", "memory.steady",
     "update.nonfinite", "errors.nested", "faults.trainer_killed", "faults.trainer_stopped", "faults.worker_killed",
     "sent.mixed_dtypes", "sent.strides", "sent.large", "sent.biases",
+    "sent.parameters", "sent.float32", "sent.derived", "sent.buffers",
 ]  # fmt: skip
 
 

@@ -114,7 +114,7 @@ class Sync:
     def expect_zero(self) -> None:
         self.expect_exact(None)
 
-    def expect_equal_to(self, path: str, what: str) -> None:
+    def expect_equal_to(self, path: str, what: str, in_common: tuple[int, int]) -> None:
         expected = load_file(f"{path}-0.rank0.safetensors")
         for name, seed in self.engine.weights.items():
             wanted = torch.zeros(2) if seed is None else ROW * (seed + 1)

@@ -17,7 +17,7 @@ from suite.processes.local import LocalLauncher
 
 pytestmark = pytest.mark.selftest
 
-TINY = [name for name, spec in MODELS.items() if spec.purpose == "tiny"]
+TINY = [name for name, spec in MODELS.items() if spec.purpose == "tiny" and spec.computed]
 SEED = 1
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [100, 3, 200, 300, 400, 500]]
 START_DEADLINE_S = 120
@@ -253,6 +253,23 @@ def test_random_weights_without_a_model(trainer, tmp_path):
     assert_same(dict(trainer.named_tensors()), expected(spec.name, 3))
     with pytest.raises(RuntimeError, match=r"call load\(\)"):
         trainer.greedy(PROMPTS, 1)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in MODELS.items() if spec.purpose == "tiny"])
+def test_random_weights_are_those_of_the_checkpoint(trainer, tmp_path, name):
+    trainer.load_random(str(models.write_config(MODELS[name], tmp_path)), "bfloat16", 3)
+    assert_same(dict(trainer.named_tensors()), read(models.write_checkpoint(MODELS[name], 3, tmp_path)))
+
+
+def test_some_random_weights_are_in_float32(trainer, tmp_path):
+    spec = MODELS["glm4-moe-tiny"]
+    trainer.load_random(str(models.write_config(spec, tmp_path)), "bfloat16", 3)
+    sent = dict(trainer.named_tensors())
+    in_float32 = [name for name, tensor in sent.items() if tensor.dtype == torch.float32]
+    prefix = "model.layers.1.mlp.gate."
+    assert sorted(in_float32) == [f"{prefix}e_score_correction_bias", f"{prefix}weight"]
+    assert set(in_float32) == {tensor["name"] for tensor in models.manifest(spec) if tensor["dtype"] == "float32"}
+    assert all((sent[name].bfloat16() != sent[name]).all() for name in in_float32)
 
 
 def test_a_checkpoint_with_a_missing_tensor_is_refused(trainer, tmp_path):

@@ -13,17 +13,23 @@ import torch
 from extensions.colocate import ColocateWorkerExtension
 from extensions.manifest import manifest_of
 from extensions.model import loading
+from extensions.model.walk import tensors_of
 from extensions.model.weights import effective_weights
 from extensions.plan import plan_of
 from suite import models
 from suite.processes.call import Process
 from suite.processes.local import LocalLauncher, free_port
+from suite.selftest import other_models
 from suite.session import environment
 
 TOKENS = 3
 DEADLINE_S = 60
 STARTING_S = 120
 NO_ENGINE = environment.lacks_engine("cpu")
+ENGINE = {
+    "dtype": "bfloat16", "max_model_len": 256, "enforce_eager": True, "kv_cache_memory_bytes": 2**26,
+    "skip_tokenizer_init": True,
+}  # fmt: skip
 
 
 class Held:
@@ -110,6 +116,36 @@ class Models:
         }
         return {"problems": plan.problems(), "fills": fills}
 
+    def updated_and_cold(self, name: str, apart: bool, lora: bool = False) -> list[str]:
+        """Update a model of `other_models` to another seed, its tensors together or apart from each other.
+
+        Which tensors it then computes with differ from those of one that was loaded from that seed; not those in which
+        two of these differ by themselves.
+        """
+        expected, again = (tensor_digests(self._other(name, 1, lora)) for _ in range(2))
+        model, tensors = self._other(name, 0, lora), other_models.tensors(name, 1)
+        unlike = {path for path, digest in tensor_digests(model).items() if digest != expected[path]}
+        worker = Worker(model, self._config)
+        worker.begin_update(manifest_of(tensors.items()))
+        for part in ({name: tensor} for name, tensor in tensors.items()) if apart else [tensors]:
+            worker._weight_sync_accept(part)
+        worker.end_update()
+        found = tensor_digests(model)
+        if len(unlike) < len(tensors) // 2:
+            raise RuntimeError(f"expected two seeds to differ in most tensors, found {unlike}")
+        return [path for path in expected if expected[path] == again[path] != found.get(path)]
+
+    def _other(self, name: str, seed: int, lora: bool) -> torch.nn.Module:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.model_executor.model_loader import get_model
+
+        directory = other_models.write(name, seed, f"{self._directory}/{name}-{seed}")
+        arguments = ENGINE | ({"enable_lora": True, "max_lora_rank": 8} if lora else {})
+        self._config = EngineArgs(model=directory, **arguments).create_engine_config()
+        with self._current():
+            model = get_model(vllm_config=self._config)
+        return _wrapped_for_lora(model, self._config) if lora else model
+
     def forget_ropes(self) -> None:
         """Drop the rotary embeddings that vLLM keeps for the next model."""
         from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
@@ -139,7 +175,8 @@ class Models:
     def begin(self, seed: int = 1, tied_head: bool = False) -> int:
         """Announce an update to the values of another seed; with the output embedding of a model that ties it."""
         self._tensors = {
-            name: models.values(name, shape, seed, torch.bfloat16) for name, shape in models.tensors(self._spec)
+            name: models.values(name, shape, seed, self._spec.dtype_of(name))
+            for name, shape in models.tensors(self._spec)
         }
         if tied_head:
             self._tensors["lm_head.weight"] = self._tensors["model.embed_tokens.weight"].clone()
@@ -226,13 +263,36 @@ class Models:
 
         directory = f"{self._directory}/{name}-{seed}"
         models.write_checkpoint(models.MODELS[name], seed, directory)
-        arguments = {"dtype": "bfloat16", "max_model_len": 256, "enforce_eager": True, "kv_cache_memory_bytes": 2**26}
-        return EngineArgs(model=directory, skip_tokenizer_init=True, **arguments).create_engine_config()
+        return EngineArgs(model=directory, **ENGINE).create_engine_config()
 
     def _current(self) -> Any:
         from vllm.config import set_current_vllm_config
 
         return set_current_vllm_config(self._config)
+
+
+def tensor_digests(model: torch.nn.Module) -> dict[str, str]:
+    """A digest of each tensor that the model computes with; without handles, which are addresses."""
+    found = {path: tensor for path, tensor in tensors_of(model).items() if not path.endswith("handler_tensor")}
+    found |= {f"effective {name}": weight for name, weight in effective_weights(model)}
+    return {path: _bits(tensor) for path, tensor in found.items()}
+
+
+def _bits(tensor: torch.Tensor) -> str:
+    data = b"" if tensor.is_meta else tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _wrapped_for_lora(model: torch.nn.Module, config: Any) -> torch.nn.Module:
+    from vllm.config import set_current_vllm_config
+    from vllm.lora.model_manager import create_lora_manager
+
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "vocab_size": 512}
+    with set_current_vllm_config(config):
+        manager = create_lora_manager(
+            model, **sizes, lora_config=config.lora_config, vllm_config=config, device=torch.device("cpu")
+        )
+    return manager.model
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -124,7 +124,7 @@ class Player:
         if not state.known:
             return
         if state.alone:
-            self.sync.expect_equal_to(self._mixture(), f"checkpoint {state.seed} with {state.alone}")
+            self.sync.expect_equal_to(self._mixture(), f"checkpoint {state.seed} with {state.alone}", self.seeds)
         elif state.seed is None:
             self.sync.expect_zero()
         else:

@@ -4,10 +4,24 @@ They are given to the suite as a user's own would be, `--extension suite.selftes
 together by `python -m suite.selftest.mutants`. Each is a few lines over a reference class.
 """
 
-from suite.selftest.mutants import devices, faults, hopeless, refusals, sent, sequences, states, values
+from suite.selftest.mutants import (
+    devices,
+    faults,
+    hopeless,
+    planning,
+    refusals,
+    sent,
+    sequences,
+    states,
+    unseen,
+    values,
+)  # fmt: skip
 from suite.selftest.mutants.registry import CLASSES, MUTANTS, Mutant
 
-__all__ = ["MUTANTS", "Mutant", "devices", "faults", "hopeless", "refusals", "sent", "sequences", "states", "values"]
+__all__ = [
+    "MUTANTS", "Mutant", "devices", "faults", "hopeless", "planning", "refusals", "sent", "sequences", "states",
+    "unseen", "values",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> type:

@@ -23,7 +23,7 @@ BROADCAST = {"cpu": "cpu-tp1", "gpu": "gpu-split"}
 HANDLES = {"cpu": "cpu-tp1", "gpu": "gpu-colocate-tp1"}
 
 # What a failure says, as patterns.
-DIFFER = r"weights that differ"
+DIFFER = r"that differ"
 NOT_THERE = rf"{DIFFER}|every weight to differ"  # from what it was before: the update has not come
 ANSWERS = r"greedy tokens after|log-probabilities after"
 ACCEPTED = r"an error for an update with .*found: success"

@@ -5,7 +5,7 @@ import torch
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
 from extensions.tensors import flat_bytes
-from suite.conformance.test_sent import BUFFER_BYTES
+from suite.conformance.test_sent import BUFFER_BYTES, DERIVED
 from suite.selftest.mutants.registry import (
     BROADCAST,
     DIFFER,
@@ -57,7 +57,7 @@ class IsSentByAddress(WorkerExtension):
     weight_sync_sender = f"{PACKAGE}.sent:ByAddress"
 
 
-@mutant("sent.large", rf"{DIFFER}|without a zero", "verl#5980", **HANDLES)
+@mutant("sent.large", rf"{DIFFER}|positional checksum", "verl#5980", **HANDLES)
 class LoadsOneBuffer(Meddles, ColocateWorkerExtension):
     """Loads of each tensor what one buffer of its transport holds, and zeros for the rest."""
 
@@ -76,3 +76,51 @@ class OnlyDotWeight(Meddles, WorkerExtension):
     def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
         if name.endswith(".weight"):
             load(name, tensor)
+
+
+@mutant("sent.parameters", NOT_THERE, "vllm#57795", **BROADCAST)
+class OnlyWeightsAndBiases(Meddles, WorkerExtension):
+    """Loads tensors whose names say that they are weights or biases: no attention sinks, and no decay."""
+
+    def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
+        if name.endswith(("weight", "bias")):
+            load(name, tensor)
+
+
+@mutant("sent.float32", NOT_THERE, "prime-rl#3524", **BROADCAST)
+class CastsEverythingToBfloat16(Meddles, WorkerExtension):
+    """Has every tensor pass through bfloat16, whatever the engine keeps it in."""
+
+    def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
+        load(name, tensor.to(torch.bfloat16).to(tensor.dtype))
+
+
+@mutant("sent.derived", DIFFER, "sglang#6265", **BROADCAST)
+class KeepsTheDerived(WorkerExtension):
+    """Leaves the matrices of a latent attention as they were derived from the weights before."""
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        self._mutant_kept = [tensor.clone() for tensor in self._mutant_derived()]
+        return super().begin_update(manifest)
+
+    def end_update(self) -> int:
+        count = super().end_update()
+        for tensor, before in zip(self._mutant_derived(), self._mutant_kept, strict=True):
+            tensor.data = before
+        return count
+
+    def _mutant_derived(self) -> list[torch.Tensor]:
+        modules = self.model_runner.get_model().modules()
+        return [getattr(module, name) for module in modules for name in DERIVED if hasattr(module, name)]
+
+
+@mutant("sent.buffers", r"every buffer of rank 0 as it was", "vllm#44371", **BROADCAST)
+class SpoilsTheRotaryTable(WorkerExtension):
+    """Has the rotary table of a latent attention off by a little where its prompts do not reach."""
+
+    def end_update(self) -> int:
+        count = super().end_update()
+        for module in self.model_runner.get_model().modules():
+            if hasattr(module, "kv_b_proj") and hasattr(module, "rotary_emb"):
+                module.rotary_emb.cos_sin_cache[256:] *= 1 + torch.finfo(torch.bfloat16).eps
+        return count

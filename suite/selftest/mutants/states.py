@@ -139,7 +139,7 @@ class KeepsThePrefixCache(WorkerExtension):
     weight_sync_resets_cache = True
 
 
-@mutant("update.graphs", rf"{ANSWERS}|parameter at its address", "vllm#41670", gpu="gpu-split")
+@mutant("update.graphs", rf"{ANSWERS}|at its address", "vllm#41670", gpu="gpu-split")
 class MovesParameters(WorkerExtension):
     """Gives every parameter new memory before it loads; graphs go on with the old."""
 
@@ -191,7 +191,7 @@ class LosesUpdatesAfterSleep(Meddles, WorkerExtension):
             load(name, tensor)
 
 
-@mutant("sleep.level2", ANSWERS, "vllm#16564", gpu="gpu-split")
+@mutant("sleep.level2", rf"{DIFFER}|{ANSWERS}", "vllm#16564", gpu="gpu-split")
 class LosesBuffersAsleep(WorkerExtension):
     """Brings back the weights of an engine that slept at level 2, and not the buffers, such as rotary tables."""
 

@@ -1,0 +1,87 @@
+"""What engines are asked to see that they answer alike: prompts, what a cold engine said, and how another differs.
+
+An engine that computes with the right tensors may still use wrong ones somewhere. So its answers are compared with a
+cold-loaded engine's: greedy tokens, and their log-probabilities to the last bit. The prompts reach from a few tokens to
+the engine's longest position, since what is wrong in a table shows at the positions that look it up.
+
+A cold engine answers twice. How far it is from itself is the tolerance: 0.0 on every machine measured so far.
+"""
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+LENGTHS = (12, 100, 300)  # and the longest that leaves room for the answer
+TOKENS = 6  # of an answer
+
+
+@dataclass(frozen=True)
+class Cold:
+    """What a cold engine answered.
+
+    answers: {"tokens": [...], "logprobs": [...]} by prompt. apart: between log-probabilities of the same token, the
+    second time it was asked. steady: by prompt, the leading tokens that were the same both times.
+    """
+
+    answers: list[dict]
+    apart: float
+    steady: list[int]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the cold engine answered the same both times, bit by bit."""
+        return self.apart == 0 and all(
+            count == len(answer["tokens"]) for count, answer in zip(self.steady, self.answers, strict=True)
+        )
+
+
+def prompts(vocabulary: int, longest: int) -> list[list[int]]:
+    """Prompts of LENGTHS and of the longest that an engine of `longest` positions can go on from; the same always."""
+    lengths = [length for length in LENGTHS if length + TOKENS < longest] + [longest - TOKENS]
+    draw = random.Random(longest)
+    return [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
+
+
+def write(path: str, first: list[dict], second: list[dict]) -> None:
+    """Write what a cold engine answered, both times."""
+    target = _path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps([first, second]))
+
+
+def read(path: str) -> Cold:
+    """What a cold engine answered that wrote it there."""
+    first, second = json.loads(_path(path).read_text())
+    steady = [_same(a["tokens"], b["tokens"]) for a, b in zip(first, second, strict=True)]
+    apart = max(map(_apart, first, second, steady), default=0.0)
+    return Cold(first, apart, steady)
+
+
+def differing(found: list[dict], cold: Cold) -> list[str]:
+    """Which answers are not the cold engine's, a sentence for each."""
+    sentences = []
+    for number, (answer, expected, steady) in enumerate(zip(found, cold.answers, cold.steady, strict=True)):
+        tokens, wanted = answer["tokens"][:steady], expected["tokens"][:steady]
+        apart = _apart(answer, expected, _same(tokens, wanted))
+        if tokens != wanted:
+            sentences.append(f"prompt {number}: expected tokens {wanted}, found {tokens}")
+        elif apart > cold.apart:
+            sentences.append(f"prompt {number}: log-probabilities {apart:.3g} apart")
+    return sentences
+
+
+def _path(path: str) -> Path:
+    return Path(f"{path}.answers.json")
+
+
+def _same(one: list[int], other: list[int]) -> int:
+    """How many leading tokens are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+
+
+def _apart(one: dict, other: dict, count: int) -> float:
+    """How far log-probabilities of the same tokens are apart; infinitely where one is no number."""
+    pairs = zip(one["logprobs"][:count], other["logprobs"][:count], strict=True)
+    return max((abs(a - b) if math.isfinite(a - b) else math.inf for a, b in pairs), default=0.0)
