@@ -12,9 +12,9 @@ import torch
 
 from extensions.manifest import SHOWN, Announced, ManifestError, check
 from extensions.model.headers import checkpoint_layouts
-from extensions.model.twin import live_tensors
+from extensions.model.twin import HEAD, live_tensors, split
 from extensions.model.views import parted
-from extensions.plan import HEAD, Plan, PlanError, planned
+from extensions.plan import Plan, PlanError, planned
 
 MAX_ALONE = 1024  # plans of tensors outside the bracket that are kept
 
@@ -112,10 +112,12 @@ def _check_by_checkpoint(vllm_config: object, announced: Announced, whole: bool,
 
 
 def _values_lost(plan: Plan, live: dict[str, torch.Tensor]) -> list[str]:
-    """Parameters with elements that no announced tensor fills, where processing has not left them as they were."""
+    """What no announced tensor fills in layers that are loaded, where processing has not left it as it was."""
     found = []
-    for name in plan.kept:
+    for name in plan.left:
         there, planned_as = live.get(name), plan.tensors[name]
+        if split(name)[0] not in plan.layers or (there is None and name not in plan.parameters):
+            continue
         if there is None or (there.shape, there.dtype) != (planned_as.shape, planned_as.dtype):
             found.append(f"{name}: no announced tensor fills it, and the engine has its value in another form")
     return found

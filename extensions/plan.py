@@ -15,11 +15,21 @@ import torch
 from extensions.manifest import SHOWN, Announced, Manifest, parse
 from extensions.model.headers import checkpoint_layouts
 from extensions.model.regions import Memory, elements_filled
-from extensions.model.twin import Fill, LoadFailed, Region, named_tensors, record, split, twin_of
+from extensions.model.twin import (
+    Fill,
+    LoadFailed,
+    Region,
+    TwinFailed,
+    kv_scales,
+    named_tensors,
+    record,
+    split,
+    tied_heads,
+    twin_of,
+)
 from extensions.model.views import View, views_of
 from extensions.tensors import FLOATING_SOURCES, dtype_name
 
-HEAD = "lm_head.weight"
 MAX_SAID = 120  # characters of a loader's error
 MAX_APART = 256  # tensors that are tried in a call of their own; of more, none is loaded before all are there
 
@@ -39,6 +49,7 @@ class Plan:
     elsewhere: what other ranks of the engine read of announced tensors.
     kept: elements of parameters that the engine's own checkpoint does not fill either.
     views: tensors that the model keeps beside the parameters and buffers that they are views of.
+    scales: parameters for the scales of the cache of keys and values.
     together: whether those tensors that are not simply copied have to be given to `load_weights` in one call.
     """
 
@@ -51,6 +62,7 @@ class Plan:
     elsewhere: dict[str, list[Region]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     views: list[View] = field(default_factory=list)
+    scales: list[str] = field(default_factory=list)
     together: bool = False
 
     def of(self, name: str) -> list[Fill]:
@@ -203,14 +215,17 @@ def plan_of(model: torch.nn.Module, vllm_config: object, manifest: Manifest) -> 
     """What an update of `model` with this manifest would do on this rank. The model is neither read nor changed.
 
     Raises ManifestError where the manifest is malformed. Raises PlanError where `load_weights` raises before it takes a
-    tensor.
+    tensor, and where the model can't be built without memory.
     """
     return planned(model, vllm_config, parse(manifest))
 
 
 def planned(model: torch.nn.Module, vllm_config: object, announced: Announced) -> Plan:
     """As `plan_of`, for a manifest that has been parsed."""
-    plan = _recorded(model, vllm_config, announced)
+    try:
+        plan = _recorded(model, vllm_config, announced)
+    except TwinFailed as error:
+        raise PlanError(f"a copy of the model can't be built without memory: {_first_line(error.cause)}") from error
     plan = _with_other_ranks(plan, model, vllm_config)
     if plan.missing():
         plan = replace(plan, kept=_unfilled_by_checkpoint(plan, model, vllm_config))
@@ -226,10 +241,10 @@ def _recorded(
     refused: dict[str, str] = {}
     while True:
         with twin_of(model, vllm_config, ranks) as twin:
-            heads = _tied_heads(twin, vllm_config, announced)
+            heads = tied_heads(twin, vllm_config, announced)
             parameters = _parameters(twin)
             tensors = {name: tensor.detach() for name, tensor in named_tensors(twin).items()}
-            views = views_of(twin)
+            views, scales = views_of(twin), kv_scales(twin)
             try:
                 fills = record(twin, _meta(announced, without={*refused, *heads}))
             except LoadFailed as error:
@@ -239,7 +254,7 @@ def _recorded(
                 if len(refused) < SHOWN:
                     continue
                 fills = []
-        return Plan(announced, fills, parameters, tensors, refused, _aliases(heads, fills), views=views)
+        return Plan(announced, fills, parameters, tensors, refused, _aliases(heads, fills), views=views, scales=scales)
 
 
 def _with_other_ranks(plan: Plan, model: torch.nn.Module, vllm_config: object) -> Plan:
@@ -280,10 +295,13 @@ def _not_read_whole(plan: Plan) -> list[str]:
 
 
 def _unfilled_by_checkpoint(plan: Plan, model: torch.nn.Module, vllm_config: object) -> dict[str, int]:
-    """The elements that the engine's own checkpoint leaves as the model's class made them, such as scales of 1."""
+    """The elements that the engine's own checkpoint leaves as the model's class made them, such as scales of 1.
+
+    Without a checkpoint those are the scales of the cache of keys and values, which vLLM sets itself.
+    """
     layouts = _checkpoint(vllm_config)
     if not layouts:
-        return {}
+        return {name: plan.unfilled[name] for name in plan.scales if not plan.into.get(name)}
     own = _recorded(model, vllm_config, layouts)
     return {
         name: missing
@@ -326,29 +344,6 @@ def _parameters(twin: torch.nn.Module) -> dict[str, Memory]:
         name: Memory(parameter.untyped_storage().nbytes(), parameter.element_size())
         for name, parameter in twin.named_parameters()
     }
-
-
-def _tied_heads(twin: torch.nn.Module, vllm_config: object, announced: Announced) -> dict[str, str | None]:
-    """Announced names of an output embedding that is the input embedding, and vLLM's name of that, where it is here."""
-    heads = [name for name in announced if name == HEAD or name.endswith(f".{HEAD}")]
-    if not heads:
-        return {}
-    parameters = dict(twin.named_parameters(remove_duplicate=False))
-    own = next((name for name in parameters if name.endswith(HEAD)), None)
-    if own is not None:
-        head = parameters.pop(own)
-        tied = next((name for name, parameter in parameters.items() if parameter is head), None)
-        return {} if tied is None else dict.fromkeys(heads, tied)
-    if not getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False):
-        return {}
-    return dict.fromkeys(heads, _embedding(twin))
-
-
-def _embedding(twin: torch.nn.Module) -> str | None:
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    found = (path for path, module in twin.named_modules() if isinstance(module, VocabParallelEmbedding))
-    return next((f"{path}.weight" for path in found), None)
 
 
 def _aliases(heads: dict[str, str | None], fills: list[Fill]) -> dict[str, str | None]:

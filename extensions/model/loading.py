@@ -120,8 +120,9 @@ class LayerwiseReload(Load):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
                     tensors[name] = _with_memory(tensor, device)
-                    if f"{path}.{name}" in self._plan.left and name in before:
-                        tensors[name].data.copy_(before[name])
+                    old = before.get(name)
+                    if f"{path}.{name}" in self._plan.left and old is not None and old.shape == tensor.shape:
+                        tensors[name].data.copy_(old)
                 unwrap_loader(tensors[name])
 
     def _written(self, names: Iterable[str]) -> None:

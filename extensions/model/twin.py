@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from extensions.tensors import dtype_name
 
 CONSTANTS = ("fill_", "zero_")
+HEAD = "lm_head.weight"
 ONLINE_LOADER = "online_process_loader"  # how vLLM's layerwise reload calls the loaders that it puts around others
 LORA_WRAPPED = ".base_layer."
 REPLACES = "replaces the tensor"  # the conversion of a loader that puts another tensor in the place of the parameter
@@ -171,6 +172,8 @@ def twin_of(
     vLLM registers the layers of every model that it builds in the configuration, and keeps rotary embeddings for the
     next model. The twin gets a configuration of its own, and what it left behind is removed. Parameters that the live
     model ties are tied in the twin too: vLLM ties an output embedding when it finds it equal to the input embedding.
+
+    Raises TwinFailed where the model's class raises.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
@@ -184,8 +187,11 @@ def twin_of(
     torch.set_default_dtype(vllm_config.model_config.dtype)  # by which vLLM chooses attention backends
     try:
         with set_current_vllm_config(own), torch.no_grad(), _as_rank(ranks):
-            with torch.device("meta"):
-                twin = initialize_model(vllm_config=own, model_class=type(model))
+            try:
+                with torch.device("meta"):
+                    twin = initialize_model(vllm_config=own, model_class=type(model))
+            except Exception as error:
+                raise TwinFailed(error) from error
             _tie_as(model, twin)
             for tensor in named_tensors(twin).values():
                 unwrap_loader(tensor)
@@ -229,6 +235,39 @@ def _tie_as(model: torch.nn.Module, twin: torch.nn.Module) -> None:
             (holder._parameters if attribute in holder._parameters else holder._buffers)[attribute] = there[first]
 
 
+def tied_heads(twin: torch.nn.Module, vllm_config: object, announced: Iterable[str]) -> dict[str, str | None]:
+    """Announced names of an output embedding that is the input embedding, and vLLM's name of that, where it is here."""
+    heads = [name for name in announced if name == HEAD or name.endswith(f".{HEAD}")]
+    if not heads:
+        return {}
+    parameters = dict(twin.named_parameters(remove_duplicate=False))
+    own = next((name for name in parameters if name.endswith(HEAD)), None)
+    if own is not None:
+        head = parameters.pop(own)
+        tied = next((name for name, parameter in parameters.items() if parameter is head), None)
+        return {} if tied is None else dict.fromkeys(heads, tied)
+    if not getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False):
+        return {}
+    return dict.fromkeys(heads, _embedding(twin))
+
+
+def _embedding(twin: torch.nn.Module) -> str | None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    found = (path for path, module in twin.named_modules() if isinstance(module, VocabParallelEmbedding))
+    return next((f"{path}.weight" for path in found), None)
+
+
+def kv_scales(twin: torch.nn.Module) -> list[str]:
+    """The parameters of attention layers that take scales of the cache of keys and values."""
+    return [
+        f"{path}.{name}"
+        for path, module in twin.named_modules()
+        if any(kind.__name__ == "BaseKVCacheMethod" for kind in type(getattr(module, "quant_method", None)).__mro__)
+        for name in module._parameters
+    ]
+
+
 def unwrap_loader(tensor: torch.Tensor | None) -> None:
     """Have a tensor take its weights as they come. vLLM's wrapper would process its layer when it counts it whole."""
     loader = getattr(tensor, "weight_loader", None)
@@ -246,6 +285,14 @@ def split(name: str) -> tuple[str, str]:
     """The path of the module that holds a tensor, and the tensor's name in it."""
     path, _, attribute = name.rpartition(".")
     return path, attribute
+
+
+class TwinFailed(Exception):
+    """The model's class raised while the twin was built: it reads values, for instance."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+        super().__init__(str(cause))
 
 
 class LoadFailed(Exception):

@@ -14,7 +14,9 @@ from extensions import kept
 from extensions.kept import Kept, accepted
 from extensions.manifest import ManifestError
 from extensions.model.headers import INDEX, checkpoint_layouts
-from extensions.plan import PlanError
+from extensions.model.regions import Memory
+from extensions.model.twin import Fill, Region
+from extensions.plan import Plan, PlanError
 
 HALF = torch.bfloat16
 ANNOUNCED = {f"weight{index}": (HALF, (3, 4)) for index in range(400)}
@@ -194,3 +196,29 @@ def test_only_the_files_of_an_index_are_read(directory: Path):
     save_file({"a": torch.zeros(7, dtype=torch.float8_e4m3fn)}, directory / "part.safetensors")
     (directory / INDEX).write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
     assert checkpoint_layouts(str(directory)) == {"a": (torch.float8_e4m3fn, (7,))}
+
+
+# ---- what keeps its value
+
+
+def with_scale(live: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update that fills `layer.weight`, and not `layer.scale`, which the engine's own checkpoint has neither."""
+    region = Region(0, (4,), (4,), 4)
+    shapes = {"layer.weight": torch.empty(4, device="meta"), "layer.scale": torch.empty(1, device="meta")}
+    plan = Plan(
+        {"weight": (torch.float32, (4,))},
+        [Fill("layer.weight", region, (("weight", region),))],
+        {"layer.weight": Memory(16, 4), "layer.scale": Memory(4, 4)},
+        shapes,
+        kept={"layer.scale": 1},
+    )
+    monkeypatch.setattr(kept, "planned", lambda *_: plan)
+    monkeypatch.setattr(kept, "live_tensors", lambda model: live)
+    accepted(Model(1), None, plan.announced)
+
+
+def test_a_weight_that_no_tensor_fills_keeps_its_value_or_the_update_is_refused(monkeypatch: pytest.MonkeyPatch):
+    with_scale({"layer.weight": torch.zeros(0), "layer.scale": torch.ones(1)}, monkeypatch)
+    for live in ({}, {"layer.scale": torch.ones(2)}, {"layer.scale": torch.ones(1, dtype=HALF)}):
+        with pytest.raises(ManifestError, match=r"layer\.scale: no announced tensor fills it, and the engine has its"):
+            with_scale(live, monkeypatch)

@@ -235,6 +235,31 @@ def test_what_can_not_be_planned_says_so(monkeypatch: pytest.MonkeyPatch):
         plan_of(torch.nn.Module(), None, [])
 
 
+def test_a_model_that_can_not_be_built_without_memory_says_so(monkeypatch: pytest.MonkeyPatch):
+    @contextlib.contextmanager
+    def twin_of(*_: object) -> Iterator[Twin]:
+        raise twin.TwinFailed(NotImplementedError("Cannot copy out of meta tensor; no data!"))
+        yield
+
+    monkeypatch.setattr(planning, "twin_of", twin_of)
+    manifest = manifest_of([("a", torch.empty(1))])
+    with pytest.raises(PlanError, match=r"^a copy of the model can't be built without memory: NotImpl.*: Cannot copy"):
+        plan_of(torch.nn.Module(), None, manifest)
+
+
+def test_scales_of_the_cache_may_be_left_out_where_there_is_no_checkpoint(monkeypatch: pytest.MonkeyPatch):
+    class BaseKVCacheMethod:
+        """As vLLM's."""
+
+    tree = torch.nn.Module()
+    tree.attn, tree.other = Twin(sound), Twin(sound)
+    tree.attn.quant_method = BaseKVCacheMethod()
+    assert twin.kv_scales(tree) == ["attn.rows", "attn.scale"]
+    monkeypatch.setattr(planning, "kv_scales", lambda twin: ["scale"])
+    assert planned(monkeypatch, scale=None).problems() == []
+    assert planned(monkeypatch, checkpoint={"scale": (4,)}, scale=None).problems() != []
+
+
 def test_a_wrapper_that_would_process_a_layer_is_taken_off():
     """As vLLM puts it around the loaders of a model that it quantises while it loads, and of one that it reloads."""
 
