@@ -31,6 +31,7 @@ class Together:
         self.spec = models.MODELS[model]
         self.seed = engines[0].key.seed
         self.updates = 0
+        self.held: int | None = None  # the seed of the checkpoint that the trainer was last given
 
     @property
     def where(self) -> str:
@@ -43,12 +44,19 @@ class Together:
         return UPDATE_DEADLINE_S + 4 * self.spec.elements / SLOWEST_BYTES_PER_S
 
     @property
+    def weight(self) -> str:
+        """The name of a matrix in the model's second half, for a test that alters one."""
+        matrices = [name for name, shape in models.tensors(self.spec) if len(shape) == 2 and "emb" not in name]
+        return matrices[len(matrices) // 2]
+
+    @property
     def manifest(self) -> list[dict]:
         """What announces a whole update in bfloat16, for a worker's begin_update()."""
         return models.manifest(self.spec)
 
     def load(self, seed: int, dtype: str = "bfloat16") -> None:
         """Have the trainer hold the checkpoint of a seed, or its tensors alone where it does not compute with them."""
+        self.held = seed
         if not self.spec.computed:
             self.trainer.hold_random(self.pool.config(self.model), seed, dtype)
             return
