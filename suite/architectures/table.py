@@ -31,7 +31,7 @@ of a model which loaded that checkpoint. Tensors in which two cold loads differ 
 | exact | every tensor is equal, after both updates |
 | refused | `begin_update` says why it does not take the update, and touches nothing |
 | wrong | the update succeeded, and some tensors are stale |
-| fails | the update was begun and then raised |
+| fails | the update raised, and not to refuse it |
 | not loadable | vLLM cannot load the checkpoint at all |
 | not tried | a checkpoint could not be written, or a package is missing here |
 
@@ -69,8 +69,9 @@ def outcome_of(found: dict[str, Any]) -> tuple[str, str]:
     if "step" in found:
         if found["kind"] in ("ModuleNotFoundError", "ImportError"):
             return NOT_TRIED, found["message"]
-        place = f" ({found['within']})" if found["within"] and found["step"] != "begin" else ""
-        return OF_STEP[found["step"]], f"{found['kind']}: {found['message']}{place}"
+        place = f" ({found['within']})" if found["within"].startswith("vllm/") else ""
+        refused = found["step"] != "begin" or found["within"].startswith("extensions/")
+        return OF_STEP[found["step"]] if refused else FAILS, f"{found['kind']}: {found['message']}{place}"
     if found["differing"] == 0 or found["compared"] == 0:
         return FAILS, f"{found['differing']} of {found['compared']} tensors differ: the comparison proves nothing"
     if stale := found["stale"]:

@@ -13,6 +13,8 @@ from suite.subjects import Subject
 UPDATE_DEADLINE_S, SLOWEST_BYTES_PER_S = 30.0, 0.5e9  # for an update: a constant, and what its bytes take on top
 PROMPTS, PROMPT_TOKENS, MAX_TOKENS = 16, 12, 6
 
+UNFUSED = ("down_proj.weight", "out_proj.weight", "c_proj.weight")  # matrices that no layer of vLLM joins with others
+
 
 class Together:
     """A trainer and engines of one subject.
@@ -45,9 +47,10 @@ class Together:
 
     @property
     def weight(self) -> str:
-        """The name of a matrix in the model's second half, for a test that alters one."""
+        """The name of a matrix of the model, for a test that alters one; not one that vLLM fuses, where known."""
         matrices = [name for name, shape in models.tensors(self.spec) if len(shape) == 2 and "emb" not in name]
-        return matrices[len(matrices) // 2]
+        unfused = [name for name in matrices if name.endswith(UNFUSED)]
+        return unfused[-1] if unfused else matrices[len(matrices) // 2]
 
     @property
     def manifest(self) -> list[dict]:

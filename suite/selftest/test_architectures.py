@@ -56,6 +56,7 @@ def test_there_are_thirty_architectures_and_every_layout_is_of_one():
         (raised("load", "ModuleNotFoundError"), table.NOT_TRIED, "unknown: a.weight"),
         (raised("load"), table.NOT_LOADABLE, "ManifestError: unknown: a.weight"),
         (raised("begin", within="extensions/plan.py"), table.REFUSED, "ManifestError: unknown: a.weight"),
+        (raised("begin", within="vllm/a.py"), table.FAILS, "ManifestError: unknown: a.weight (vllm/a.py)"),
         (raised("update", within="vllm/a.py"), table.FAILS, "ManifestError: unknown: a.weight (vllm/a.py)"),
     ],
 )  # fmt: skip
