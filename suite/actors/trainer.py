@@ -144,7 +144,7 @@ class Trainer:
                     models.fill_values(view, name, tuple(view.shape), seed)
             else:
                 start = first * math.prod(tensor.shape[1:])
-                models.fill_values(local, parameter, tuple(tensor.shape), seed, start)
+                models.fill(self._spec, local, parameter, tuple(tensor.shape), seed, start)
 
     def step(self, count: int, seed: int, learning_rate: float) -> dict[str, Any]:
         """Take `count` AdamW steps on random tokens, each rank on its own.

@@ -9,7 +9,6 @@ from suite.models import TIED
 from suite.processes.call import RemoteError
 
 DEADLINE_S = 30.0
-WEIGHT = "model.layers.1.mlp.down_proj.weight"
 UNKNOWN = "model.layers.1.mlp.ghost_proj.weight"
 
 
@@ -23,7 +22,7 @@ UNKNOWN = "model.layers.1.mlp.ghost_proj.weight"
     models=[TIED],
 )
 def test_unknown_name(sync: Sync, target: int) -> None:
-    one_more = {"add": {WEIGHT: UNKNOWN}}
+    one_more = {"add": {sync.weight: UNKNOWN}}
     _expect_refused(sync, target, one_more, naming=UNKNOWN)
 
 
@@ -37,8 +36,8 @@ def test_unknown_name(sync: Sync, target: int) -> None:
     models=[TIED],
 )
 def test_missing_name(sync: Sync, target: int) -> None:
-    one_less = {"drop": [WEIGHT]}
-    _expect_refused(sync, target, one_less, naming=WEIGHT)
+    one_less = {"drop": [sync.weight]}
+    _expect_refused(sync, target, one_less, naming=sync.weight)
 
 
 @requirement(
@@ -51,8 +50,8 @@ def test_missing_name(sync: Sync, target: int) -> None:
     models=[TIED],
 )
 def test_shape(sync: Sync, target: int) -> None:
-    a_row_less = {"truncate": [WEIGHT]}
-    _expect_refused(sync, target, a_row_less, naming=WEIGHT)
+    a_row_less = {"truncate": [sync.weight]}
+    _expect_refused(sync, target, a_row_less, naming=sync.weight)
 
 
 @requirement(
@@ -65,8 +64,8 @@ def test_shape(sync: Sync, target: int) -> None:
     models=[TIED],
 )
 def test_dtype(sync: Sync, target: int) -> None:
-    integers = {"cast": {WEIGHT: "int32"}}
-    _expect_refused(sync, target, integers, naming=WEIGHT)
+    integers = {"cast": {sync.weight: "int32"}}
+    _expect_refused(sync, target, integers, naming=sync.weight)
 
 
 @requirement(

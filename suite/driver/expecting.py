@@ -131,7 +131,14 @@ class Expecting(Together):
             expect(found == [expected] * engine.ranks, says, found, self.where)
 
     def expect_same_behaviour(self, prompts: list[list[int]] | None = None) -> None:
-        """Greedy tokens and log-probabilities are those of the trainer's own forward pass."""
+        """Greedy tokens and log-probabilities are those of the trainer's own forward pass.
+
+        Of a user's model, which the trainer does not compute with, they are those of an engine cold-loaded from the
+        checkpoint that the trainer holds.
+        """
+        if self.spec.layout is not None:
+            self.expect_cold_answers(self.held)
+            return
         prompts = prompts or self.prompts()
         self.expect_answers(prompts, self.trainer.call("greedy", prompts, MAX_TOKENS)[0])
 

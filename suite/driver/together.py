@@ -13,6 +13,8 @@ from suite.subjects import Subject
 UPDATE_DEADLINE_S, SLOWEST_BYTES_PER_S = 30.0, 0.5e9  # for an update: a constant, and what its bytes take on top
 PROMPTS, PROMPT_TOKENS, MAX_TOKENS = 16, 12, 6
 
+UNFUSED = ("down_proj.weight", "out_proj.weight", "c_proj.weight")  # matrices that no layer of vLLM joins with others
+
 
 class Together:
     """A trainer and engines of one subject.
@@ -31,6 +33,7 @@ class Together:
         self.spec = models.MODELS[model]
         self.seed = engines[0].key.seed
         self.updates = 0
+        self.held: int | None = None  # the seed of the checkpoint that the trainer was last given
 
     @property
     def where(self) -> str:
@@ -43,12 +46,20 @@ class Together:
         return UPDATE_DEADLINE_S + 4 * self.spec.elements / SLOWEST_BYTES_PER_S
 
     @property
+    def weight(self) -> str:
+        """The name of a matrix of the model, for a test that alters one; not one that vLLM fuses, where known."""
+        matrices = [name for name, shape in models.tensors(self.spec) if len(shape) == 2 and "emb" not in name]
+        unfused = [name for name in matrices if name.endswith(UNFUSED)]
+        return unfused[-1] if unfused else matrices[len(matrices) // 2]
+
+    @property
     def manifest(self) -> list[dict]:
         """What announces a whole update in bfloat16, for a worker's begin_update()."""
         return models.manifest(self.spec)
 
     def load(self, seed: int, dtype: str = "bfloat16") -> None:
         """Have the trainer hold the checkpoint of a seed, or its tensors alone where it does not compute with them."""
+        self.held = seed
         if not self.spec.computed:
             self.trainer.hold_random(self.pool.config(self.model), seed, dtype)
             return

@@ -16,13 +16,17 @@ class ModelSpec:
     """One model: `config` is the content of its config.json, `purpose` says where it is of use.
 
     tiny: correctness anywhere; ladder: throughput on CPUs; published: the released dimensions, for GPUs;
-    reduced: correctness on GPUs, at dimensions that their kernels are made for; given: read from a directory.
+    reduced: correctness on GPUs, at dimensions that their kernels are made for; given: read from a directory; own: a
+    user's model, of any architecture. layout is then `{name: (dtype, shape)}` of its checkpoint, and source the
+    directory with its weights, empty where there are none.
     """
 
     name: str
     architecture: str  # a key of ARCHITECTURES
     config: dict[str, Any]
     purpose: str
+    layout: dict[str, tuple[str, Shape]] | None = None
+    source: str = ""
 
     @property
     def elements(self) -> int:
@@ -31,20 +35,25 @@ class ModelSpec:
 
     @property
     def tied(self) -> bool:
-        return bool(self.config["tie_word_embeddings"])
+        return bool(self.config.get("tie_word_embeddings"))
 
     @property
     def computed(self) -> bool:
         """Whether the trainer computes with this model, or else holds its tensors alone and is no oracle of answers."""
-        return self.architecture not in PARTICULAR
+        return self.layout is None and self.architecture not in PARTICULAR
 
     def dtype_of(self, name: str, dtype: str = "bfloat16") -> str:
         """The dtype of a tensor of this model in `dtype`: some are in float32 whatever the others are."""
+        if self.layout is not None:
+            own, _ = self.layout[name]
+            return dtype if own == "bfloat16" else own
         return "float32" if name.endswith(IN_FLOAT32.get(self.architecture, ())) else dtype
 
 
 def tensors(spec: ModelSpec) -> list[tuple[str, Shape]]:
     """Names and shapes of the checkpoint's tensors, in the order of the layers; no lm_head where it is tied."""
+    if spec.layout is not None:
+        return [(name, shape) for name, (_, shape) in spec.layout.items()]
     config = spec.config
     vocabulary, hidden = config["vocab_size"], config["hidden_size"]
     found: list[tuple[str, Shape]] = [("model.embed_tokens.weight", (vocabulary, hidden))]

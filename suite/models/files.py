@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from suite.models import own
 from suite.models.catalogue import ARCHITECTURES, ModelSpec, tensors
-from suite.models.values import values
+from suite.models.values import Shape, fill_values
 
 if TYPE_CHECKING:
     import torch
+
+LAYOUT = "layout.json"  # beside the config.json of a user's model: what its checkpoint holds
 
 
 def write_config(spec: ModelSpec, directory: Path | str, dtype: torch.dtype | str = "bfloat16") -> Path:
@@ -19,14 +22,33 @@ def write_config(spec: ModelSpec, directory: Path | str, dtype: torch.dtype | st
     directory.mkdir(parents=True, exist_ok=True)
     config = spec.config | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if spec.layout is not None:
+        (directory / LAYOUT).write_text(json.dumps({"layout": spec.layout, "source": spec.source}))
     return directory
 
 
 def write_checkpoint(spec: ModelSpec, seed: int, directory: Path | str, dtype: torch.dtype | str = "bfloat16") -> Path:
     """Write config.json and model.safetensors with the weights of `seed`; the whole model is held in memory once."""
     dtype = str(dtype).removeprefix("torch.")
-    weights = {name: values(name, shape, seed, spec.dtype_of(name, dtype)) for name, shape in tensors(spec)}
+    weights = {name: _values(spec, name, shape, seed, dtype) for name, shape in tensors(spec)}
     return save(spec, weights, directory)
+
+
+def fill(spec: ModelSpec, out: torch.Tensor, name: str, shape: Shape, seed: int, start: int = 0) -> None:
+    """Write elements [start, start + out.numel()) of a tensor as the checkpoint of `seed` has them; see fill_values."""
+    if not spec.source:
+        fill_values(out, name, shape, seed, start)
+        return
+    flat = own.perturbed(Path(spec.source), name, seed).view(-1)
+    out.view(-1).copy_(flat[start : start + out.numel()])
+
+
+def _values(spec: ModelSpec, name: str, shape: Shape, seed: int, dtype: str) -> torch.Tensor:
+    import torch
+
+    out = torch.empty(shape, dtype=getattr(torch, spec.dtype_of(name, dtype)))
+    fill(spec, out, name, shape, seed)
+    return out
 
 
 def save(spec: ModelSpec, weights: dict[str, torch.Tensor], directory: Path | str) -> Path:
@@ -45,6 +67,10 @@ def read_spec(directory: Path | str) -> ModelSpec:
     """The spec of the model in `directory`, from its config.json; KeyError for an architecture not in the catalogue."""
     config = json.loads((Path(directory) / "config.json").read_text())
     architecture = config["model_type"]
+    if (path := Path(directory) / LAYOUT).exists():
+        said = json.loads(path.read_text())
+        layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in said["layout"].items()}
+        return ModelSpec(Path(directory).name, architecture, config, "own", layout, said["source"])
     if architecture not in ARCHITECTURES:
         raise KeyError(f"{directory}: architecture {architecture!r}, expected one of {sorted(ARCHITECTURES)}")
     return ModelSpec(Path(directory).name, architecture, config, "given")

@@ -54,14 +54,14 @@ def fill_values(out: torch.Tensor, name: str, shape: Shape, seed: int, start: in
 def _spread(name: str, shape: Shape) -> tuple[float, float]:
     """(middle, half width) of the uniform distribution that the tensor's elements come from.
 
-    Norms lie around 1; biases are half as wide as what they are added to. The output layer gives logits of standard
-    deviation LOGIT_STD. What writes into the residual stream has a gain, without which a tied output layer repeats the
-    token it was given. Where two experts are nearly equal, rounding decides between them: the router's gain makes that
-    rare, the experts' smaller gain harmless.
+    Norms, which are the weights of one dimension, lie around 1; biases and whatever else has one dimension are half as
+    wide as what they are added to. The output layer gives logits of standard deviation LOGIT_STD. What writes into the
+    residual stream has a gain, without which a tied output layer repeats the token it was given. Where two experts are
+    nearly equal, rounding decides between them: the router's gain makes that rare, the experts' smaller gain harmless.
     """
-    if name.endswith("norm.weight"):
+    if name.endswith("norm.weight") or (len(shape) < 2 and name.endswith("weight")):
         return 1.0, NORM_SPREAD
-    if name.endswith(".bias"):
+    if name.endswith(".bias") or len(shape) < 2:
         return 0.0, BIAS_SPREAD
     gain = 1.0
     if name in ("model.embed_tokens.weight", "lm_head.weight"):

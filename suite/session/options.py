@@ -20,7 +20,7 @@ SEQUENCES, SEQUENCE_STEPS = 4, 20
 # What decides how a case is judged, and what it is where nothing was said. Subject, stage and model stand in the test's
 # id, but the other subjects and stages have their part: in which checkpoint an engine starts from, and in a second one.
 DECIDING: dict[str, object] = {
-    "--subject": [], "--extension": [], "--stage": [], "--waivers": None, "--sequences": SEQUENCES,
+    "--subject": [], "--extension": [], "--model": [], "--stage": [], "--waivers": None, "--sequences": SEQUENCES,
     "--sequence-steps": SEQUENCE_STEPS, "--play": None, "--hypothesis-seed": None,
 }  # fmt: skip
 
@@ -33,7 +33,10 @@ def add(parser: pytest.Parser) -> None:
         "--extension", action="append", default=[], metavar="PKG.MODULE:CLASS",
         help="examine this worker extension class, alone or beside --subject (repeatable)",
     )  # fmt: skip
-    group.addoption("--model", action="append", default=[], metavar="NAME", help="use this model only (repeatable)")
+    group.addoption(
+        "--model", action="append", default=[], metavar="NAME|DIR",
+        help="use this model only: of the catalogue, or in a directory with a config.json or a checkpoint (repeatable)",
+    )  # fmt: skip
     group.addoption("--stage", action="append", default=[], metavar="NAME", help="use this stage only (repeatable)")
     group.addoption(
         "--waivers", default=None, metavar="FILE", help="TOML file of known failures, which do not fail the run"

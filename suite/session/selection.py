@@ -4,12 +4,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
 from suite import models, stages
 from suite.conformance.requirements import Requirement, catalogue
+from suite.models import own
 from suite.session import environment, waivers
 from suite.session.waivers import Case, Ledger
 from suite.stages import Stage, hardware
@@ -55,14 +57,31 @@ def select(config: pytest.Config) -> Selection:
     everywhere = (*available.values(), *missing.values())
     names = config.getoption("stage")
     _expect_known("--stage", names, [*available, *missing])
-    _expect_known("--model", config.getoption("model"), models.MODELS)
+    chosen = tuple(_model(name, config.invocation_params.dir) for name in config.getoption("model"))
     if names:
         available = {name: stage for name, stage in available.items() if name in names}
         missing = {name: stage for name, stage in missing.items() if name in names}
     asked = [kind for kind in KINDS if re.search(rf"\b{kind}\b", config.getoption("markexpr"))]
     if available and not names:  # where nothing can be held, the reasons are all there is to say
         missing = {name: stage for name, stage in missing.items() if stage.kind in asked}
-    return Selection(subjects(config), available, missing, tuple(config.getoption("model")), everywhere)
+    return Selection(subjects(config), available, missing, chosen, everywhere)
+
+
+def _model(given: str, directory: Path) -> str:
+    """The name of a model of the catalogue, or of a user's in a directory, which joins the catalogue for this run."""
+    if given in models.MODELS:
+        return given
+    path = directory / given
+    if not path.is_dir():
+        _expect_known("--model", [given], [*models.MODELS, "a directory with a config.json"])
+    try:
+        spec = own.spec_of(path)
+    except own.UnknownModel as error:
+        raise pytest.UsageError(f"--model {given}: {error}") from error
+    if spec.name in models.MODELS:
+        spec = replace(spec, name=f"own-{spec.name}")
+    models.MODELS[spec.name] = spec
+    return spec.name
 
 
 def ledger(config: pytest.Config, selected: Selection) -> Ledger | None:
@@ -139,6 +158,8 @@ def _cases(definition: pytest.Item, names: list[str], selection: Selection) -> I
     wanted = _models(definition) if "model" in names else ()
     for stage in stages_taken:
         chosen = [None] if isinstance(stage, MissingStage) or "model" not in names else _of_kind(wanted, stage)
+        if models.TIED in chosen:  # a test that takes any model
+            chosen = [*chosen, *(name for name in selection.models if models.MODELS[name].layout is not None)]
         for subject in selection.subjects.values() if "subject" in names else [None]:
             for model in dict.fromkeys(_model_for(subject, definition, stage, model) for model in chosen):
                 if model in (None, *(selection.models or models.MODELS)):

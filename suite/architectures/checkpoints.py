@@ -1,0 +1,43 @@
+"""Two checkpoints of one architecture, which differ in every element."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from suite.architectures.configs import CONFIGS, LAYOUTS
+from suite.models.own import Layout, layout_of
+from suite.models.values import values
+
+SEEDS = (0, 1)
+
+
+def write_both(name: str, directory: Path) -> list[Path]:
+    """Write a checkpoint of each of SEEDS below `directory`.
+
+    Raises UnknownModel where transformers cannot build the model.
+    """
+    config, layout = CONFIGS[name], layout_for(name)
+    written = []
+    for seed in SEEDS:
+        path = directory / str(seed)
+        path.mkdir(parents=True)
+        said = {"architectures": [layout.architecture], "torch_dtype": "bfloat16", **config}
+        (path / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+        save_file(tensors_of(layout, seed), path / "model.safetensors", metadata={"format": "pt"})
+        written.append(path)
+    return written
+
+
+def layout_for(name: str) -> Layout:
+    """Names, dtypes and shapes of the checkpoint of one of CONFIGS."""
+    config = CONFIGS[name]
+    if name not in LAYOUTS:
+        return layout_of(config)
+    return Layout(config["architectures"][0], {name: ("bfloat16", shape) for name, shape in LAYOUTS[name](config)})
+
+
+def tensors_of(layout: Layout, seed: int) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors for a seed, by their names."""
+    return {name: values(name, shape, seed, dtype) for name, (dtype, shape) in layout.tensors.items()}

@@ -1,0 +1,175 @@
+"""A user's own model: a directory with a config.json, or with a whole checkpoint.
+
+Of a config alone, the checkpoint's names, dtypes and shapes are those that `save_pretrained` would write: transformers
+builds the model on the meta device, which needs no memory, and turns its parameters' names into the checkpoint's. The
+values are seeded then. Of a whole checkpoint, everything is the checkpoint's own; another seed perturbs every element.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from suite.models.catalogue import ModelSpec
+from suite.models.values import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+# Of the dtypes that are perturbed: the integers of the same size, and how far the seed is moved into the mantissa, so
+# that two seeds differ once rounded to bfloat16, by a few hundredths at the most.
+PERTURBED = {"bfloat16": ("int16", 0), "float16": ("int16", 3), "float32": ("int32", 16)}
+SAFETENSORS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # dtypes as a checkpoint's headers name them
+# What is not judged with a user's model, and why.
+COMPUTES = "needs the trainer's own forward pass, and the trainer does not compute with a model of --model DIR"
+NAMES = "names tensors of the catalogue's model, which a model of --model DIR need not have"
+LEFT_OUT = {
+    "cache.prefix": COMPUTES, "update.trained": COMPUTES, "update.tied": NAMES, "update.sequence": NAMES,
+    "update.dtype": NAMES, "update.nonfinite": NAMES, "sent.strides": NAMES, "sent.mixed_dtypes": NAMES,
+}  # fmt: skip
+
+
+class UnknownModel(ValueError):
+    """A directory or config that no model can be made of. The message says why and what to give instead."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a checkpoint of a config holds: `tensors` is `{name: (dtype, shape)}`, `architecture` the model's class."""
+
+    architecture: str
+    tensors: dict[str, tuple[str, Shape]]
+
+
+def layout_of(config: dict[str, Any]) -> Layout:
+    """The checkpoint of a model with this config.json.
+
+    The dtype of a tensor is the one that the config names, bfloat16 where it names none, but for those that
+    transformers keeps in float32. Raises UnknownModel where transformers does not know the architecture or cannot
+    build it.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        with torch.device("meta"):
+            model = _built(config)
+    except Exception as error:  # whatever a config makes transformers' classes raise
+        raise UnknownModel(
+            f"transformers cannot build a model_type {config.get('model_type')!r} from this config.json:"
+            f" {type(error).__name__}: {str(error).partition(chr(10))[0]}. Give a directory with the whole checkpoint"
+        ) from error
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    held = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    written = revert_weight_conversion(model, held)
+    tensors = {
+        name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in written.items()
+    }
+    return Layout(type(model).__name__, tensors)
+
+
+def _built(config: dict[str, Any]) -> Any:
+    """The model, on the device that is the default."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = AutoConfig.for_model(**config)
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    sees = hasattr(known, "vision_config") and type(known) in AutoModelForImageTextToText._model_mapping
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return kind.from_config(known, dtype=dtype)
+
+
+def spec_of(directory: Path) -> ModelSpec:
+    """The model in a user's directory, under the directory's name.
+
+    Raises UnknownModel where the directory holds neither a config that transformers knows nor a whole checkpoint.
+    """
+    config = read_config(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    if files:
+        tensors, architectures = _headers(directory), config.get("architectures")
+        if not architectures:
+            raise UnknownModel(
+                f"{directory}/config.json: expected architectures, by which vLLM finds the model's class"
+            )
+    else:
+        layout = layout_of(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"})
+        tensors, architectures = layout.tensors, [layout.architecture]
+    text = config.get("text_config") or {}
+    said = {"architectures": architectures, "vocab_size": _vocabulary(config | text, tensors), **config}
+    source = str(directory.resolve()) if files else ""
+    return ModelSpec(directory.resolve().name, config["model_type"], said, "own", tensors, source)
+
+
+def perturbed(source: Path, name: str, seed: int) -> torch.Tensor:
+    """A tensor of the checkpoint in `source` as it is for seed 0, else with every element changed a little.
+
+    A tensor of integers or of 8-bit floats is the same for every seed.
+    """
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(_files(str(source))[name], "pt") as file:
+        tensor = file.get_tensor(name).contiguous()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype in PERTURBED:
+        integers, place = PERTURBED[dtype]
+        tensor.view(getattr(torch, integers)).bitwise_xor_(seed % 4 << place)
+    return tensor
+
+
+@cache
+def _files(source: str) -> dict[str, str]:
+    """The file of every tensor of a checkpoint."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), str(path))
+    return found
+
+
+def _headers(directory: Path) -> dict[str, tuple[str, Shape]]:
+    """`{name: (dtype, shape)}` of a whole checkpoint, in the order of the names."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[str, Shape]] = {}
+    try:
+        for name, path in sorted(_files(str(directory.resolve())).items()):
+            with safe_open(path, "pt") as file:
+                header = file.get_slice(name)
+            if header.get_dtype() not in SAFETENSORS:
+                raise UnknownModel(
+                    f"{path}: {name} is of dtype {header.get_dtype()}, expected one of {', '.join(SAFETENSORS)}: a"
+                    " quantised checkpoint cannot be perturbed. Give the checkpoint that it was made of"
+                )
+            found[name] = (SAFETENSORS[header.get_dtype()], tuple(header.get_shape()))
+    except (SafetensorError, OSError) as error:
+        raise UnknownModel(f"{directory}: expected readable safetensors files, found {error}") from error
+    return found
+
+
+def _vocabulary(config: dict[str, Any], tensors: dict[str, tuple[str, Shape]]) -> int:
+    """How many tokens the model knows: as its config says, else the rows of its first embedding."""
+    if isinstance(config.get("vocab_size"), int):
+        return config["vocab_size"]
+    return next(shape[0] for name, (_, shape) in tensors.items() if "emb" in name or "wte" in name)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """What is in a directory's config.json. Raises UnknownModel where it is missing or malformed."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UnknownModel(f"{path}: expected a model's config.json, found {error.strerror}") from error
+    except ValueError as error:
+        raise UnknownModel(f"{path}: expected JSON, found {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UnknownModel(f"{path}: expected an object with a model_type, as transformers writes it")
+    return config
