@@ -48,6 +48,7 @@ class Plan:
     aliases: announced names of tensors that are loaded under another name: `lm_head.weight` of tied embeddings.
     elsewhere: what other ranks of the engine read of announced tensors.
     kept: elements of parameters that the engine's own checkpoint does not fill either.
+    absent: by parameter, the tensors of that checkpoint that fill it and were not announced.
     views: tensors that the model keeps beside the parameters and buffers that they are views of.
     scales: parameters for the scales of the cache of keys and values.
     together: whether those tensors that are not simply copied have to be given to `load_weights` in one call.
@@ -61,6 +62,7 @@ class Plan:
     aliases: dict[str, str | None] = field(default_factory=dict)
     elsewhere: dict[str, list[Region]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    absent: dict[str, list[str]] = field(default_factory=dict)
     views: list[View] = field(default_factory=list)
     scales: list[str] = field(default_factory=list)
     together: bool = False
@@ -103,10 +105,10 @@ class Plan:
     def problems(self) -> list[str]:
         """Why the update would not make all weights new, a sentence each. It begins with the tensor's name.
 
-        The name is an announced one where the tensor is unknown or has another shape or dtype, vLLM's name of a
-        parameter where elements are missing or filled twice. Two kinds are not seen: elements that `load_weights`
-        computes with and drops, and those that it fills with a constant in a parameter that announced tensors fill in
-        part.
+        The name is an announced one where the tensor is unknown or has another shape or dtype. Where one is missing, it
+        is that of the engine's own checkpoint, or else vLLM's name of the parameter, as where elements are filled
+        twice. Two kinds are not seen: elements that `load_weights` computes with and drops, and those that it fills
+        with a constant in a parameter that announced tensors fill in part.
         """
         return [*self.misfits(), *self.missing()]
 
@@ -125,8 +127,10 @@ class Plan:
             if missing and missing != self.kept.get(name) and name not in self.refused:
                 sources = _names(read for fill in self.into.get(name, ()) for read in fill.reads)
                 rest = f"; the others are filled by {sources}" if sources else ""
-                total = self.parameters[name].elements
-                found.append(f"{name}: missing, {missing} of {total} elements are filled by no announced tensor{rest}")
+                elements = f"{missing} of {self.parameters[name].elements} elements"
+                absent = ", ".join(other for other in self.absent.get(name, ()) if other != name)
+                where = f"{absent}: missing, {elements} of {name}" if absent else f"{name}: missing, {elements}"
+                found.append(f"{where} are filled by no announced tensor{rest}")
         return found
 
     @cached_property
@@ -228,7 +232,7 @@ def planned(model: torch.nn.Module, vllm_config: object, announced: Announced) -
         raise PlanError(f"a copy of the model can't be built without memory: {_first_line(error.cause)}") from error
     plan = _with_other_ranks(plan, model, vllm_config)
     if plan.missing():
-        plan = replace(plan, kept=_unfilled_by_checkpoint(plan, model, vllm_config))
+        plan = _with_checkpoint(plan, model, vllm_config)
     if plan.converted and not plan.problems():
         plan = replace(plan, together=not _loads_apart(plan, model, vllm_config))
     return plan
@@ -294,20 +298,20 @@ def _not_read_whole(plan: Plan) -> list[str]:
     return [n for n in plan.announced if n not in skipped and (not reads[n] or _unread(plan.announced[n], reads[n]))]
 
 
-def _unfilled_by_checkpoint(plan: Plan, model: torch.nn.Module, vllm_config: object) -> dict[str, int]:
-    """The elements that the engine's own checkpoint leaves as the model's class made them, such as scales of 1.
+def _with_checkpoint(plan: Plan, model: torch.nn.Module, vllm_config: object) -> Plan:
+    """The plan that knows what the engine's own checkpoint fills, and with which tensors.
 
-    Without a checkpoint those are the scales of the cache of keys and values, which vLLM sets itself.
+    What that leaves as the model's class made it, such as scales of 1, is kept. Without a checkpoint those are the
+    scales of the cache of keys and values, which vLLM sets itself.
     """
     layouts = _checkpoint(vllm_config)
     if not layouts:
-        return {name: plan.unfilled[name] for name in plan.scales if not plan.into.get(name)}
+        return replace(plan, kept={name: plan.unfilled[name] for name in plan.scales if not plan.into.get(name)})
     own = _recorded(model, vllm_config, layouts)
-    return {
-        name: missing
-        for name, missing in own.unfilled.items()
-        if missing and {n for fill in own.into.get(name, ()) for n, _ in fill.reads} <= {*plan.announced}
-    }
+    sources = {name: {n: None for fill in own.into.get(name, ()) for n, _ in fill.reads} for name in own.unfilled}
+    absent = {name: [n for n in found if n not in plan.announced] for name, found in sources.items()}
+    kept = {name: missing for name, missing in own.unfilled.items() if missing and not absent[name]}
+    return replace(plan, kept=kept, absent=absent)
 
 
 def _checkpoint(vllm_config: object) -> Announced:

@@ -14,6 +14,7 @@ used for that. vLLM's reload does not repack experts on the CPU, so `_forget_cpu
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -58,6 +59,7 @@ class LayerwiseReload(Load):
     def begin(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        _name_loaders(self._model)
         self.expert_kernels = _forget_cpu_experts(self._model)
         with configured(self._vllm_config):
             initialize_layerwise_reload(self._model)
@@ -159,6 +161,18 @@ def finalize(model: torch.nn.Module, model_config: object) -> None:
 
     finish = getattr(reload, "finalize_layerwise_reload", None) or reload.finalize_layerwise_processing
     finish(model, model_config)
+
+
+def _name_loaders(model: torch.nn.Module) -> None:
+    """Give parameters' loaders that are partials a name: vLLM's reload asks every loader for one (MiniMax-M2)."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for layer in model.modules():
+        parameters, buffers = get_layerwise_info(layer).restore_metadata
+        for tensor in (*layer.parameters(recurse=False), *parameters.values(), *buffers.values()):
+            loader = getattr(tensor, "weight_loader", None)
+            if isinstance(loader, partial) and not hasattr(loader, "__name__"):
+                loader.__name__ = getattr(loader.func, "__name__", type(loader.func).__name__)
 
 
 def _forget_cpu_experts(model: torch.nn.Module) -> list[tuple[object, object]]:

@@ -333,7 +333,7 @@ def test_what_the_checkpoint_leaves_out_may_be_left_out(monkeypatch: pytest.Monk
         "scale: missing, 4 of 4 elements are filled by no announced tensor"
     ]
     assert planned(monkeypatch, checkpoint={"upper": (3, 4), "scale": (4,)}, upper=None).problems() == [
-        "rows: missing, 12 of 24 elements are filled by no announced tensor; the others are filled by lower"
+        "upper: missing, 12 of 24 elements of rows are filled by no announced tensor; the others are filled by lower"
     ]
 
 
@@ -454,7 +454,11 @@ def test_parts_of_a_fused_layer_lie_behind_each_other(held: Held):
 @pytest.mark.parametrize(
     ("changes", "names", "says"),
     [
-        ({"model.layers.1.self_attn.k_proj.weight": None}, QKV, "missing, 16384 of 65536 elements .*self_attn.v_proj"),
+        (
+            {"model.layers.1.self_attn.k_proj.weight": None},
+            "model.layers.1.self_attn.k_proj.weight",
+            f"missing, 16384 of 65536 elements of {QKV} are filled by no announced tensor.* by .*self_attn.v_proj",
+        ),
         ({"model.norm.weight": None}, "model.norm.weight", "missing, 128 of 128 elements"),
         ({"model.norm.weight": [5]}, "model.norm.weight", r"load_weights refuses it in shape \[5\]"),
         ({"model.layers.0.ghost.weight": [3]}, "model.layers.0.ghost.weight", "refuses it .*There is no module"),
