@@ -33,6 +33,9 @@ class Engine:
         options: further arguments of vllm.LLM.
     """
 
+    _doubtful = False  # whether a call of vllm.LLM has failed, and left replies perhaps
+    _calls = 0  # to all workers, so far
+
     def __init__(
         self,
         model: str,
@@ -57,8 +60,6 @@ class Engine:
             **options,
         )
         self._watch = Watch()
-        self._doubtful = False
-        self._calls = 0  # to all workers, so far
         self.devices = self.rpc("probe_device")
         self._watch.look_after([device["pid"] for device in self.devices])
         if oracle_path is not None:

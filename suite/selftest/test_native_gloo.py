@@ -176,7 +176,7 @@ class Llm:
 @pytest.fixture
 def engine() -> Engine:
     made = Engine.__new__(Engine)
-    made._llm, made.devices, made._doubtful = Llm(), [{}, {}], False
+    made._llm, made.devices = Llm(), [{}, {}]
     made._watch = SimpleNamespace(waiting=lambda: pytest.MonkeyPatch().context())
     return made
 

@@ -372,12 +372,15 @@ def test_cases_are_subjects_by_stages_by_models(tmp_path: Path, arguments: tuple
         ("extension", "suite.selftest.targets:Echo", "has the methods of no known kind of subject"),
     ],
 )
-def test_unknown_names_are_usage_errors(monkeypatch: pytest.MonkeyPatch, option: str, name: str, said: str):
+def test_unknown_names_are_usage_errors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str, name: str, said: str
+):
     away = selection.MissingStage("away", "gpu", "needs a GPU")
     monkeypatch.setattr(selection, "all_stages", lambda: ({"here": None}, {"away": away}))
     options = {"subject": [], "stage": [], "model": [], "extension": [], "markexpr": ""} | {option: [name]}
+    config = SimpleNamespace(getoption=options.__getitem__, invocation_params=SimpleNamespace(dir=tmp_path))
     with pytest.raises(pytest.UsageError) as caught:
-        selection.select(SimpleNamespace(getoption=options.__getitem__))
+        selection.select(config)
     assert said in str(caught.value)
 
 
