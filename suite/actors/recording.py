@@ -182,6 +182,10 @@ def _save(tensors: Tensors, target: Path, metadata: dict[str, str] | None = None
     partial.replace(target)
 
 
+def read_weights(path: str, rank: int) -> Tensors:
+    return load_file(weights_path(path, rank))
+
+
 def read_beside(path: str, rank: int) -> Beside:
     with safe_open(_beside_path(path, rank), framework="pt") as file:
         layouts = file.metadata() or {}
@@ -191,11 +195,11 @@ def read_beside(path: str, rank: int) -> Beside:
 # ---- compared
 
 
-def differing_weights(path: str, rank: int, found: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
-    """What differs from the weights written there, a sentence for each, which begins with its name."""
-    expected = load_file(weights_path(path, rank))
+def differing_weights(found: Iterable[tuple[str, torch.Tensor]], expected: Tensors) -> Iterator[str]:
+    """What differs of the weights, a sentence for each, which begins with its name."""
+    missing = dict(expected)
     for name, weight in found:
-        reference = expected.pop(name, None)
+        reference = missing.pop(name, None)
         if reference is None:
             yield f"{name}: the engine has it, the reference does not"
         elif (weight.shape, weight.dtype) != (reference.shape, reference.dtype):
@@ -203,7 +207,7 @@ def differing_weights(path: str, rank: int, found: Iterable[tuple[str, torch.Ten
             yield f"{name}: expected {wanted}, found {tuple(weight.shape)} {weight.dtype}"
         elif count := int((bits_of(weight.cpu()) != bits_of(reference)).sum()):
             yield f"{name}: {count} of {weight.numel()} elements differ"
-    yield from (f"{name}: expected, but the engine has none" for name in expected)
+    yield from (f"{name}: expected, but the engine has none" for name in missing)
 
 
 def differing_beside(found: Beside, expected: Beside, unsteady: Tensors) -> list[str]:
