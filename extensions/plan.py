@@ -14,11 +14,10 @@ import torch
 
 from extensions.manifest import SHOWN, Announced, Manifest, parse
 from extensions.model.headers import checkpoint_layouts
-from extensions.model.regions import Memory, elements_filled
+from extensions.model.regions import Memory, Region, elements_filled
 from extensions.model.twin import (
     Fill,
     LoadFailed,
-    Region,
     TwinFailed,
     kv_scales,
     named_tensors,

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extensions.model.twin import LORA_WRAPPED, REPLACES, Fill, Region, part, split
+from extensions.model.regions import Region, memory_id, part
+from extensions.model.twin import LORA_WRAPPED, REPLACES, Fill, split
 from extensions.model.views import View, resolve
 from extensions.plan import Plan
 
@@ -29,11 +30,11 @@ class Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
-            self._elements[args[0].untyped_storage()._cdata] += args[0].numel()
+            self._elements[memory_id(args[0])] += args[0].numel()
         return function(*args, **(kwargs or {}))
 
     def into(self, tensor: torch.Tensor) -> int:
-        return self._elements[tensor.untyped_storage()._cdata]
+        return self._elements[memory_id(tensor)]
 
 
 class Load(ABC):

@@ -1,11 +1,23 @@
-"""Counting the elements of a tensor that lie in parts of it."""
+"""Parts of a tensor's memory, and how many of its elements lie in them."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 
-from extensions.model.twin import Region
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a tensor's memory: offset and strides in bytes from the tensor's begin, shape in elements."""
+
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
@@ -18,6 +30,26 @@ class Memory:
     @property
     def elements(self) -> int:
         return self.nbytes // self.itemsize
+
+
+def memory_id(tensor: torch.Tensor) -> int:
+    """The same for two tensors that share memory; another for any two that do not and are there at the same time."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata  # empty and meta storages all have address 0
+
+
+def region_of(tensor: torch.Tensor) -> Region:
+    """The part of its memory that a tensor is a view of."""
+    size = tensor.element_size()
+    stride = tuple(step * size for step in tensor.stride())
+    return Region(tensor.storage_offset() * size, tuple(tensor.shape), stride, size)
+
+
+def part(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    """The part of a tensor that a region is."""
+    size = region.itemsize
+    stride = [step // size for step in region.stride]
+    return tensor.as_strided(region.shape, stride, tensor.storage_offset() + region.offset // size)
 
 
 def elements_filled(regions: list[Region], memory: Memory) -> dict[int, int]:

@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from extensions.model.regions import Region, memory_id, region_of
 from extensions.tensors import dtype_name
 
 CONSTANTS = ("fill_", "zero_")
@@ -26,20 +27,6 @@ SHAPE_ONLY = (
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
     "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Region:
-    """A part of a tensor's memory: offset and strides in bytes from the tensor's begin, shape in elements."""
-
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    itemsize: int
-
-    @property
-    def elements(self) -> int:
-        return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
@@ -76,8 +63,8 @@ class Recorder(TorchDispatchMode):
         self.fills: list[Fill] = []
         self._targets: dict[int, str] = {}
         for name, tensor in targets.items():
-            self._targets.setdefault(_memory(tensor), name)  # tied tensors go by the first of their names
-        self._sources = {_memory(tensor): name for name, tensor in sources.items()}
+            self._targets.setdefault(memory_id(tensor), name)  # tied tensors go by the first of their names
+        self._sources = {memory_id(tensor): name for name, tensor in sources.items()}
         self._derived: dict[int, Origin] = {}
         self._kept: list[torch.Tensor] = [*targets.values(), *sources.values()]  # a freed id would come back as another
 
@@ -86,7 +73,7 @@ class Recorder(TorchDispatchMode):
         name = function.overloadpacket.__name__
         into = args[0] if args and isinstance(args[0], torch.Tensor) else None
         writes = function._schema.is_mutable and into is not None
-        if writes and _memory(into) in self._targets:
+        if writes and memory_id(into) in self._targets:
             self._write(into, name, args[1:], kwargs)
             return into
         given = self._origin_of((args[1:], kwargs) if writes else (args, kwargs))
@@ -108,7 +95,7 @@ class Recorder(TorchDispatchMode):
         self.fills.append(Fill(name, region_of(before), origin.reads, through, misfit))
 
     def _write(self, into: torch.Tensor, operation: str, rest: tuple, kwargs: dict) -> None:
-        name, region = self._targets[_memory(into)], region_of(into)
+        name, region = self._targets[memory_id(into)], region_of(into)
         origin = self._origin_of((rest, kwargs)) or Origin()
         step = _cast(into, rest[0]) if operation == "copy_" else (operation,)
         through = (*origin.through, *step)
@@ -129,8 +116,8 @@ class Recorder(TorchDispatchMode):
         self.fills.append(Fill(name, region, origin.reads, through, misfit))
 
     def _derive(self, tensor: torch.Tensor, origin: Origin, operation: str) -> None:
-        before = self._derived.get(_memory(tensor), Origin())
-        self._derived[_memory(tensor)] = Origin(
+        before = self._derived.get(memory_id(tensor), Origin())
+        self._derived[memory_id(tensor)] = Origin(
             (*before.reads, *origin.reads),
             (*before.through, *(step for step in origin.through if step not in before.through), operation),
             before.parameters | origin.parameters,
@@ -138,7 +125,7 @@ class Recorder(TorchDispatchMode):
         self._kept.append(tensor)
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
-        memory = _memory(tensor)
+        memory = memory_id(tensor)
         return memory in self._targets or memory in self._sources or memory in self._derived
 
     def _origin_of(self, values: object) -> Origin | None:
@@ -152,7 +139,7 @@ class Recorder(TorchDispatchMode):
         )
 
     def _origin_of_one(self, tensor: torch.Tensor) -> Origin | None:
-        memory = _memory(tensor)
+        memory = memory_id(tensor)
         if memory in self._sources:
             changed = self._derived.get(memory, Origin())
             return Origin(((self._sources[memory], region_of(tensor)), *changed.reads), changed.through)
@@ -326,7 +313,7 @@ def record(twin: torch.nn.Module, tensors: dict[str, torch.Tensor], apart: bool 
         raise LoadFailed(taken[-1] if taken else None, error) from error
     for name, tensor in named_tensors(twin).items():
         before = targets.get(name, tensor)
-        if name not in targets or _memory(tensor) != _memory(before):
+        if name not in targets or memory_id(tensor) != memory_id(before):
             recorder.replaced(name, before, tensor)
     return recorder.fills
 
@@ -338,24 +325,6 @@ def named_tensors(twin: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _tensors(values: object) -> list[torch.Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def region_of(tensor: torch.Tensor) -> Region:
-    """The part of its memory that a tensor is a view of."""
-    size = tensor.element_size()
-    stride = tuple(step * size for step in tensor.stride())
-    return Region(tensor.storage_offset() * size, tuple(tensor.shape), stride, size)
-
-
-def part(tensor: torch.Tensor, region: Region) -> torch.Tensor:
-    """The part of a tensor that a region is."""
-    size = region.itemsize
-    stride = [step // size for step in region.stride]
-    return tensor.as_strided(region.shape, stride, tensor.storage_offset() + region.offset // size)
 
 
 def _cast(into: torch.Tensor, values: torch.Tensor) -> tuple[str, ...]:

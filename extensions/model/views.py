@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from extensions.model.twin import LORA_WRAPPED, Region, live_tensors, named_tensors, part, region_of
+from extensions.model.regions import Region, memory_id, part, region_of
+from extensions.model.twin import LORA_WRAPPED, live_tensors, named_tensors
 from extensions.model.walk import every_tensor
 
 
@@ -27,12 +28,12 @@ def views_of(twin: torch.nn.Module) -> list[View]:
     """The views of parameters and buffers that a twin holds beside these, before anything is loaded."""
     owners: dict[int, str] = {}
     for name, tensor in named_tensors(twin).items():
-        owners.setdefault(_memory(tensor), name)
+        owners.setdefault(memory_id(tensor), name)
     parameters = {name for name, _ in twin.named_parameters(remove_duplicate=False)}
     return [
         View(path, owner, region_of(tensor), tensor.dtype)
         for path, tensor in every_tensor(twin)
-        if (owner := owners.get(_memory(tensor), path)) != path and path not in parameters
+        if (owner := owners.get(memory_id(tensor), path)) != path and path not in parameters
     ]
 
 
@@ -45,7 +46,7 @@ def parted(views: list[View], model: torch.nn.Module) -> tuple[list[View], list[
     there = {path.replace(LORA_WRAPPED, "."): tensor for path, tensor in every_tensor(model)} if views else {}
     for view in views:
         tensor, parameter = there.get(view.path), live.get(view.of)
-        if tensor is None or parameter is None or not tensor.numel() or _memory(tensor) == _memory(parameter):
+        if tensor is None or parameter is None or not tensor.numel() or memory_id(tensor) == memory_id(parameter):
             continue
         found.append(view)
         if not _is_renewable(tensor, parameter, view):
@@ -75,8 +76,3 @@ def _is_renewable(tensor: torch.Tensor, parameter: torch.Tensor, view: View) -> 
     if region.offset + reach >= parameter.untyped_storage().nbytes():
         return False  # the parameter is packed
     return torch.equal(part(parameter.detach(), region).to(tensor.dtype), tensor)
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() or storage._cdata  # empty and meta storages all have address 0

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 
 import torch
 
+from extensions.model.regions import memory_id
+
 MAX_OBJECTS = 2_000_000  # visited in one walk; a model of 64 layers has some ten thousand
 KV_CACHE = "kv_cache"  # the attribute by which vLLM binds a layer to its cache
 
@@ -52,7 +54,7 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     seen: set[tuple] = set()
     for path, tensor in every_tensor(model):
-        if (key := view_key(tensor)) not in seen:
+        if (key := _view_key(tensor)) not in seen:
             seen.add(key)
             found[path] = tensor
     return found
@@ -71,12 +73,11 @@ def every_tensor(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from _beside(waiting, {id(module) for module in modules.values()})
 
 
-def view_key(tensor: torch.Tensor) -> tuple:
+def _view_key(tensor: torch.Tensor) -> tuple:
     """The same for two tensors that are the same view of the same memory."""
     try:
-        storage = tensor.untyped_storage()
-        memory = storage.data_ptr() or storage._cdata  # empty and meta storages all have address 0
-        return memory, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+        memory, shape = memory_id(tensor), tuple(tensor.shape)
+        return memory, tensor.storage_offset(), shape, tensor.stride(), tensor.dtype, tensor.device
     except (RuntimeError, NotImplementedError):  # a sparse tensor has no storage of its own
         return (id(tensor),)
 

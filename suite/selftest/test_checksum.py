@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from extensions.model.twin import Fill, Region
+from extensions.model.regions import Region
+from extensions.model.twin import Fill
 from suite import models
 from suite.actors import arrived, checksum
 from suite.actors.checksum import added

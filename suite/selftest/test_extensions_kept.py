@@ -14,8 +14,8 @@ from extensions import kept
 from extensions.kept import Kept, accepted
 from extensions.manifest import ManifestError
 from extensions.model.headers import INDEX, checkpoint_layouts
-from extensions.model.regions import Memory
-from extensions.model.twin import Fill, Region
+from extensions.model.regions import Memory, Region
+from extensions.model.twin import Fill
 from extensions.plan import Plan, PlanError
 
 HALF = torch.bfloat16

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from extensions import plan as planning
 from extensions.manifest import ManifestError, manifest_of
-from extensions.model import twin
+from extensions.model import regions, twin
 from extensions.plan import Plan, PlanError, plan_of
 from suite import models
 from suite.models import TIED
@@ -401,8 +401,8 @@ def test_elements_are_counted_by_the_number_of_regions_that_they_lie_in(data: st
     parts = data.draw(st.lists(views(whole), max_size=5))
     indices = torch.cat([torch.empty(0, dtype=torch.long), *(part.flatten().long() for part in parts)])
     times, elements = indices.bincount(minlength=whole.numel()).unique(return_counts=True)
-    memory = planning.Memory(whole.numel() * dtype.itemsize, dtype.itemsize)
-    found = planning.elements_filled([twin.region_of(part) for part in parts], memory)
+    memory = regions.Memory(whole.numel() * dtype.itemsize, dtype.itemsize)
+    found = regions.elements_filled([regions.region_of(part) for part in parts], memory)
     assert found == dict(zip(times.tolist(), elements.tolist(), strict=True))
 
 
