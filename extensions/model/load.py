@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from extensions.model.regions import Region, memory_id, part
-from extensions.model.twin import LORA_WRAPPED, REPLACES, Fill, split
+from extensions.model.twin import REPLACES, Fill, split, without_lora
 from extensions.model.views import View, resolve
 from extensions.plan import Plan
 
@@ -235,7 +235,7 @@ def unwrapped(model: torch.nn.Module) -> Iterator[None]:
 
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The modules of a model by path. A layer that vLLM has wrapped for LoRA goes by the path that it had before."""
-    return {f"{path}.".replace(LORA_WRAPPED, ".")[:-1]: module for path, module in model.named_modules()}
+    return {without_lora(path): module for path, module in model.named_modules()}
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

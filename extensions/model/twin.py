@@ -20,7 +20,7 @@ from extensions.tensors import dtype_name
 CONSTANTS = ("fill_", "zero_")
 HEAD = "lm_head.weight"
 ONLINE_LOADER = "online_process_loader"  # how vLLM's layerwise reload calls the loaders that it puts around others
-LORA_WRAPPED = ".base_layer."
+LORA_WRAPPED = ".base_layer."  # where vLLM has put the layer that it wraps
 REPLACES = "replaces the tensor"  # the conversion of a loader that puts another tensor in the place of the parameter
 # Operations that take a tensor's shape and not its values.
 SHAPE_ONLY = (
@@ -265,7 +265,12 @@ def unwrap_loader(tensor: torch.Tensor | None) -> None:
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """As `named_tensors`, of a model whose layers vLLM may have wrapped for LoRA: under the names without that."""
-    return {name.replace(LORA_WRAPPED, "."): tensor for name, tensor in named_tensors(model).items()}
+    return {without_lora(name): tensor for name, tensor in named_tensors(model).items()}
+
+
+def without_lora(path: str) -> str:
+    """The path of a layer or tensor as it was before vLLM wrapped layers for LoRA."""
+    return f"{path}.".replace(LORA_WRAPPED, ".")[:-1]
 
 
 def split(name: str) -> tuple[str, str]:

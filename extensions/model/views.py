@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from extensions.model.regions import Region, memory_id, part, region_of
-from extensions.model.twin import LORA_WRAPPED, live_tensors, named_tensors
+from extensions.model.twin import live_tensors, named_tensors, without_lora
 from extensions.model.walk import every_tensor
 
 
@@ -43,7 +43,7 @@ def parted(views: list[View], model: torch.nn.Module) -> tuple[list[View], list[
     Also those that can't be renewed by a copy, a sentence each: their values are not the parameter's.
     """
     live, found, problems = live_tensors(model), [], []
-    there = {path.replace(LORA_WRAPPED, "."): tensor for path, tensor in every_tensor(model)} if views else {}
+    there = {without_lora(path): tensor for path, tensor in every_tensor(model)} if views else {}
     for view in views:
         tensor, parameter = there.get(view.path), live.get(view.of)
         if tensor is None or parameter is None or not tensor.numel() or memory_id(tensor) == memory_id(parameter):
