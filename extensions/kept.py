@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from extensions.manifest import SHOWN, Announced, ManifestError, check
+from extensions.manifest import Announced, ManifestError, check, require_none
 from extensions.model.headers import checkpoint_layouts
 from extensions.model.twin import HEAD, live_tensors, split
 from extensions.model.views import parted
@@ -91,9 +91,7 @@ def accepted(model: torch.nn.Module, vllm_config: object, announced: Announced, 
         views, problems = parted([view for view in plan.views if view.of in plan.into], model)
         plan = replace(plan, views=views)
         problems += _values_lost(plan, live_tensors(model)) if whole else []
-    if problems:
-        more = f"; and {len(problems) - SHOWN} more problems" if len(problems) > SHOWN else ""
-        raise ManifestError("the update does not fit the model: " + "; ".join(problems[:SHOWN]) + more)
+    require_none(problems)
     return plan
 
 
@@ -105,10 +103,9 @@ def _check_by_checkpoint(vllm_config: object, announced: Announced, whole: bool,
         raise ManifestError(f"{reason}; and its checkpoint at {path} cannot be read: {error}") from error
     if not layouts:
         raise ManifestError(f"{reason}; and there is no checkpoint at {path} to judge the update by")
-    shapes = {name: shape for name, (_, shape) in layouts.items()}
-    optional = {name: shape for name, shape in shapes.items() if not whole or name.endswith(HEAD)}
     tied = getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False)
-    check(announced, shapes if whole and not tied else {n: s for n, s in shapes.items() if n not in optional}, optional)
+    optional = {name for name in layouts if not whole or (tied and name.endswith(HEAD))}
+    check(announced, layouts, optional)
 
 
 def _values_lost(plan: Plan, live: dict[str, torch.Tensor]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from extensions.tensors import FLOATING_SOURCES, Shape, Shapes, dtype_name, dtype_of, is_shape
+from extensions.tensors import FLOATING_SOURCES, Shape, dtype_name, dtype_of, is_shape
 
 Manifest = list[dict]
 Layout = tuple[torch.dtype, Shape]
@@ -39,7 +39,7 @@ def parse(manifest: object) -> Announced:
             duplicates.append(name)
         parsed[name] = layout
     if duplicates:
-        raise ManifestError(f"{len(duplicates)} duplicate {_plural('name', duplicates)}: {_shown(duplicates)}")
+        raise ManifestError(f"{len(duplicates)} duplicate {_plural('name', duplicates)}: {shown(duplicates)}")
     return parsed
 
 
@@ -63,27 +63,40 @@ def require_name(value: object, where: str = "") -> None:
         raise ManifestError(f"{where}a name is printable text, found {value!r:.120}")
 
 
-def check(announced: Announced, required: Shapes, optional: Shapes) -> None:
-    """Raise ManifestError unless every required name is announced, no unknown one, and shapes and dtypes fit."""
+def check(announced: Announced, layouts: Announced, optional: set[str]) -> None:
+    """Raise ManifestError where a name is unknown, one that is not optional is missing, or a layout does not fit."""
     problems = []
-    known = required | optional
-    if missing := [name for name in required if name not in announced]:
-        problems.append(f"{len(missing)} missing {_plural('name', missing)}: {_shown(missing)}")
-    if unknown := [name for name in announced if name not in known]:
-        problems.append(f"{len(unknown)} unknown {_plural('name', unknown)}: {_shown(unknown)}")
+    if missing := [name for name in layouts if name not in announced and name not in optional]:
+        problems.append(f"{len(missing)} missing {_plural('name', missing)}: {shown(missing)}")
+    if unknown := [name for name in announced if name not in layouts]:
+        problems.append(f"{len(unknown)} unknown {_plural('name', unknown)}: {shown(unknown)}")
     for name, (dtype, shape) in announced.items():
-        expected = known.get(name)
-        if expected is not None and shape != expected:
+        if name not in layouts:
+            continue
+        into, expected = layouts[name]
+        if shape != expected:
             problems.append(f"{name}: expected shape {list(expected)}, found {list(shape)}")
-        if name in known and dtype not in FLOATING_SOURCES:
-            accepted = ", ".join(dtype_name(d) for d in FLOATING_SOURCES)
-            problems.append(f"{name}: expected a dtype of {accepted}, found {dtype_name(dtype)}")
+        problems += wrong_dtype(name, dtype, into)
+    require_none(problems)
+
+
+def wrong_dtype(name: str, found: torch.dtype, into: torch.dtype) -> list[str]:
+    """Why a weight of dtype `into` can't be updated from a tensor of dtype `found`, a sentence; empty where it can."""
+    accepted = FLOATING_SOURCES if into in FLOATING_SOURCES else (into,)
+    if found in accepted:
+        return []
+    return [f"{name}: expected a dtype of {', '.join(map(dtype_name, accepted))}, found {dtype_name(found)}"]
+
+
+def require_none(problems: list[str]) -> None:
+    """Raise ManifestError where there is a problem. It shows the first."""
     if problems:
         more = f"; and {len(problems) - SHOWN} more problems" if len(problems) > SHOWN else ""
         raise ManifestError("the update does not fit the model: " + "; ".join(problems[:SHOWN]) + more)
 
 
-def _shown(names: list[str]) -> str:
+def shown(names: list[str]) -> str:
+    """Names as a message shows them: the first, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 

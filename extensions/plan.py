@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from extensions.manifest import SHOWN, Announced, Manifest, parse
+from extensions.manifest import SHOWN, Announced, Layout, Manifest, parse, shown, wrong_dtype
 from extensions.model.headers import checkpoint_layouts
 from extensions.model.regions import Memory, Region, elements_filled
 from extensions.model.twin import (
@@ -27,7 +27,6 @@ from extensions.model.twin import (
     twin_of,
 )
 from extensions.model.views import View, views_of
-from extensions.tensors import FLOATING_SOURCES, dtype_name
 
 MAX_SAID = 120  # characters of a loader's error
 MAX_APART = 256  # tensors that are tried in a call of their own; of more, none is loaded before all are there
@@ -76,6 +75,14 @@ class Plan:
         for fill in self.fills:
             for name in dict.fromkeys(name for name, _ in fill.reads):
                 found[name].append(fill)
+        return dict(found)
+
+    @cached_property
+    def reads(self) -> dict[str, list[Region]]:
+        """The parts of each announced tensor that this rank reads."""
+        found: dict[str, list[Region]] = defaultdict(list)
+        for name, region in (read for fill in self.fills for read in fill.reads):
+            found[name].append(region)
         return dict(found)
 
     @cached_property
@@ -174,14 +181,9 @@ class Plan:
 
     def _dtypes(self) -> Iterable[str]:
         for name, fills in self._by_name.items():
-            found, into = self.announced[name][0], self.tensors[fills[0].into].dtype
-            accepted = FLOATING_SOURCES if into in FLOATING_SOURCES else (into,)
-            if found not in accepted:
-                yield f"{name}: expected a dtype of {_either(accepted)}, found {dtype_name(found)}"
-        for name in self.aliases:
-            found = self.announced[name][0]
-            if found not in FLOATING_SOURCES:
-                yield f"{name}: expected a dtype of {_either(FLOATING_SOURCES)}, found {dtype_name(found)}"
+            yield from wrong_dtype(name, self.announced[name][0], self.tensors[fills[0].into].dtype)
+        for name in self.aliases:  # of embeddings, which are floating-point
+            yield from wrong_dtype(name, self.announced[name][0], torch.float32)
 
     def _other_shapes(self) -> Iterable[str]:
         for name, other in self.aliases.items():
@@ -196,11 +198,8 @@ class Plan:
         yield from self._partly_read()
 
     def _partly_read(self) -> Iterable[str]:
-        regions: dict[str, list[Region]] = defaultdict(list, {n: [*found] for n, found in self.elsewhere.items()})
-        for name, region in (read for fill in self.fills for read in fill.reads):
-            regions[name].append(region)
-        for name, parts in regions.items():
-            shape = self.announced[name][1]
+        for name in self.elsewhere | self.reads:
+            shape, parts = self.announced[name][1], [*self.elsewhere.get(name, ()), *self.reads.get(name, ())]
             if unread := _unread(self.announced[name], parts):
                 total = math.prod(shape)
                 yield f"{name}: other shape than expected, {unread} of {total} elements of {list(shape)} go nowhere"
@@ -283,18 +282,19 @@ def _with_other_ranks(plan: Plan, model: torch.nn.Module, vllm_config: object) -
     for ranks in [(tp, pp) for pp in range(sizes[1]) for tp in range(sizes[0])] if others else ():
         other = _recorded(model, vllm_config, others, ranks)
         refused |= other.refused | {_names(fill.reads): fill.misfit for fill in other.fills if fill.misfit}
-        for name in others:
-            if reads := [region for fill in other.of(name) for found, region in fill.reads if found == name]:
-                elsewhere[name] = [*elsewhere.get(name, ()), *reads]
+        for name, regions in other.reads.items():
+            elsewhere[name] = [*elsewhere.get(name, ()), *regions]
     return replace(plan, elsewhere=elsewhere, refused=refused)
 
 
 def _not_read_whole(plan: Plan) -> list[str]:
-    reads: dict[str, list[Region]] = defaultdict(list)
-    for name, region in (read for fill in plan.fills for read in fill.reads):
-        reads[name].append(region)
-    skipped = {*plan.aliases, *plan.refused}
-    return [n for n in plan.announced if n not in skipped and (not reads[n] or _unread(plan.announced[n], reads[n]))]
+    return [
+        name
+        for name, layout in plan.announced.items()
+        if name not in plan.aliases
+        and name not in plan.refused
+        and (name not in plan.reads or _unread(layout, plan.reads[name]))
+    ]
 
 
 def _with_checkpoint(plan: Plan, model: torch.nn.Module, vllm_config: object) -> Plan:
@@ -368,18 +368,14 @@ def _is_copy(fill: Fill) -> bool:
     return all(step.startswith("cast ") for step in fill.conversion) and fill.reads[0][1].shape == fill.region.shape
 
 
-def _unread(layout: tuple[torch.dtype, tuple[int, ...]], parts: list[Region]) -> int:
+def _unread(layout: Layout, parts: list[Region]) -> int:
     dtype, shape = layout
     return elements_filled(parts, Memory(math.prod(shape) * dtype.itemsize, dtype.itemsize)).get(0, 0)
 
 
-def _whole(layout: tuple[torch.dtype, tuple[int, ...]]) -> Region:
+def _whole(layout: Layout) -> Region:
     dtype, shape = layout
     return Region(0, (math.prod(shape),), (dtype.itemsize,), dtype.itemsize)
-
-
-def _either(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(dtype_name(dtype) for dtype in dtypes)
 
 
 def _first_line(error: Exception) -> str:
@@ -389,6 +385,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _names(reads: Iterable[tuple[str, Region]]) -> str:
-    names = list(dict.fromkeys(name for name, _ in reads))
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return shown(list(dict.fromkeys(name for name, _ in reads)))

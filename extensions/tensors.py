@@ -5,7 +5,6 @@ import math
 import torch
 
 Shape = tuple[int, ...]
-Shapes = dict[str, Shape | None]  # full (unsharded) shapes by checkpoint name; None where any shape will do
 
 MAX_ELEMENTS = 2**48  # the bytes and strides of a tensor with fewer elements fit in 64 bits
 MAX_DIMENSIONS = 64  # torch's own limit

@@ -154,14 +154,21 @@ def directory(tmp_path: Path) -> Iterator[Path]:
     return tmp_path
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, directory: Path, tied: bool = False, whole: bool = True, **changes) -> None:
+def judged(
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Path,
+    tied: bool = False,
+    whole: bool = True,
+    dtype: torch.dtype = HALF,
+    **changes: tuple[int, ...] | None,
+) -> None:
     def unplanned(*_: object) -> None:
         raise PlanError("load_weights took no tensor")
 
     monkeypatch.setattr(kept, "planned", unplanned)
     config = SimpleNamespace(model=str(directory), hf_text_config=SimpleNamespace(tie_word_embeddings=tied))
     shapes = {"a": (2, 3), "b": (4,), "lm_head.weight": (5, 3)} | changes
-    announced = {name: (HALF, shape) for name, shape in shapes.items() if shape is not None}
+    announced = {name: (dtype, shape) for name, shape in shapes.items() if shape is not None}
     assert accepted(Model(1), SimpleNamespace(model_config=config), announced, whole) is None
 
 
@@ -176,6 +183,17 @@ def test_without_a_plan_the_checkpoint_is_what_is_expected(monkeypatch: pytest.M
     ):  # fmt: skip
         with pytest.raises(ManifestError, match=says):
             judged(monkeypatch, directory, **changes)
+
+
+def test_without_a_plan_codes_are_expected_in_the_dtype_of_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+):
+    codes = torch.float8_e4m3fn
+    shapes = {"a": (2, 3), "b": (4,), "lm_head.weight": (5, 3)}
+    save_file({n: torch.zeros(shape, dtype=codes) for n, shape in shapes.items()}, directory / "model.safetensors")
+    judged(monkeypatch, directory, dtype=codes)
+    with pytest.raises(ManifestError, match="a: expected a dtype of float8_e4m3fn, found bfloat16"):
+        judged(monkeypatch, directory)
 
 
 def test_without_a_plan_and_a_checkpoint_an_update_is_refused_with_the_reason(

@@ -9,14 +9,13 @@ from extensions.manifest import SHOWN, ManifestError, check, parse
 from extensions.tensors import FLOATING_SOURCES, dtype_name, dtype_of
 
 DTYPES = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
-MODEL = {"embed": (8, 4), "norm": (4,), "odd": None}
-TIED = {"head": (8, 4)}
+MODEL = {name: (torch.bfloat16, shape) for name, shape in {"embed": (8, 4), "norm": (4,), "odd": (3, 3)}.items()}
+TIED = MODEL | {"head": (torch.bfloat16, (8, 4))}
 
 
 def announced(**changes: object) -> dict:
     """What fits MODEL, with changes: name="gone" takes one away."""
-    fitting = {name: (torch.bfloat16, shape or (3, 3)) for name, shape in MODEL.items()} | changes
-    return {name: value for name, value in fitting.items() if value != "gone"}
+    return {name: value for name, value in (MODEL | changes).items() if value != "gone"}
 
 
 # ---- dtypes
@@ -56,8 +55,8 @@ def test_what_is_no_list_of_entries_is_refused(thing: object):
 
 @given(st.sampled_from(FLOATING_SOURCES), st.booleans(), st.permutations(list(MODEL)))
 def test_what_fits_the_model_passes_in_any_order(dtype: torch.dtype, head: bool, order: list[str]):
-    fitting = {name: (dtype, MODEL[name] or (7,)) for name in order}
-    check(fitting | ({"head": (dtype, (8, 4))} if head else {}), MODEL, TIED)
+    fitting = {name: (dtype, MODEL[name][1]) for name in order}
+    check(fitting | ({"head": (dtype, (8, 4))} if head else {}), TIED, {"head"})
 
 
 @pytest.mark.parametrize(
@@ -78,24 +77,31 @@ def test_what_fits_the_model_passes_in_any_order(dtype: torch.dtype, head: bool,
 )
 def test_each_misfit_is_named(changes: dict, said: str):
     with pytest.raises(ManifestError) as caught:
-        check(announced(**changes), MODEL, TIED)
+        check(announced(**changes), TIED, {"head"})
     assert str(caught.value).startswith("the update does not fit the model: ")
     assert said in str(caught.value)
+
+
+def test_what_the_model_has_in_no_floating_dtype_comes_in_its_own():
+    codes = {"codes": (torch.float8_e4m3fn, (3,))}
+    check(codes, codes, set())
+    with pytest.raises(ManifestError, match="codes: expected a dtype of float8_e4m3fn, found bfloat16"):
+        check({"codes": (torch.bfloat16, (3,))}, codes, set())
 
 
 def test_all_misfits_are_named_together():
     wrong = announced(norm="gone", embed=(torch.int8, (4, 8)), ghost=(torch.bfloat16, (1,)))
     with pytest.raises(ManifestError) as caught:
-        check(wrong, MODEL, TIED)
+        check(wrong, TIED, {"head"})
     for said in ("missing name: norm", "unknown name: ghost", "embed: expected shape", "embed: expected a dtype"):
         assert said in str(caught.value)
 
 
 def test_many_misfits_are_counted():
-    many = {f"weight{index}": (3,) for index in range(100)}
+    many = {f"weight{index}": (torch.bfloat16, (3,)) for index in range(100)}
     with pytest.raises(ManifestError, match=r"100 missing names: weight0, .*weight7 and 92 more$"):
-        check(announced(), MODEL | many, TIED)
+        check(announced(), TIED | many, {"head"})
     wrong = dict.fromkeys(many, (torch.bfloat16, (4,)))
     with pytest.raises(ManifestError, match=f"; and {100 - SHOWN} more problems$") as caught:
-        check(wrong, many, {})
+        check(wrong, many, set())
     assert len(str(caught.value)) < 1000

@@ -9,7 +9,7 @@ from extensions.broadcast import WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
 from extensions.manifest import ManifestError
 from extensions.model.headers import checkpoint_layouts
-from extensions.tensors import Shapes
+from extensions.tensors import Shape
 from suite.selftest.mutants.registry import ACCEPTED, BROADCAST, HANDLES, Loader, Meddles, Unchecked, mutant
 
 
@@ -141,6 +141,6 @@ class SkipsZeros(Meddles, WorkerExtension):
             load(name, tensor)
 
 
-def _known(extension: object) -> Shapes:
+def _known(extension: object) -> dict[str, Shape]:
     """The shapes of the engine's own checkpoint, by name."""
     return {name: shape for name, (_, shape) in checkpoint_layouts(extension.model_config.model).items()}
