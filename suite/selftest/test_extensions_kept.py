@@ -201,6 +201,9 @@ def test_without_a_plan_and_a_checkpoint_an_update_is_refused_with_the_reason(
 ):
     with pytest.raises(ManifestError, match=r"took no tensor; and there is no checkpoint at .* to judge the update by"):
         judged(monkeypatch, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ManifestError, match=r"took no tensor; and its checkpoint at .* cannot be read: "):
+        judged(monkeypatch, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(ManifestError, match=r"took no tensor; and its checkpoint at .* cannot be read: .*a header of"):
         judged(monkeypatch, tmp_path)
