@@ -49,13 +49,13 @@ def parted(views: list[View], model: torch.nn.Module) -> tuple[list[View], list[
         if tensor is None or parameter is None or not tensor.numel() or memory_id(tensor) == memory_id(parameter):
             continue
         found.append(view)
-        if not _is_renewable(tensor, parameter, view):
+        if not _is_attribute(view.path) or not _is_renewable(tensor, parameter, view):
             problems.append(f"{view.of}: {view.path} was derived from it and can't be renewed")
     return found, problems
 
 
 def resolve(model: torch.nn.Module, view: View) -> torch.Tensor:
-    """The tensor at a view's path. Raises AttributeError where there is none."""
+    """The tensor at a view's path, which leads through attributes alone. Raises AttributeError where there is none."""
     holder: object = model
     for name in view.path.split("."):
         modules = getattr(holder, "_modules", {})
@@ -63,6 +63,11 @@ def resolve(model: torch.nn.Module, view: View) -> torch.Tensor:
             holder = modules["base_layer"]
         holder = getattr(holder, name)
     return holder
+
+
+def _is_attribute(path: str) -> bool:
+    """Whether a path leads through attributes and modules alone, and not into lists, closures or classes."""
+    return all(name.isidentifier() or name.isdigit() for name in path.split("."))
 
 
 def _is_renewable(tensor: torch.Tensor, parameter: torch.Tensor, view: View) -> bool:

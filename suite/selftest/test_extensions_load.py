@@ -160,6 +160,12 @@ def test_a_view_that_holds_other_values_can_not_be_renewed():
     assert parted(seen, model)[1] == ["inner.rows: shown was derived from it and can't be renewed"]
 
 
+def test_a_view_in_a_list_that_has_parted_can_not_be_renewed():
+    model, seen = Live(), views_of(Live("meta"))
+    model.held = [model.scale.detach().clone()]
+    assert parted(seen, model)[1] == ["scale: held[0] was derived from it and can't be renewed"]
+
+
 def test_a_view_that_is_replaced_within_an_update_is_named():
     model = Live()
     model.shown = model.shown.float()
