@@ -74,7 +74,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch, worker: type[Worker] = Worker) -> Wo
 
 
 def _accepted(model: Model, _: object, announced: Announced, whole: bool = True) -> None:
-    check(announced, dict(SHAPES) if whole else {}, dict(SHAPES))
+    check(announced, {name: (torch.float32, shape) for name, shape in SHAPES.items()}, set() if whole else {*SHAPES})
 
 
 def tensors(value: float = 1, **changes: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -189,7 +189,7 @@ def test_a_name_is_never_taken_for_a_path(parts: list[str]):
     name = "/".join(parts) + "/"
     announced = parse([{"name": name, "dtype": "bfloat16", "shape": [4]}])
     with pytest.raises(ManifestError, match="unknown name: ") as caught:
-        check(announced, {}, {})
+        check(announced, {}, set())
     assert name in str(caught.value)
 
 
