@@ -164,15 +164,15 @@ def finalize(model: torch.nn.Module, model_config: object) -> None:
 
 
 def _name_loaders(model: torch.nn.Module) -> None:
-    """Give parameters' loaders that are partials a name: vLLM's reload asks every loader for one (MiniMax-M2)."""
+    """Give loaders that are partials a name, which they lack: vLLM's reload compares every loader's (MiniMax-M2)."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     for layer in model.modules():
-        parameters, buffers = get_layerwise_info(layer).restore_metadata
-        for tensor in (*layer.parameters(recurse=False), *parameters.values(), *buffers.values()):
-            loader = getattr(tensor, "weight_loader", None)
-            if isinstance(loader, partial) and not hasattr(loader, "__name__"):
-                loader.__name__ = getattr(loader.func, "__name__", type(loader.func).__name__)
+        for tensors in (layer._parameters, layer._buffers, *get_layerwise_info(layer).restore_metadata):
+            loaders = (getattr(tensor, "weight_loader", None) for tensor in tensors.values())
+            for loader in loaders:
+                if isinstance(loader, partial):
+                    loader.__name__ = "partial"
 
 
 def _forget_cpu_experts(model: torch.nn.Module) -> list[tuple[object, object]]:
