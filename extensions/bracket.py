@@ -97,7 +97,6 @@ class UpdateBracket:
         model = self.model_runner.get_model()
         plan = self._weight_sync_plans().whole(model, self.vllm_config, announced)
         update = Update(new_load(model, self.vllm_config, plan), announced)
-        update.load.together = plan is None
         self._weight_sync_state = State(update, state.inconsistent)
         try:
             update.load.begin()

@@ -42,7 +42,7 @@ class Load(ABC):
 
     def __init__(self, model: torch.nn.Module, vllm_config: object, plan: Plan | None) -> None:
         self._model, self._vllm_config, self._plan = model, vllm_config, plan
-        self.together = False  # whether all tensors are to go to one call of load_weights, as from a checkpoint
+        self.together = plan is None or plan.together  # whether load_weights gets all tensors in one call, at the end
         self._touched = False  # whether load() has been called
         self._held: dict[str, torch.Tensor] = {}  # what has to be loaded together
         self._heads: dict[str, torch.Tensor] = {}  # output embeddings that are tied: compared at the end
@@ -62,7 +62,7 @@ class Load(ABC):
         self._touched = True
         if self._plan is not None:
             tensors = self._copied(tensors)
-        if self.together or (self._plan is not None and self._plan.together):
+        if self.together:
             self._held |= tensors
         elif tensors:
             self._convert(tensors)

@@ -97,6 +97,23 @@ def test_what_has_to_be_loaded_together_waits_for_the_end():
     assert model.scale.all()
 
 
+def test_without_a_plan_load_weights_gets_all_tensors_in_one_call(monkeypatch: pytest.MonkeyPatch):
+    model, calls, load_weights = Live(), [], Live.load_weights
+
+    def counted(self: Live, named) -> None:
+        calls.append(dict(named))
+        load_weights(self, calls[-1].items())
+
+    monkeypatch.setattr(Live, "load_weights", counted)
+    load = DirectLoad(model, None, None)
+    for name, tensor in NEW.items():
+        load.load({name: tensor})
+    assert calls == []
+    load.end()
+    assert [[*call] for call in calls] == [[*NEW]]
+    assert torch.equal(model.inner.rows, torch.cat([NEW["upper"], NEW["lower"]]))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -137,6 +137,6 @@ class Unchecked:
     def begin_update(self, manifest: list[dict]) -> int:
         update = Update(new_load(self.model_runner.get_model(), self.vllm_config), parse(manifest))
         self._weight_sync_state = State(update, self._weight_sync_state.inconsistent)
-        update.load.unwritten = list
+        update.load.together, update.load.unwritten = False, list
         update.load.begin()
         return len(manifest)
