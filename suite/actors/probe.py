@@ -7,6 +7,7 @@ with the probe's methods added. The subject's own methods stay as they are.
 import contextlib
 import hashlib
 import inspect
+import math
 import os
 import time
 import traceback
@@ -64,48 +65,44 @@ class Probe:
 
     def probe_save(self, path: str) -> None:
         """Write what this rank computes with, for `probe_compare`."""
-        weights, beside = dict(self._probe_weights()), recording.beside_of(self.model_runner.get_model())
+        weights, beside = self._probe_copies()
         with _of_the_suite("write what this engine computes with"):
             recording.write(path, self.rank, weights, beside)
 
     def probe_record(self) -> None:
         """Remember what this rank computes with, after a cold load and an answer; see `suite.actors.recording`."""
-        weights = {name: weight.cpu().clone() for name, weight in self._probe_weights()}
-        self._probe_recorded = weights, recording.beside_of(self.model_runner.get_model())
+        self._probe_recorded = self._probe_copies()
 
     def probe_settle(self, path: str) -> None:
         """Write what `probe_record` remembered, and what of it changes by itself: this rank has answered since."""
         weights, beside = self.__dict__.pop("_probe_recorded")
-        answering = recording.unsteady_of(beside, recording.beside_of(self.model_runner.get_model()))
+        answering = recording.unsteady_of(beside, recording.beside_of(self.model_runner.get_model(), weights))
         with _of_the_suite("write what this engine computes with"):
-            unsteady = recording.both(answering, recording.unsteady_loads(self.vllm_config))
+            unsteady = recording.both(answering, recording.unsteady_loads(self.vllm_config, weights))
             recording.write(path, self.rank, weights, beside, unsteady)
 
-    def probe_compare(self, path: str, beside: list[str], unsteady: str | None) -> dict:
+    def probe_compare(self, path: str, beside: list[str], unsteady: str) -> dict:
         """Compare bit by bit with what was written: what was looked at, and what differs where.
 
-        path: where the weights are. beside: where the other tensors are; of several places, what they agree on counts;
-        of no place, nothing is compared. unsteady: of the cold engine that says what is left out.
+        path: where the weights are. beside: where the other tensors are; of several places, what they agree on counts.
+        unsteady: of the cold engine that says what is left out.
         """
-        elements, shapes = 0, {}
+        shapes: dict[str, list[int]] = {}
 
         def looked_at() -> Iterator[tuple[str, torch.Tensor]]:
-            nonlocal elements
             for name, weight in self._probe_weights():
-                elements, shapes[name] = elements + weight.numel(), list(weight.shape)
+                shapes[name] = list(weight.shape)
                 yield name, weight
 
         with _of_the_suite("read what another engine computes with"):
             expected = recording.read_weights(path, self.rank)
+            expected_beside, left_out = recording.agreed(beside, unsteady, self.rank)
         weights = [*recording.differing_weights(looked_at(), expected)]
-        others = self._probe_beside(beside, unsteady) if beside else []
+        found_beside = recording.beside_of(self.model_runner.get_model(), shapes)
+        others = recording.differing_beside(found_beside, expected_beside, left_out)
+        elements = sum(map(math.prod, shapes.values()))
         counts = {"elements": elements, "weights": len(shapes), "differing": len(weights), "others": len(others)}
         return {"rank": self.rank, **counts, "first": [*weights, *others][:SHOWN], "shapes": shapes}
-
-    def _probe_beside(self, paths: list[str], unsteady: str) -> list[str]:
-        with _of_the_suite("read what another engine computes with"):
-            expected, left_out = recording.agreed(paths, unsteady, self.rank)
-        return recording.differing_beside(recording.beside_of(self.model_runner.get_model()), expected, left_out)
 
     def probe_zero(self) -> dict:
         """How many effective elements there are, and which weights have some that aren't zero."""
@@ -202,6 +199,12 @@ class Probe:
         self._probe_buffer = self._probe_pair = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _probe_copies(self) -> tuple[recording.Tensors, recording.Beside]:
+        """Copies of the weights, and of what is beside them."""
+        model = self.model_runner.get_model()
+        weights = recording.weights_of(model)
+        return weights, recording.beside_of(model, weights)
 
     def _probe_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return effective_weights(self.model_runner.get_model())

@@ -19,7 +19,7 @@ load, but vLLM keeps nothing like that in a model, and a difference of this kind
 import copy
 import gc
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,12 +61,17 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     return bits.view(-1, 2) if size == 16 else bits
 
 
-def beside_of(model: torch.nn.Module) -> Beside:
-    """Copies of every tensor that the model computes with and that is none of its effective weights, by path.
+def weights_of(model: torch.nn.Module) -> Tensors:
+    """Copies of the model's effective weights, on the CPU, each in memory of its own."""
+    return {name: weight.cpu().clone().contiguous() for name, weight in effective_weights(model)}
 
+
+def beside_of(model: torch.nn.Module, weights: Collection[str]) -> Beside:
+    """Copies of every tensor that the model computes with, by path, but for those that `weights` names.
+
+    Its callers have the names of the effective weights: to read packed ones back again takes as long as the first time.
     Empty tensors and those on the meta device have no values and are left out.
     """
-    weights = {name for name, _ in effective_weights(model)}
     return {
         path: Kept.of(tensor)
         for path, tensor in every_tensor(model)
@@ -97,15 +102,15 @@ def both(masks: Tensors, more: Tensors) -> Tensors:
     return joined
 
 
-def unsteady_loads(vllm_config: object) -> Tensors:
-    """Load the checkpoint twice more, and say in what the two differ.
+def unsteady_loads(vllm_config: object, weights: Collection[str]) -> Tensors:
+    """Load the checkpoint twice more, and say in what the two differ beside the weights.
 
     Both are held at once: what one had freed, the other would get at the same address.
     """
     with _unset_is_nan():
         one = _loaded_again(vllm_config)
     other = _loaded_again(vllm_config)
-    unsteady = unsteady_of(beside_of(one), beside_of(other))
+    unsteady = unsteady_of(beside_of(one, weights), beside_of(other, weights))
     if torch.cuda.is_available():
         del one, other
         gc.collect()  # a model is made of cycles
@@ -166,13 +171,12 @@ def _unsteady_path(path: str, rank: int) -> Path:
 
 
 def write(path: str, rank: int, weights: Tensors, beside: Beside, unsteady: Tensors | None = None) -> None:
-    """Write what a rank computes with; each file whole or not at all, since others wait for them."""
+    """Write copies of what a rank computes with; each file whole or not at all, since others wait for them."""
     layouts = {name: kept.layout for name, kept in beside.items()}
     _save({name: kept.bits for name, kept in beside.items()}, _beside_path(path, rank), layouts)
     if unsteady is not None:
         _save(unsteady, _unsteady_path(path, rank))
-    copies = {name: weight.cpu().clone().contiguous() for name, weight in weights.items()}  # none in another's memory
-    _save(copies, weights_path(path, rank))
+    _save(weights, weights_path(path, rank))
 
 
 def _save(tensors: Tensors, target: Path, metadata: dict[str, str] | None = None) -> None:

@@ -167,7 +167,7 @@ def test_what_follows_a_greeting_is_refused_in_time(
 
 def test_what_only_the_suite_could_not_do_in_a_worker_is_its_own_fault(engine: Engined, tmp_path: Path):
     with pytest.raises(SuiteFault, match="probe_compare: rank 0: SuiteFault: could not read what another engine"):
-        engine.rpc("probe_compare", str(tmp_path / "missing"), [], None)
+        engine.rpc("probe_compare", str(tmp_path / "missing"), [], "")
     with pytest.raises(WorkerError, match="probe_memory_peak: rank 0: AttributeError"):
         engine.rpc("probe_memory_peak")
 
