@@ -18,9 +18,9 @@ load, but vLLM keeps nothing like that in a model, and a difference of this kind
 
 import copy
 import gc
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from extensions.model.loading import configured
 from extensions.model.walk import every_tensor
 from extensions.model.weights import effective_weights
 from extensions.tensors import dtype_name, flat_bytes
+from suite.actors.written import weights_path, write_whole
 
 Tensors = dict[str, torch.Tensor]
 Beside = dict[str, "Kept"]
@@ -157,11 +158,6 @@ def _unset_is_nan() -> Iterator[None]:
 # ---- on disk
 
 
-def weights_path(path: str, rank: int) -> Path:
-    """Where the weights of a rank are. This file is written last: once it is there, so are the others."""
-    return Path(f"{path}.rank{rank}.safetensors")
-
-
 def _beside_path(path: str, rank: int) -> Path:
     return Path(f"{path}.rank{rank}.beside.safetensors")
 
@@ -171,19 +167,13 @@ def _unsteady_path(path: str, rank: int) -> Path:
 
 
 def write(path: str, rank: int, weights: Tensors, beside: Beside, unsteady: Tensors | None = None) -> None:
-    """Write copies of what a rank computes with; each file whole or not at all, since others wait for them."""
+    """Write copies of what a rank computes with."""
     layouts = {name: kept.layout for name, kept in beside.items()}
-    _save({name: kept.bits for name, kept in beside.items()}, _beside_path(path, rank), layouts)
+    bits = {name: kept.bits for name, kept in beside.items()}
+    write_whole(_beside_path(path, rank), partial(save_file, bits, metadata=layouts))
     if unsteady is not None:
-        _save(unsteady, _unsteady_path(path, rank))
-    _save(weights, weights_path(path, rank))
-
-
-def _save(tensors: Tensors, target: Path, metadata: dict[str, str] | None = None) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(target)
+        write_whole(_unsteady_path(path, rank), partial(save_file, unsteady))
+    write_whole(weights_path(path, rank), partial(save_file, weights))
 
 
 def read_weights(path: str, rank: int) -> Tensors:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from suite import models
+from suite.actors.written import weights_path
 from suite.driver import variables
 from suite.driver.engines import EngineHandle, EngineKey, engine_options
 from suite.driver.patience import Patience
@@ -218,9 +219,8 @@ class Pool:
 
     def oracle(self, key: EngineKey, seed: int) -> str:
         """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has."""
-        path = self.oracle_path(replace(key, seed=seed))
-        ranks = range(self._stages[key.stage].engine_ranks)
-        files = [path.with_name(f"{path.name}.rank{rank}.safetensors") for rank in ranks]
+        path = str(self.oracle_path(replace(key, seed=seed)))
+        files = [weights_path(path, rank) for rank in range(self._stages[key.stage].engine_ranks)]
         reference = self.reference(key, seed, [*self._needs])
 
         def written() -> bool:
@@ -235,7 +235,7 @@ class Pool:
 
         with self._changed:
             self._wait_for((reference,), written)
-        return str(path)
+        return path
 
     def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
         """The directory of a model's checkpoint, written when first asked for."""
