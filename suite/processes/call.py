@@ -80,6 +80,11 @@ class RemoteError(Exception):
         self.said = f"{self.kind} in process {self.process}: {self.message}"
         super().__init__(f"{self.said}\n\n{self.traceback.rstrip()}\n\nlog of {self.process}: {process.log_path}")
 
+    @property
+    def is_the_suites(self) -> bool:
+        """Whether what was called raised a SuiteFault."""
+        return self.kind == SuiteFault.__name__
+
 
 class NoAnswer(Exception):
     """A process gave no answer: `said` says which and why, the message shows the end of its log too.
@@ -192,7 +197,7 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
 def _by_cause(failed: list[Call]) -> list[Call]:
     """By time; where the first is a SuiteFault, those whose process has died come before it."""
     in_time = sorted(failed, key=lambda call: call.finished_at)
-    if in_time and getattr(in_time[0].error(), "kind", "") == SuiteFault.__name__:
+    if in_time and getattr(in_time[0].error(), "is_the_suites", False):
         in_time.sort(key=lambda call: not isinstance(call.error(), ProcessDied))
     return in_time
 
