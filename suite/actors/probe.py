@@ -22,7 +22,7 @@ from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
 from extensions.tensors import flat_bytes
 from suite.actors import arrived, memory, recording
-from suite.processes.call import SuiteFault
+from suite.processes.call import SuiteFault, of_the_suite
 from suite.subjects import load
 from suite.subjects.adapting import adapted
 
@@ -66,7 +66,7 @@ class Probe:
     def probe_save(self, path: str) -> None:
         """Write what this rank computes with, for `probe_compare`."""
         weights, beside = self._probe_copies()
-        with _of_the_suite("write what this engine computes with"):
+        with of_the_suite("write what this engine computes with"):
             recording.write(path, self.rank, weights, beside)
 
     def probe_record(self) -> None:
@@ -77,7 +77,7 @@ class Probe:
         """Write what `probe_record` remembered, and what of it changes by itself: this rank has answered since."""
         weights, beside = self.__dict__.pop("_probe_recorded")
         answering = recording.unsteady_of(beside, recording.beside_of(self.model_runner.get_model(), weights))
-        with _of_the_suite("write what this engine computes with"):
+        with of_the_suite("write what this engine computes with"):
             unsteady = recording.both(answering, recording.unsteady_loads(self.vllm_config, weights))
             recording.write(path, self.rank, weights, beside, unsteady)
 
@@ -94,7 +94,7 @@ class Probe:
                 shapes[name] = list(weight.shape)
                 yield name, weight
 
-        with _of_the_suite("read what another engine computes with"):
+        with of_the_suite("read what another engine computes with"):
             expected = recording.read_weights(path, self.rank)
             expected_beside, left_out = recording.agreed(beside, unsteady, self.rank)
         weights = [*recording.differing_weights(looked_at(), expected)]
@@ -162,15 +162,16 @@ class Probe:
         """Bytes above the mark at the highest since."""
         return memory.peak_above(self._probe_mark, self.device)
 
+    @of_the_suite("join the roofline's group")
     def probe_join(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Join a group of the probe's own, for rooflines."""
         if self._probe_group is not None:
             self._probe_group.close()
-        with _of_the_suite("join the roofline's group"):
-            self._probe_group = stateless_init_process_group(
-                address, port, rank_offset + self.rank, world_size, self.device
-            )
+        self._probe_group = stateless_init_process_group(
+            address, port, rank_offset + self.rank, world_size, self.device
+        )
 
+    @of_the_suite("receive a roofline's broadcast")
     def probe_receive(self, nbytes: int) -> None:
         """Receive `nbytes`, piece by piece: what the hardware takes for the same bytes."""
         piece, buffer = min(nbytes, memory.PIECE_BYTES), getattr(self, "_probe_buffer", None)
@@ -180,6 +181,7 @@ class Probe:
             self._probe_group.broadcast(self._probe_buffer[:count], src=0)
         synchronize(self.device)
 
+    @of_the_suite("copy for a roofline")
     def probe_copy(self, nbytes: int) -> float:
         """Seconds to copy `nbytes` on the worker's device, piece by piece."""
         piece = min(nbytes, memory.PIECE_BYTES)
@@ -208,15 +210,6 @@ class Probe:
 
     def _probe_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return effective_weights(self.model_runner.get_model())
-
-
-@contextlib.contextmanager
-def _of_the_suite(doing: str) -> Iterator[None]:
-    """What is raised here is no fault of the extension."""
-    try:
-        yield
-    except Exception as error:
-        raise SuiteFault(f"could not {doing}: {type(error).__name__}: {error}") from error
 
 
 def _nonzero(weight: torch.Tensor) -> int:

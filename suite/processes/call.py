@@ -5,7 +5,9 @@ What a launcher starts is a Process. Every wait has a deadline.
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,15 @@ class SuiteFault(Exception):
 
     Its name crosses processes as RemoteError.kind. A test that ends with it is an error, and no fail of its subject.
     """
+
+
+@contextmanager
+def of_the_suite(doing: str) -> Iterator[None]:
+    """Whatever is raised in the block becomes a SuiteFault: nothing in it is what is examined."""
+    try:
+        yield
+    except Exception as error:
+        raise SuiteFault(f"could not {doing}: {type(error).__name__}: {error}") from error
 
 
 class Call:
