@@ -12,10 +12,9 @@ from suite.driver.engines import EngineHandle, seed_of
 from suite.driver.pool import Pool
 from suite.driver.sync import Sync
 from suite.driver.trainers import TrainerGroup, Trainers
-from suite.models import MODELS, own
 from suite.processes.call import DeadlineExceeded, Process, ProcessDied
 from suite.processes.launcher import Launcher
-from suite.session import selection, verdicts
+from suite.session import verdicts
 from suite.session.needs import engines_of, index_of, trainer_of
 from suite.session.state import selection_of, state_of
 from suite.stages import Stage
@@ -121,9 +120,6 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     """
     subject, stage, model = (request.getfixturevalue(name) for name in ("subject", "stage", "model"))
     pool.patience.expect_hope(subject.name)
-    requirement = selection.requirement_of(request.node)
-    if requirement and MODELS[model].layout is not None and requirement.id in own.LEFT_OUT:
-        verdicts.not_applicable(f"{requirement.id} {own.LEFT_OUT[requirement.id]}")
     keys = engines_of(request.node)
     if reason := pool.room.too_large(keys):
         verdicts.not_applicable(reason)
