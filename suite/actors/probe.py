@@ -5,7 +5,6 @@ with the probe's methods added. The subject's own methods stay as they are.
 """
 
 import contextlib
-import hashlib
 import inspect
 import math
 import os
@@ -20,7 +19,6 @@ from extensions.devices import device_id, synchronize
 from extensions.group import Communicator, stateless_init_process_group
 from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
-from extensions.tensors import flat_bytes
 from suite.actors import arrived, memory, recording
 from suite.processes.call import SuiteFault, of_the_suite
 from suite.subjects import load
@@ -138,7 +136,7 @@ class Probe:
         model = self.model_runner.get_model()
         of_parameters = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
         return {
-            name: hashlib.sha256(flat_bytes(buffer.contiguous()).cpu().numpy()).hexdigest()
+            name: recording.Kept.of(buffer).digest()
             for name, buffer in model.named_buffers()
             if buffer.untyped_storage().data_ptr() not in of_parameters
         }

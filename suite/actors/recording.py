@@ -18,6 +18,7 @@ load, but vLLM keeps nothing like that in a model, and a difference of this kind
 
 import copy
 import gc
+import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -48,6 +49,10 @@ class Kept:
     def of(cls, tensor: torch.Tensor) -> "Kept":
         dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
         return cls(f"{dtype_name(dense.dtype)} {list(dense.shape)}", bits_of(dense.cpu().clone()))
+
+    def digest(self) -> str:
+        """The same for two tensors of the same dtype, shape and bits."""
+        return f"{self.layout} {hashlib.sha256(self.bits.numpy()).hexdigest()}"
 
     def differing(self, other: "Kept") -> torch.Tensor:
         """Which elements differ: bool [elements]. The layouts have to be the same."""
