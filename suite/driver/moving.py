@@ -81,7 +81,7 @@ class Moving(Together):
         self.connect()
         self.updates += 1
         with self.pool.timeline("moving", str(self.engines[0].key)):
-            method, between = ("pause", self.prompts(1)[:1]) if pause else ("update", [])
+            method, between = ("pause", self.prompts(1)) if pause else ("update", [])
             asked = [*between, deadline_s, reset_cache, bracket]
             calls = [engine.process.submit(method, *asked) for engine in self.engines]
             ranks = self.trainer.processes
