@@ -103,7 +103,7 @@ def fanout(
 
 @pytest.fixture
 def target(subject: Subject, pytestconfig: pytest.Config) -> int:
-    """The seed of a checkpoint that this case's engine has not been started from, and another engine has."""
+    """The seed to update to: of a checkpoint that a reference engine, and not this case's, was started from."""
     return 1 - seed_of(index_of(subject, selection_of(pytestconfig)))
 
 
@@ -113,10 +113,10 @@ def _kept(pool: Pool, trainers: Trainers, stage: Stage, world_size: int) -> Trai
 
 
 def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> Iterator[Sync]:
-    """A trainer and the engines of a test, with its subject's extension in them, and what is left of them afterwards.
+    """Give a test a trainer and engines with its subject's extension, and check afterwards that they still answer.
 
-    An engine that hangs or died is replaced, and so is a trainer; one that computes with wrong weights is not. Of a
-    subject that is examined on another's engines, these have to be seen to work as before.
+    An engine that hangs or died is replaced, and so is a trainer; one that computes with wrong weights is not. A
+    subject may be examined on another's engines: such an engine is kept only if its own subject still works on it.
     """
     subject, stage, model = (request.getfixturevalue(name) for name in ("subject", "stage", "model"))
     pool.patience.expect_hope(subject.name)

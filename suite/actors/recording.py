@@ -7,13 +7,13 @@ Weights are compared to the last bit. Beside them, elements are left out in whic
 by themselves, such as addresses and scratch space. They are found on the cold engine, before any update:
 
 * The worker loads the checkpoint twice more, as an engine that starts does, and compares the two. What a load leaves
-  unset differs too, since the first of them finds NaN in all new memory. Both are right by themselves: neither vLLM's
-  reload nor the extension under examination takes part, so nothing that those spoil or forget is left out.
+  unset differs too, since the first of them finds NaN in all new memory. Neither vLLM's reload nor the extension under
+  examination takes part in these loads, so nothing that those spoil or forget is left out.
 * The engine answers the same prompts twice, and what it computes with is compared before and after the second time.
 
-The engine under examination has no part in this: an element that differs in it alone is never left out. Two engines
-started for this alone would say no more. They would differ in what changes from process to process and not from load to
-load, but vLLM keeps nothing like that in a model, and a difference of this kind would fail, not pass.
+The engine under examination has no part in this: an element that differs in it alone is never left out. Two loads in
+one process do not show what changes from process to process only. vLLM keeps nothing like that in a model, and if it
+did, engines would fail for it, not pass.
 """
 
 import copy

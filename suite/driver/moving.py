@@ -147,7 +147,7 @@ class Moving(Together):
         late = [call for call in calls if not call.done()]
         names = [call.process.name for call in late if call.process in self.trainer.processes]
         if names or not self.trainer.alive:
-            with contextlib.suppress(TrainerFailed):  # what comes next finds no trainer; this is about what failed
+            with contextlib.suppress(TrainerFailed):  # the next update says so; now the failure itself is told
                 self.trainer.renew()
         engines = [call for call in late if call.process not in self.trainer.processes and not call.done()]
         deadline = time.monotonic() + ENGINE_END_S

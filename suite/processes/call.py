@@ -183,7 +183,7 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
     Once one has failed, the others get `after_failure_s` more. Raises the first failure by time, with the state of
     the others as notes; DeadlineExceeded for the first unfinished call if none failed. Before either comes NotBegun,
     for a call that its process has not come to: the others may have failed for want of it. A process that has died
-    comes before a SuiteFault, which may be no more than how another one found out.
+    comes before a SuiteFault, which may only be how another process noticed.
     """
     futures = [call.future for call in calls]
     deadline = time.monotonic() + deadline_s

@@ -59,7 +59,7 @@ def text(sequence: Sequence) -> str:
 
 
 def parse(line: str) -> Sequence:
-    """A sequence from its text. Raises ValueError for what is none."""
+    """A sequence from its text. Raises ValueError for malformed text."""
     try:
         calls = [statement.value for statement in ast.parse(line.strip()).body]
         steps = [
@@ -78,7 +78,7 @@ def parse(line: str) -> Sequence:
 class State:
     """What the engine has to compute with.
 
-    known: False from where its weights were lost, as they may be, until the next whole update. seed: of the checkpoint
+    known: False once a step may rightly have lost the weights, until the next whole update. seed: of the checkpoint
     that was acknowledged last, None for zeros. alone: seeds by name of the tensors that were acknowledged alone since.
     stale: whether the prefix cache may hold what older weights have computed.
     """

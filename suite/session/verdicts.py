@@ -52,9 +52,9 @@ class Judgement:
     cause: str = ""
 
     def then(self, later: "Judgement") -> "Judgement":
-        """What holds after a later phase of the same test: a fail stays, a tear-down that breaks spoils the rest.
+        """The judgement of this phase and a later one of the same test.
 
-        The rest is a pass or a waived fail: a waiver does not cover the tear-down.
+        A fail stands. A tear-down that breaks takes the place of a pass, and of a waived fail: no waiver covers it.
         """
         return self if later.verdict == PASS or self.verdict == FAIL else later
 
