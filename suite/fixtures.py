@@ -12,10 +12,9 @@ from suite.driver.engines import EngineHandle, seed_of
 from suite.driver.pool import Pool
 from suite.driver.sync import Sync
 from suite.driver.trainers import TrainerGroup, Trainers
-from suite.models import MODELS, own
 from suite.processes.call import DeadlineExceeded, Process, ProcessDied
 from suite.processes.launcher import Launcher
-from suite.session import selection, verdicts
+from suite.session import verdicts
 from suite.session.needs import engines_of, index_of, trainer_of
 from suite.session.state import selection_of, state_of
 from suite.stages import Stage
@@ -104,7 +103,7 @@ def fanout(
 
 @pytest.fixture
 def target(subject: Subject, pytestconfig: pytest.Config) -> int:
-    """The seed of a checkpoint that this case's engine has not been started from, and another engine has."""
+    """The seed to update to: of a checkpoint that a reference engine, and not this case's, was started from."""
     return 1 - seed_of(index_of(subject, selection_of(pytestconfig)))
 
 
@@ -114,16 +113,13 @@ def _kept(pool: Pool, trainers: Trainers, stage: Stage, world_size: int) -> Trai
 
 
 def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> Iterator[Sync]:
-    """A trainer and the engines of a test, with its subject's extension in them, and what is left of them afterwards.
+    """Give a test a trainer and engines with its subject's extension, and check afterwards that they still answer.
 
-    An engine that hangs or died is replaced, and so is a trainer; one that computes with wrong weights is not. Of a
-    subject that is examined on another's engines, these have to be seen to work as before.
+    An engine that hangs or died is replaced, and so is a trainer; one that computes with wrong weights is not. A
+    subject may be examined on another's engines: such an engine is kept only if its own subject still works on it.
     """
     subject, stage, model = (request.getfixturevalue(name) for name in ("subject", "stage", "model"))
     pool.patience.expect_hope(subject.name)
-    requirement = selection.requirement_of(request.node)
-    if requirement and MODELS[model].layout is not None and requirement.id in own.LEFT_OUT:
-        verdicts.not_applicable(f"{requirement.id} {own.LEFT_OUT[requirement.id]}")
     keys = engines_of(request.node)
     if reason := pool.room.too_large(keys):
         verdicts.not_applicable(reason)
@@ -180,8 +176,7 @@ def _given_back(sync: Sync, engine: EngineHandle, host: Subject) -> bool:
         for seed in (1 - own.seed, own.seed):
             own.load(seed)
             own.update()
-            if own.spec.computed:
-                own.expect_same_behaviour()
+            own.expect_same_behaviour()
         own.expect_exact(own.seed)
         own.expect_cold_answers(own.seed)
     except Exception as error:  # whatever it was, no later test is to meet it

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from suite.models import MODELS, own
 from suite.processes.launcher import Launcher
 from suite.processes.local import LocalLauncher
 from suite.session import environment, judging, options, selection, verdicts
@@ -172,6 +173,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             verdicts.not_applicable(reason)
     if requirement and isinstance(subject, Subject) and requirement.id in subject.lacks:
         verdicts.unsupported(subject.lacks[requirement.id])
+    spec = MODELS.get(params.get("model"))
+    if requirement and spec and spec.layout is not None and requirement.id in own.LEFT_OUT:
+        verdicts.not_applicable(f"{requirement.id} {own.LEFT_OUT[requirement.id]}")
 
 
 @pytest.hookimpl(wrapper=True)

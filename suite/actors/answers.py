@@ -9,10 +9,11 @@ A cold engine answers twice. How far it is from itself is the tolerance: 0.0 on 
 
 import json
 import math
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+
+from suite.actors.written import write_whole
 
 LENGTHS = (12, 100, 300)  # and the longest that leaves room for the answer
 TOKENS = 6  # of an answer
@@ -46,12 +47,9 @@ def prompts(vocabulary: int, longest: int) -> list[list[int]]:
 
 
 def write(path: str, first: list[dict], second: list[dict]) -> None:
-    """Write what a cold engine answered, both times; whole or not at all, since others may be reading."""
-    target = _path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
-    partial.write_text(json.dumps([first, second]))
-    partial.replace(target)
+    """Write what a cold engine answered, both times."""
+    text = json.dumps([first, second])
+    write_whole(_path(path), lambda target: target.write_text(text))
 
 
 def read(path: str) -> Cold:

@@ -64,7 +64,7 @@ class _Attending:
             raise Refused("; ".join(refusals))
 
     def expect_whole(self) -> None:
-        """Put down that all was sent: nothing is aborted from here on. Raises Refused where that has begun already."""
+        """Put down that all was sent: nothing is aborted from here on. Raises Refused where an abort has begun."""
         with self._changed:
             if self.reason:
                 raise Refused(self.reason)

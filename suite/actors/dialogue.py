@@ -8,7 +8,7 @@
              ... both transfer ...
                               <-     ended | refused (why)
 
-`begun` says that the trainer's half of the subject is called now: who is silent after it is the subject, not the suite.
+`begun` says that the trainer's half of the subject is called now: silence after it is the subject's, not the suite's.
 The trainer may say `failed` (why) at any time. A message is plain data of one key: what is said. Both sides keep to the
 table below, each with a state of its own for every line: what a side says can cross what the other says.
 """
@@ -103,7 +103,7 @@ class EngineSide:
     def announced(self) -> list[dict[str, Any]]:
         """What every rank announces. Raises TrainersHalfFailed where one says that it can't.
 
-        Where a rank is silent: NotAnnounced if the subject has had it for half the time or more, SuiteFault if not.
+        Where a rank is silent, raises NotAnnounced if the subject had half of the time or more, and SuiteFault if less.
         """
         deadline = time.monotonic() + self._deadline_s
         for line in self._lines:

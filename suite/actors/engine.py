@@ -83,12 +83,12 @@ class Engine:
         self._expect_in_step()
         self._calls += 1
         with self._watch.waiting():
-            answers = self._llm.collective_rpc("probe_call", args=(method, args))
-        if failed := {rank: answer for rank, answer in enumerate(answers) if "error" in answer}:
-            print(*(answer["traceback"] for answer in failed.values()), sep="\n", flush=True)  # to the log
-            raised = SuiteFault if all(answer["is_the_suites"] for answer in failed.values()) else WorkerError
-            raise raised(f"{method}: " + "; ".join(f"rank {rank}: {a['error']}" for rank, a in failed.items()))
-        return [answer["result"] for answer in answers]
+            replies = self._llm.collective_rpc("probe_call", args=(method, args))
+        if failed := {rank: reply for rank, reply in enumerate(replies) if "error" in reply}:
+            print(*(reply["traceback"] for reply in failed.values()), sep="\n", flush=True)  # to the log
+            raised = SuiteFault if all(reply["is_the_suites"] for reply in failed.values()) else WorkerError
+            raise raised(f"{method}: " + "; ".join(f"rank {rank}: {r['error']}" for rank, r in failed.items()))
+        return [reply["result"] for reply in replies]
 
     def call_llm(self, method: str, *args: Any) -> Any:
         """Call a method of vllm.LLM itself, as a training loop does. Raises what that raises."""

@@ -14,7 +14,7 @@ from typing import Any
 from suite.processes import wire
 from suite.processes.call import SuiteFault
 
-GREETING = b"weight-sync 1\n"  # the first thing that a trainer's rank says: a peer that does not is none
+GREETING = b"weight-sync 1\n"  # sent first by a trainer's rank; any other peer is disconnected
 STRANGERS = 16  # how many peers that say nothing are kept waiting
 
 

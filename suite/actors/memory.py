@@ -8,7 +8,7 @@ import torch
 STATUS = Path("/proc/self/status")
 CLEAR_PEAK = "5"  # written to /proc/self/clear_refs: the high-water mark starts anew (Linux, proc(5))
 
-PIECE_BYTES = 2**30  # what a roofline moves at once: many times any cache, and room for it is left beside weights
+PIECE_BYTES = 2**30  # what a roofline moves at once: far larger than any cache, small enough to fit beside the weights
 
 
 def pieces(nbytes: int) -> list[int]:

@@ -5,8 +5,8 @@ with the probe's methods added. The subject's own methods stay as they are.
 """
 
 import contextlib
-import hashlib
 import inspect
+import math
 import os
 import time
 import traceback
@@ -19,9 +19,8 @@ from extensions.devices import device_id, synchronize
 from extensions.group import Communicator, stateless_init_process_group
 from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
-from extensions.tensors import flat_bytes
 from suite.actors import arrived, memory, recording
-from suite.processes.call import SuiteFault
+from suite.processes.call import SuiteFault, of_the_suite
 from suite.subjects import load
 from suite.subjects.adapting import adapted
 
@@ -64,48 +63,44 @@ class Probe:
 
     def probe_save(self, path: str) -> None:
         """Write what this rank computes with, for `probe_compare`."""
-        weights, beside = dict(self._probe_weights()), recording.beside_of(self.model_runner.get_model())
-        with _of_the_suite("write what this engine computes with"):
+        weights, beside = self._probe_copies()
+        with of_the_suite("write what this engine computes with"):
             recording.write(path, self.rank, weights, beside)
 
     def probe_record(self) -> None:
         """Remember what this rank computes with, after a cold load and an answer; see `suite.actors.recording`."""
-        weights = {name: weight.cpu().clone() for name, weight in self._probe_weights()}
-        self._probe_recorded = weights, recording.beside_of(self.model_runner.get_model())
+        self._probe_recorded = self._probe_copies()
 
     def probe_settle(self, path: str) -> None:
         """Write what `probe_record` remembered, and what of it changes by itself: this rank has answered since."""
         weights, beside = self.__dict__.pop("_probe_recorded")
-        answering = recording.unsteady_of(beside, recording.beside_of(self.model_runner.get_model()))
-        with _of_the_suite("write what this engine computes with"):
-            unsteady = recording.both(answering, recording.unsteady_loads(self.vllm_config))
+        answering = recording.unsteady_of(beside, recording.beside_of(self.model_runner.get_model(), weights))
+        with of_the_suite("write what this engine computes with"):
+            unsteady = recording.both(answering, recording.unsteady_loads(self.vllm_config, weights))
             recording.write(path, self.rank, weights, beside, unsteady)
 
-    def probe_compare(self, path: str, beside: list[str], unsteady: str | None) -> dict:
+    def probe_compare(self, path: str, beside: list[str], unsteady: str) -> dict:
         """Compare bit by bit with what was written: what was looked at, and what differs where.
 
-        path: where the weights are. beside: where the other tensors are; of several places, what they agree on counts;
-        of no place, nothing is compared. unsteady: of the cold engine that says what is left out.
+        path: where the weights are. beside: where the other tensors are; of several places, what they agree on counts.
+        unsteady: of the cold engine that says what is left out.
         """
-        elements, shapes = 0, {}
+        shapes: dict[str, list[int]] = {}
 
         def looked_at() -> Iterator[tuple[str, torch.Tensor]]:
-            nonlocal elements
             for name, weight in self._probe_weights():
-                elements, shapes[name] = elements + weight.numel(), list(weight.shape)
+                shapes[name] = list(weight.shape)
                 yield name, weight
 
-        with _of_the_suite("read what another engine computes with"):
+        with of_the_suite("read what another engine computes with"):
             expected = recording.read_weights(path, self.rank)
+            expected_beside, left_out = recording.agreed(beside, unsteady, self.rank)
         weights = [*recording.differing_weights(looked_at(), expected)]
-        others = self._probe_beside(beside, unsteady) if beside else []
+        found_beside = recording.beside_of(self.model_runner.get_model(), shapes)
+        others = recording.differing_beside(found_beside, expected_beside, left_out)
+        elements = sum(map(math.prod, shapes.values()))
         counts = {"elements": elements, "weights": len(shapes), "differing": len(weights), "others": len(others)}
         return {"rank": self.rank, **counts, "first": [*weights, *others][:SHOWN], "shapes": shapes}
-
-    def _probe_beside(self, paths: list[str], unsteady: str) -> list[str]:
-        with _of_the_suite("read what another engine computes with"):
-            expected, left_out = recording.agreed(paths, unsteady, self.rank)
-        return recording.differing_beside(recording.beside_of(self.model_runner.get_model()), expected, left_out)
 
     def probe_zero(self) -> dict:
         """How many effective elements there are, and which weights have some that aren't zero."""
@@ -141,7 +136,7 @@ class Probe:
         model = self.model_runner.get_model()
         of_parameters = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
         return {
-            name: hashlib.sha256(flat_bytes(buffer.contiguous()).cpu().numpy()).hexdigest()
+            name: recording.Kept.of(buffer).digest()
             for name, buffer in model.named_buffers()
             if buffer.untyped_storage().data_ptr() not in of_parameters
         }
@@ -165,15 +160,16 @@ class Probe:
         """Bytes above the mark at the highest since."""
         return memory.peak_above(self._probe_mark, self.device)
 
+    @of_the_suite("join the roofline's group")
     def probe_join(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Join a group of the probe's own, for rooflines."""
         if self._probe_group is not None:
             self._probe_group.close()
-        with _of_the_suite("join the roofline's group"):
-            self._probe_group = stateless_init_process_group(
-                address, port, rank_offset + self.rank, world_size, self.device
-            )
+        self._probe_group = stateless_init_process_group(
+            address, port, rank_offset + self.rank, world_size, self.device
+        )
 
+    @of_the_suite("receive a roofline's broadcast")
     def probe_receive(self, nbytes: int) -> None:
         """Receive `nbytes`, piece by piece: what the hardware takes for the same bytes."""
         piece, buffer = min(nbytes, memory.PIECE_BYTES), getattr(self, "_probe_buffer", None)
@@ -183,6 +179,7 @@ class Probe:
             self._probe_group.broadcast(self._probe_buffer[:count], src=0)
         synchronize(self.device)
 
+    @of_the_suite("copy for a roofline")
     def probe_copy(self, nbytes: int) -> float:
         """Seconds to copy `nbytes` on the worker's device, piece by piece."""
         piece = min(nbytes, memory.PIECE_BYTES)
@@ -203,17 +200,14 @@ class Probe:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _probe_copies(self) -> tuple[recording.Tensors, recording.Beside]:
+        """Copies of the weights, and of what is beside them."""
+        model = self.model_runner.get_model()
+        weights = recording.weights_of(model)
+        return weights, recording.beside_of(model, weights)
+
     def _probe_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return effective_weights(self.model_runner.get_model())
-
-
-@contextlib.contextmanager
-def _of_the_suite(doing: str) -> Iterator[None]:
-    """What is raised here is no fault of the extension."""
-    try:
-        yield
-    except Exception as error:
-        raise SuiteFault(f"could not {doing}: {type(error).__name__}: {error}") from error
 
 
 def _nonzero(weight: torch.Tensor) -> int:

@@ -7,20 +7,21 @@ Weights are compared to the last bit. Beside them, elements are left out in whic
 by themselves, such as addresses and scratch space. They are found on the cold engine, before any update:
 
 * The worker loads the checkpoint twice more, as an engine that starts does, and compares the two. What a load leaves
-  unset differs too, since the first of them finds NaN in all new memory. Both are right by themselves: neither vLLM's
-  reload nor the extension under examination takes part, so nothing that those spoil or forget is left out.
+  unset differs too, since the first of them finds NaN in all new memory. Neither vLLM's reload nor the extension under
+  examination takes part in these loads, so nothing that those spoil or forget is left out.
 * The engine answers the same prompts twice, and what it computes with is compared before and after the second time.
 
-The engine under examination has no part in this: an element that differs in it alone is never left out. Two engines
-started for this alone would say no more. They would differ in what changes from process to process and not from load to
-load, but vLLM keeps nothing like that in a model, and a difference of this kind would fail, not pass.
+The engine under examination has no part in this: an element that differs in it alone is never left out. Two loads in
+one process do not show what changes from process to process only. vLLM keeps nothing like that in a model, and if it
+did, engines would fail for it, not pass.
 """
 
 import copy
 import gc
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from extensions.model.loading import configured
 from extensions.model.walk import every_tensor
 from extensions.model.weights import effective_weights
 from extensions.tensors import dtype_name, flat_bytes
+from suite.actors.written import weights_path, write_whole
 
 Tensors = dict[str, torch.Tensor]
 Beside = dict[str, "Kept"]
@@ -48,6 +50,10 @@ class Kept:
         dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
         return cls(f"{dtype_name(dense.dtype)} {list(dense.shape)}", bits_of(dense.cpu().clone()))
 
+    def digest(self) -> str:
+        """The same for two tensors of the same dtype, shape and bits."""
+        return f"{self.layout} {hashlib.sha256(self.bits.numpy()).hexdigest()}"
+
     def differing(self, other: "Kept") -> torch.Tensor:
         """Which elements differ: bool [elements]. The layouts have to be the same."""
         differs = self.bits != other.bits
@@ -61,12 +67,17 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     return bits.view(-1, 2) if size == 16 else bits
 
 
-def beside_of(model: torch.nn.Module) -> Beside:
-    """Copies of every tensor that the model computes with and that is none of its effective weights, by path.
+def weights_of(model: torch.nn.Module) -> Tensors:
+    """Copies of the model's effective weights, on the CPU, each in memory of its own."""
+    return {name: weight.cpu().clone().contiguous() for name, weight in effective_weights(model)}
 
+
+def beside_of(model: torch.nn.Module, weights: Collection[str]) -> Beside:
+    """Copies of every tensor that the model computes with, by path, but for those that `weights` names.
+
+    Its callers have the names of the effective weights: to read packed ones back again takes as long as the first time.
     Empty tensors and those on the meta device have no values and are left out.
     """
-    weights = {name for name, _ in effective_weights(model)}
     return {
         path: Kept.of(tensor)
         for path, tensor in every_tensor(model)
@@ -97,15 +108,15 @@ def both(masks: Tensors, more: Tensors) -> Tensors:
     return joined
 
 
-def unsteady_loads(vllm_config: object) -> Tensors:
-    """Load the checkpoint twice more, and say in what the two differ.
+def unsteady_loads(vllm_config: object, weights: Collection[str]) -> Tensors:
+    """Load the checkpoint twice more, and say in what the two differ beside the weights.
 
     Both are held at once: what one had freed, the other would get at the same address.
     """
     with _unset_is_nan():
         one = _loaded_again(vllm_config)
     other = _loaded_again(vllm_config)
-    unsteady = unsteady_of(beside_of(one), beside_of(other))
+    unsteady = unsteady_of(beside_of(one, weights), beside_of(other, weights))
     if torch.cuda.is_available():
         del one, other
         gc.collect()  # a model is made of cycles
@@ -152,11 +163,6 @@ def _unset_is_nan() -> Iterator[None]:
 # ---- on disk
 
 
-def weights_path(path: str, rank: int) -> Path:
-    """Where the weights of a rank are. This file is written last: once it is there, so are the others."""
-    return Path(f"{path}.rank{rank}.safetensors")
-
-
 def _beside_path(path: str, rank: int) -> Path:
     return Path(f"{path}.rank{rank}.beside.safetensors")
 
@@ -166,20 +172,13 @@ def _unsteady_path(path: str, rank: int) -> Path:
 
 
 def write(path: str, rank: int, weights: Tensors, beside: Beside, unsteady: Tensors | None = None) -> None:
-    """Write what a rank computes with; each file whole or not at all, since others wait for them."""
+    """Write copies of what a rank computes with."""
     layouts = {name: kept.layout for name, kept in beside.items()}
-    _save({name: kept.bits for name, kept in beside.items()}, _beside_path(path, rank), layouts)
+    bits = {name: kept.bits for name, kept in beside.items()}
+    write_whole(_beside_path(path, rank), partial(save_file, bits, metadata=layouts))
     if unsteady is not None:
-        _save(unsteady, _unsteady_path(path, rank))
-    copies = {name: weight.cpu().clone().contiguous() for name, weight in weights.items()}  # none in another's memory
-    _save(copies, weights_path(path, rank))
-
-
-def _save(tensors: Tensors, target: Path, metadata: dict[str, str] | None = None) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(target)
+        write_whole(_unsteady_path(path, rank), partial(save_file, unsteady))
+    write_whole(weights_path(path, rank), partial(save_file, weights))
 
 
 def read_weights(path: str, rank: int) -> Tensors:

@@ -7,6 +7,7 @@ import torch
 from extensions.devices import synchronize
 from extensions.group import Communicator, stateless_init_process_group
 from suite.actors import memory
+from suite.processes.call import of_the_suite
 
 
 class Roofline:
@@ -17,11 +18,13 @@ class Roofline:
         self._group: Communicator | None = None
         self._buffer: torch.Tensor | None = None
 
+    @of_the_suite("join the roofline's group")
     def join(self, address: str, port: int, world_size: int) -> None:
         """Serve the probes' group; an earlier one is closed."""
         self.close()
         self._group = stateless_init_process_group(address, port, 0, world_size, self._device)
 
+    @of_the_suite("broadcast for a roofline")
     def send(self, nbytes: int) -> dict:
         """Broadcast `nbytes`, piece by piece; returns when it started and ended (monotonic clock)."""
         piece = min(nbytes, memory.PIECE_BYTES)

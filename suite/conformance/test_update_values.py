@@ -19,7 +19,7 @@ BFLOAT16_BITS = {
     "largest": 0x7F7F,
 }
 
-# Bits of float32 numbers half way between two of bfloat16, which no checkpoint of the suite has, and of the even one.
+# {bits of a float32 exactly between two bfloat16 numbers: those of the even one}; no checkpoint of ours has such ties.
 TIES = {0x3F808000: 0x3F80, 0x3F818000: 0x3F82, 0xBF808000: 0xBF80, 0xBF818000: 0xBF82}
 
 

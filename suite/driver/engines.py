@@ -40,12 +40,12 @@ class EngineHandle:
     process: Process
     link_path: str
     ranks: int
-    subject: dict[str, str] | None  # whose extension its workers have now, as `Subject.plain`; None if not known
+    subject: dict[str, str] | None  # `Subject.plain()` of the one whose extension its workers have; None if not known
     connection: object = None  # which trainer and group it last joined
     facts: dict = field(default_factory=dict)
 
     def become(self, subject: Subject) -> None:
-        """Have the engine go over to this subject, unless it is this one's: to its extension, half and sender."""
+        """Have the engine exchange its extension and its half of updates for this subject's, unless it has them."""
         wanted = subject.plain()
         if self.subject != wanted:
             self.subject, self.connection = None, None

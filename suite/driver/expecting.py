@@ -133,10 +133,10 @@ class Expecting(Together):
     def expect_same_behaviour(self, prompts: list[list[int]] | None = None) -> None:
         """Greedy tokens and log-probabilities are those of the trainer's own forward pass.
 
-        Of a user's model, which the trainer does not compute with, they are those of an engine cold-loaded from the
-        checkpoint that the trainer holds.
+        Of a model that the trainer does not compute with, they are those of an engine cold-loaded from the checkpoint
+        that the trainer holds.
         """
-        if self.spec.layout is not None:
+        if not self.spec.computed:
             self.expect_cold_answers(self.held)
             return
         prompts = prompts or self.prompts()

@@ -81,7 +81,7 @@ class Moving(Together):
         self.connect()
         self.updates += 1
         with self.pool.timeline("moving", str(self.engines[0].key)):
-            method, between = ("pause", self.prompts(1)[:1]) if pause else ("update", [])
+            method, between = ("pause", self.prompts(1)) if pause else ("update", [])
             asked = [*between, deadline_s, reset_cache, bracket]
             calls = [engine.process.submit(method, *asked) for engine in self.engines]
             ranks = self.trainer.processes
@@ -147,7 +147,7 @@ class Moving(Together):
         late = [call for call in calls if not call.done()]
         names = [call.process.name for call in late if call.process in self.trainer.processes]
         if names or not self.trainer.alive:
-            with contextlib.suppress(TrainerFailed):  # what comes next finds no trainer; this is about what failed
+            with contextlib.suppress(TrainerFailed):  # the next update says so; now the failure itself is told
                 self.trainer.renew()
         engines = [call for call in late if call.process not in self.trainer.processes and not call.done()]
         deadline = time.monotonic() + ENGINE_END_S

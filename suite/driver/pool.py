@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from suite import models
+from suite.actors.written import weights_path
 from suite.driver import variables
 from suite.driver.engines import EngineHandle, EngineKey, engine_options
 from suite.driver.patience import Patience
@@ -81,8 +82,8 @@ class Pool:
     def plan(self, needs: dict[str, list[EngineKey]], references: dict[str, list[EngineKey]]) -> None:
         """Say which engines each test will update, in the tests' order, and begin to start them.
 
-        `references` are those that a test's engines are compared with, which start right after them. One that no test
-        updates ends once it has written down what it computes with.
+        `references` are those that a test's engines are compared with, which start right after them. A reference that
+        no test updates is stopped as soon as it has written down what it computes with.
         """
         needs = {test: [] if self.room.too_large(keys) else keys for test, keys in needs.items()}
         references = {
@@ -152,7 +153,7 @@ class Pool:
             self.discard(self._started[last])
 
     def _needed_at(self, key: EngineKey) -> int:
-        """How many tests end before the next one that needs an engine; all for one that no test updates."""
+        """How many tests come before the next one that updates an engine; where none does, how many are left."""
         tests = [*self._by_test.values()]
         return next((index for index, keys in enumerate(tests) if key in keys), len(tests))
 
@@ -208,7 +209,7 @@ class Pool:
     def reference(self, key: EngineKey, seed: int, among: Iterable[EngineKey]) -> EngineKey:
         """An engine that cold-loads the checkpoint of `seed` and computes as `key` does.
 
-        One of `among` where there is such: another subject's engine will do, on another stage of the same layout too.
+        It is one of `among` if any fits: another subject's engine will do, also on another stage of the same layout.
         """
         wanted = (key.model, self._layout(key.stage), key.options, seed)
         for other in among:
@@ -218,9 +219,8 @@ class Pool:
 
     def oracle(self, key: EngineKey, seed: int) -> str:
         """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has."""
-        path = self.oracle_path(replace(key, seed=seed))
-        ranks = range(self._stages[key.stage].engine_ranks)
-        files = [path.with_name(f"{path.name}.rank{rank}.safetensors") for rank in ranks]
+        path = str(self.oracle_path(replace(key, seed=seed)))
+        files = [weights_path(path, rank) for rank in range(self._stages[key.stage].engine_ranks)]
         reference = self.reference(key, seed, [*self._needs])
 
         def written() -> bool:
@@ -235,7 +235,7 @@ class Pool:
 
         with self._changed:
             self._wait_for((reference,), written)
-        return str(path)
+        return path
 
     def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
         """The directory of a model's checkpoint, written when first asked for."""
@@ -269,7 +269,7 @@ class Pool:
         return self.launcher.directory / "oracles" / "-".join(map(str, parts))
 
     def _work(self) -> None:
-        """Start one engine after the other. A mistake of the pool's own does not end that: who waits hears of it."""
+        """Start one engine after the other. An error in the pool itself does not end this: `_wait_for` raises it."""
         while not self._closed:
             try:
                 if (key := self._next()) is not None:
@@ -281,7 +281,7 @@ class Pool:
                     self._changed.wait(RETRY_S)
 
     def _attempt(self, key: EngineKey) -> None:
-        """Start an engine and put down what came of it, before anything is said of it that may fail."""
+        """Start an engine, and put down how that ended before announcing it: announcing may fail."""
         try:
             handle = self._start_again_if_port_taken(key)
         except Exception as error:  # whatever it was, the test that needs the engine reports it
@@ -335,7 +335,7 @@ class Pool:
         return not self._lacking(key)
 
     def _lacking(self, key: EngineKey) -> set[str]:
-        """The GPUs without room for an engine beside the others and the trainer of the last test, who holds a model."""
+        """The GPUs without room for an engine beside the others and the last test's trainer, which holds a model."""
         return self.room.lacking(key, self._there(), trained=next(iter(self._held), None))
 
     def _there(self) -> tuple[EngineKey, ...]:

@@ -5,7 +5,9 @@ What a launcher starts is a Process. Every wait has a deadline.
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,11 @@ class RemoteError(Exception):
         self.said = f"{self.kind} in process {self.process}: {self.message}"
         super().__init__(f"{self.said}\n\n{self.traceback.rstrip()}\n\nlog of {self.process}: {process.log_path}")
 
+    @property
+    def is_the_suites(self) -> bool:
+        """Whether what was called raised a SuiteFault."""
+        return self.kind == SuiteFault.__name__
+
 
 class NoAnswer(Exception):
     """A process gave no answer: `said` says which and why, the message shows the end of its log too.
@@ -110,6 +117,15 @@ class SuiteFault(Exception):
 
     Its name crosses processes as RemoteError.kind. A test that ends with it is an error, and no fail of its subject.
     """
+
+
+@contextmanager
+def of_the_suite(doing: str) -> Iterator[None]:
+    """Whatever is raised in the block becomes a SuiteFault: nothing in it is what is examined."""
+    try:
+        yield
+    except Exception as error:
+        raise SuiteFault(f"could not {doing}: {type(error).__name__}: {error}") from error
 
 
 class Call:
@@ -167,7 +183,7 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
     Once one has failed, the others get `after_failure_s` more. Raises the first failure by time, with the state of
     the others as notes; DeadlineExceeded for the first unfinished call if none failed. Before either comes NotBegun,
     for a call that its process has not come to: the others may have failed for want of it. A process that has died
-    comes before a SuiteFault, which may be no more than how another one found out.
+    comes before a SuiteFault, which may only be how another process noticed.
     """
     futures = [call.future for call in calls]
     deadline = time.monotonic() + deadline_s
@@ -192,7 +208,7 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
 def _by_cause(failed: list[Call]) -> list[Call]:
     """By time; where the first is a SuiteFault, those whose process has died come before it."""
     in_time = sorted(failed, key=lambda call: call.finished_at)
-    if in_time and getattr(in_time[0].error(), "kind", "") == SuiteFault.__name__:
+    if in_time and getattr(in_time[0].error(), "is_the_suites", False):
         in_time.sort(key=lambda call: not isinstance(call.error(), ProcessDied))
     return in_time
 

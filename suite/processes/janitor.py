@@ -108,7 +108,7 @@ def end_process(
 ) -> None:
     """End one process of a run with its descendants, and the shared memory that no other process of the run has.
 
-    `before` are those that it was seen to consist of and `memory` what they had; `kept` was there before the run.
+    `before` are the ids of its processes that were seen, `memory` what they held; `kept` was there before the run.
     """
     ended, last = end(lambda: members(run_id, process, [root]))
     gone = set(before) - {found.pid for found in running()}  # else the id was given out again

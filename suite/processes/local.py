@@ -25,7 +25,7 @@ PORTS = (15000, 32000)  # below those that Linux hands out: from 32768 on, see i
 
 
 def free_port() -> int:
-    """A port that nothing listens on now, and that Linux by default gives to nobody who asks for any, as NCCL does."""
+    """A free port below Linux's ephemeral range, so that nobody who asks for any port (NCCL does) takes it first."""
     for _ in range(1000):
         port = random.SystemRandom().randrange(*PORTS)
         with socket.socket() as sock, contextlib.suppress(OSError):

@@ -42,8 +42,8 @@ class LocalProcess(Process):
         self._stopped = False
         self._gone = threading.Event()  # once it has been stopped, and what it left has been removed
         self._ended: str | None = None  # how, once it has
-        self._seen: set[int] = set()  # the processes that it was seen to consist of
-        self._memory: set[Path] = set()  # the shared memory that they had: who has it may die without a trace
+        self._seen: set[int] = set()  # the ids of its processes, as far as they were seen
+        self._memory: set[Path] = set()  # the shared memory that they held: a killed owner leaves no other trace
         self._listening = False  # whether it has said so, and knows STACKS_SIGNAL
         self._constructed = Call(self, f"starting {target}", prepares=True)
         self._pending = {READY: self._constructed}

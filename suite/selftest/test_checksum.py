@@ -9,10 +9,12 @@ import torch
 
 from extensions.model.regions import Region
 from extensions.model.twin import Fill
+from extensions.plan import PlanError
 from suite import models
 from suite.actors import arrived, checksum
 from suite.actors.checksum import added
 from suite.actors.trainer import Trainer
+from suite.processes.call import SuiteFault
 from suite.processes.local import LocalLauncher, free_port
 from suite.selftest import vllm_models
 
@@ -156,7 +158,21 @@ def test_fused_and_sharded_weights_have_the_checksums_of_what_was_sent(fused):
 def test_what_is_converted_or_laid_out_otherwise_is_not_told(fused, change: dict):
     held, _, fills = fused
     fills[0] = Fill(**(vars(fills[0]) | change))
-    with pytest.raises(RuntimeError, match=r"q can't be told in qk\.weight"):
+    with pytest.raises(SuiteFault, match=r"q can't be told in qk\.weight"):
+        arrived.checksums_of(held, None, [])
+
+
+def test_a_plan_that_cannot_be_made_is_the_suites_fault_and_a_weight_of_another_dtype_is_not(fused, monkeypatch):
+    held, _, _ = fused
+    held["qk.weight"] = held["qk.weight"].float()
+    with pytest.raises(RuntimeError, match=r"contiguous weight of 2 bytes an element, found torch\.float32"):
+        arrived.checksums_of(held, None, [])
+
+    def fail(*_: object) -> None:
+        raise PlanError("load_weights took no tensor")
+
+    monkeypatch.setattr(arrived, "plan_of", fail)
+    with pytest.raises(SuiteFault, match="could not plan where tensors go: PlanError: load_weights took no tensor"):
         arrived.checksums_of(held, None, [])
 
 

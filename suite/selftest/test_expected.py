@@ -9,6 +9,7 @@ from suite.actors import answers
 from suite.driver.expected import Differs, expect
 from suite.driver.expecting import LOGPROB_TOLERANCE, Expecting
 from suite.driver.together import MAX_TOKENS
+from suite.models import MODELS
 from suite.session.verdicts import cause_of, judge
 
 WHERE = "after update 0 [subject=mine stage=cpu-tp1 model=qwen3-tied-tiny]"
@@ -119,6 +120,14 @@ def test_where_a_cold_engine_differs_from_itself_the_report_says_so(asked: Engin
     asked.found[0]["logprobs"] = [-1.0, -2.6]
     with pytest.raises(Differs, match=r"within 0\.5"):
         asked.expect_cold_answers(2)
+
+
+def test_answers_are_a_cold_engines_where_the_trainer_does_not_compute_with_the_model(asked: Engines):
+    asked.spec, asked.held = MODELS["glm4-moe-tiny"], 1  # and there is no trainer that could be asked
+    asked.expect_same_behaviour()
+    asked.found[0]["tokens"] = [1, 3]
+    with pytest.raises(Differs, match="the answers of an engine cold-loaded from checkpoint 1"):
+        asked.expect_same_behaviour()
 
 
 def test_what_an_answer_leaves_where_it_was_has_to_stay_there():

@@ -6,7 +6,6 @@ import pickle
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,9 +164,19 @@ def test_what_follows_a_greeting_is_refused_in_time(
     serve(engine, socket_path, segment, worker)
 
 
-def test_what_only_the_suite_could_not_do_in_a_worker_is_its_own_fault(engine: Engined, tmp_path: Path):
-    with pytest.raises(SuiteFault, match="probe_compare: rank 0: SuiteFault: could not read what another engine"):
-        engine.rpc("probe_compare", str(tmp_path / "missing"), [], None)
+@pytest.mark.parametrize(
+    ("method", "args", "doing"),
+    [
+        ("probe_compare", ("/missing", [], ""), "read what another engine computes with"),
+        ("probe_receive", (64,), "receive a roofline's broadcast"),
+        ("probe_copy", (-1,), "copy for a roofline"),
+    ],
+)
+def test_what_only_the_suite_could_not_do_in_a_worker_is_its_own_fault(
+    engine: Engined, method: str, args: tuple, doing: str
+):
+    with pytest.raises(SuiteFault, match=f"{method}: rank 0: SuiteFault: could not {doing}"):
+        engine.rpc(method, *args)
     with pytest.raises(WorkerError, match="probe_memory_peak: rank 0: AttributeError"):
         engine.rpc("probe_memory_peak")
 

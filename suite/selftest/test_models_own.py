@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from suite import models
 from suite.conformance.requirements import catalogue
 from suite.models import own
+from suite.selftest.test_plugin import ONE_CASE, examine
 from suite.session import selection
 
 CONFIG = {
@@ -152,3 +153,20 @@ def test_a_test_alters_a_matrix_that_every_model_has(directory: Path):
     name = Together.weight.fget(SimpleNamespace(spec=spec))
     assert len(spec.layout[name][1]) == 2
     assert ".layers." in name
+
+
+TAKEN = """
+@judged("update.tied")
+def test_names_tensors(subject, stage, model):
+    pass
+
+@judged("update.exact")
+def test_takes_any(subject, stage, model):
+    pass
+"""
+
+
+def test_what_needs_the_catalogues_model_is_not_applicable_before_anything_starts(whole: Path, tmp_path: Path):
+    finished = examine(tmp_path, TAKEN, *ONE_CASE, f"--model={whole}")
+    assert [*finished.verdicts.values()] == ["not-applicable", "pass"]
+    assert finished.detail("names_tensors") == f"update.tied {own.NAMES}"

@@ -129,7 +129,6 @@ def test_the_first_engine_that_a_test_is_lent_measures_it(monkeypatch: pytest.Mo
         patience=Patience(),
     )  # fmt: skip
     values = {"subject": SimpleNamespace(name="s"), "stage": SimpleNamespace(name="t"), "model": models.TIED}
-    monkeypatch.setattr(fixtures.selection, "requirement_of", lambda item: None)
     request = SimpleNamespace(getfixturevalue=values.get, node=None, config=config)
     next(fixtures.lend(pool, SimpleNamespace(), request))
     assert measured == [(config, engines["first"])]

@@ -202,6 +202,15 @@ def test_the_other_ranks_gather_to_the_end_when_the_one_that_sends_fails(rank: t
     assert rank[0]._trainer.gathered == len(NAMES), "expected each tensor to be gathered once, as the other ranks do"
 
 
+def test_a_roofline_that_fails_is_the_suites_fault(monkeypatch: pytest.MonkeyPatch):
+    roofline = Roofline(torch.device("cpu"))
+    with pytest.raises(SuiteFault, match="could not broadcast for a roofline: AttributeError"):
+        roofline.send(64)
+    monkeypatch.setattr("suite.actors.roofline.stateless_init_process_group", lambda *args: 1 / 0)
+    with pytest.raises(SuiteFault, match="could not join the roofline's group: ZeroDivisionError"):
+        roofline.join("127.0.0.1", 1, 2)
+
+
 def test_a_trainer_that_lets_go_releases_what_a_failed_update_has_left(
     rank: tuple[Sending, EngineSide], capsys: pytest.CaptureFixture
 ):

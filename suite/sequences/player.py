@@ -11,9 +11,11 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from suite import models
 from suite.actors.dialogue import CALLED_OFF
+from suite.actors.written import weights_path, write_whole
 from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.driver.together import MAX_TOKENS
@@ -57,7 +59,7 @@ def text(sequence: Sequence) -> str:
 
 
 def parse(line: str) -> Sequence:
-    """A sequence from its text. Raises ValueError for what is none."""
+    """A sequence from its text. Raises ValueError for malformed text."""
     try:
         calls = [statement.value for statement in ast.parse(line.strip()).body]
         steps = [
@@ -76,7 +78,7 @@ def parse(line: str) -> Sequence:
 class State:
     """What the engine has to compute with.
 
-    known: False from where its weights were lost, as they may be, until the next whole update. seed: of the checkpoint
+    known: False once a step may rightly have lost the weights, until the next whole update. seed: of the checkpoint
     that was acknowledged last, None for zeros. alone: seeds by name of the tensors that were acknowledged alone since.
     stale: whether the prefix cache may hold what older weights have computed.
     """
@@ -246,15 +248,14 @@ class Player:
         import torch
         from safetensors.torch import load_file, save_file
 
-        self._scratch.parent.mkdir(parents=True, exist_ok=True)
         for index, engine in enumerate(self.sync.engines):
             oracles = {seed: self.sync.pool.oracle(engine.key, seed) for seed in self.answers if seed is not None}
             for rank in range(engine.ranks):
-                found = {seed: load_file(f"{path}.rank{rank}.safetensors") for seed, path in oracles.items()}
+                found = {seed: load_file(weights_path(path, rank)) for seed, path in oracles.items()}
                 names = next(iter(found.values()))
                 found[None] = {name: torch.zeros_like(weight) for name, weight in names.items()}
                 mixture = {name: found[self._source(name)][name] for name in names}
-                save_file(mixture, f"{self._scratch}-{index}.rank{rank}.safetensors")
+                write_whole(weights_path(f"{self._scratch}-{index}", rank), partial(save_file, mixture))
         return str(self._scratch)
 
     def _source(self, effective: str) -> int | None:

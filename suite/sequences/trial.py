@@ -8,7 +8,7 @@ from suite.sequences.player import Player, Sequence, Step, text
 from suite.session.verdicts import FAILURES
 
 SAID_CHARACTERS, PLAYED_CHARACTERS = 300, 800  # that a failure's message has of what was raised, and of the sequence
-REPLAYS = 3  # of a sequence before it counts as one that does not fail again: what is hidden may go by turns
+REPLAYS = 3  # attempts to reproduce a failure: its cause may alternate between runs
 
 
 class Trial:

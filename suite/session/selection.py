@@ -99,7 +99,7 @@ def ledger(config: pytest.Config, selected: Selection) -> Ledger | None:
 
 
 def _takes_every_test(config: pytest.Config) -> bool:
-    """Whether no test is left out without a word; what -k and its like leave out is known as deselected."""
+    """Whether the run collects every test. pytest reports what -k and -m leave out, not what paths and --lf do."""
     source, sources = config.args_source, pytest.Config.ArgsSource
     above = source == sources.INVOCATION_DIR and config.invocation_params.dir == config.rootpath
     options = (config.getoption(name, None) for name in ("ignore", "ignore_glob", "lf"))

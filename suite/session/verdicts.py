@@ -13,13 +13,12 @@ from typing import NoReturn
 import pytest
 
 from suite.driver.patience import GivenUp
-from suite.processes.call import DeadlineExceeded, ProcessDied, RemoteError, SuiteFault
+from suite.processes.call import DeadlineExceeded, ProcessDied, RemoteError
 
 PASS, FAIL, ERROR = "pass", "fail", "error"
 UNSUPPORTED, NOT_APPLICABLE = "unsupported", "not-applicable"
 WAIVED = "waived"
 JUDGED = (PASS, FAIL, ERROR, WAIVED)
-SUITE_KINDS = (SuiteFault.__name__,)  # raised in other processes, by what is not examined
 FAILURES = (AssertionError, pytest.fail.Exception, RemoteError, DeadlineExceeded, ProcessDied)
 DETAIL_CHARACTERS, CAUSE_CHARACTERS = 2000, 300
 SAYS = ("expected: ", "found: ")
@@ -53,9 +52,9 @@ class Judgement:
     cause: str = ""
 
     def then(self, later: "Judgement") -> "Judgement":
-        """What holds after a later phase of the same test: a fail stays, a tear-down that breaks spoils the rest.
+        """The judgement of this phase and a later one of the same test.
 
-        The rest is a pass or a waived fail: a waiver does not cover the tear-down.
+        A fail stands. A tear-down that breaks takes the place of a pass, and of a waived fail: no waiver covers it.
         """
         return self if later.verdict == PASS or self.verdict == FAIL else later
 
@@ -90,7 +89,7 @@ def _without_case(message: str) -> str:
 def _is_failure(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(_is_failure(inner) for inner in error.exceptions)
-    if isinstance(error, RemoteError) and error.kind in SUITE_KINDS:
+    if isinstance(error, RemoteError) and error.is_the_suites:
         return False
     return isinstance(error, FAILURES)
 

@@ -1,4 +1,4 @@
-"""Known failures that a run may have: what a file of waivers says, which cases it covers, and what it should lose.
+"""Known failures that a run may have: what a file of waivers says, which cases it covers, and which are stale.
 
 A waiver turns a `fail` into `waived`, and nothing else: an `error` is the suite's own failure and stays one. It applies
 to one requirement of one subject, on the vLLM versions and devices that it names. What it names `device` is a glob
@@ -161,7 +161,7 @@ class Ledger:
 
     file, read: its name, and how many waivers it has. subjects: the names of all that there are.
     whole: whether every test of the suite is looked at: no paths are given, no --lf. in_part: the requirements of which
-    only a part is judged, so that a pass is none of the whole.
+    this run judges only a part (--play): a pass does not make their waivers stale.
     held, elsewhere: every case that those tests have on the stages that this machine can hold, and on the others,
     whatever --subject, --stage and --model left of them. due: how many tests of a case have not ended, or never will.
     """

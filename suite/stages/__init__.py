@@ -76,7 +76,7 @@ STAGES = (
     Stage("gpu-split-pp2", "gpu", 1, trainer_world_size=1, colocated=False, pipeline_parallel_size=2),
 )
 
-# Those of one trainer and one engine of one rank: what has nothing to do with ranks is examined there.
+# Of one trainer and one engine, each of one rank: for requirements that do not depend on ranks.
 GPU_OF_ONE_RANK = ("gpu-colocate-tp1", "gpu-shared", "gpu-split")
 
 
