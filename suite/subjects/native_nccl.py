@@ -8,7 +8,7 @@ from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES
 from suite.subjects.native import Native, lacks
 from suite.subjects.native_versions import Api, installed
-from suite.subjects.protocol import Subject, Tensors, Trainer, TrainerHalf, load
+from suite.subjects.protocol import Tensors, Trainer, TrainerHalf, load
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +21,9 @@ class NcclTrainer(TrainerHalf):
 
     _sender: Any = None
 
-    def __init__(self, subject: Subject, trainer: Trainer) -> None:
-        super().__init__(subject, trainer)
-        self._api = installed()
-
     def invite(self, address: str, port: int, world_size: int) -> None:
         """Join as rank 0, in place of a sender there was."""
-        self._sender = load(self.subject.sender_of(self._api))(address, port, world_size, self.subject.packed)
+        self._sender = load(self.subject.sender_of(installed()))(address, port, world_size, self.subject.packed)
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Have vLLM's sender send, which waits for the engines' answer where it does so for its own client."""
@@ -74,7 +70,7 @@ class NativeNccl(Native):
 
     def sender_of(self, api: Api) -> str:
         """`pkg.module:Class` of what drives vLLM's sender of a release."""
-        return f"suite.subjects.native_senders:{'Trainer' if api.nccl_sender == 'trainer' else 'Static'}Sender"
+        return f"suite.subjects.native_senders:{'Trainer' if api.nccl_trainer_engine else 'Static'}Sender"
 
     def init_information(self, api: Api, address: str, port: int, rank_offset: int, world_size: int) -> dict[str, Any]:
         """Also whether tensors are packed, where a release asks here."""
