@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from suite.stages import Stage
-from suite.subjects.broadcast import NO_HANDLES
+from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
 from suite.subjects.native import Native, lacks
 from suite.subjects.native_versions import Api, installed
 from suite.subjects.protocol import Tensors, Trainer, TrainerHalf, load
@@ -86,9 +86,7 @@ class NativeNccl(Native):
         """NCCL takes one rank a GPU, and without a GPU it broadcasts nothing."""
         if stage.kind == "cpu":
             return f"{stage.name}: without a GPU there is no NCCL; native-gloo is examined there"
-        if stage.colocated and not stage.hosts_apart:
-            return f"{stage.name}: trainer and engine share their GPUs, and NCCL takes one rank a GPU"
-        return ""
+        return unfit_on_gpus(stage)
 
 
 class NativeNcclPacked(NativeNccl):
