@@ -74,13 +74,15 @@ class NativeNccl(Native):
 
     def init_information(self, api: Api, address: str, port: int, rank_offset: int, world_size: int) -> dict[str, Any]:
         """Also whether tensors are packed, where a release asks here."""
-        told = super().init_information(api, address, port, rank_offset, world_size)
-        return told | ({"packed": self.packed} if api.nccl_packed_at == "init" else {})
+        return super().init_information(api, address, port, rank_offset, world_size) | self.packing(api, "init")
 
     def update_information(self, manifest: list[dict], api: Api) -> dict[str, Any]:
         """Also whether tensors are packed, where a release asks here."""
-        told = super().update_information(manifest, api)
-        return told | ({"packed": self.packed} if api.nccl_packed_at == "update" else {})
+        return super().update_information(manifest, api) | self.packing(api, "update")
+
+    def packing(self, api: Api, at: str) -> dict[str, bool]:
+        """Whether tensors are packed, where a release asks for it `at` "init" or "update"; else nothing."""
+        return {"packed": self.packed} if api.nccl_packed_at == at else {}
 
     def unfit(self, stage: Stage) -> str:
         """NCCL takes one rank a GPU, and without a GPU it broadcasts nothing."""
@@ -104,14 +106,14 @@ class NativeSparse(NativeNccl):
         """Patches have a sender of their own."""
         return "suite.subjects.native_senders:SparseSender"
 
-    def init_information(self, api: Api, address: str, port: int, rank_offset: int, world_size: int) -> dict[str, Any]:
-        """Nothing of packs: patches are never packed."""
-        return Native.init_information(self, api, address, port, rank_offset, world_size)
+    def packing(self, api: Api, at: str) -> dict[str, bool]:
+        """Nothing: patches are never packed."""
+        return {}
 
     def update_information(self, manifest: list[dict], api: Api) -> dict[str, Any]:
         """Also how many elements every patch has."""
         elements = [math.prod(entry["shape"]) for entry in manifest]
-        return Native.update_information(self, manifest, api) | {"num_updates_list": elements}
+        return super().update_information(manifest, api) | {"num_updates_list": elements}
 
     def unfit(self, stage: Stage) -> str:
         """As for dense tensors, and not before the release that takes checkpoint names."""
