@@ -381,17 +381,15 @@ def test_what_every_backend_lacks():
 
 def test_no_times_are_taken_where_the_transport_is_the_suites():
     gloo = NATIVE["native-gloo"]
-    assert gloo.model_for("", "qwen3-1m", "cpu") == ""
-    assert NATIVE["native-nccl"].model_for("", "qwen3-1m", "gpu") == "qwen3-1m"
+    assert gloo.model_for("", "qwen3-1m") == ""
+    assert NATIVE["native-nccl"].model_for("", "qwen3-1m") == "qwen3-1m"
 
 
 def test_tied_layers_are_judged_where_they_are_what_is_judged():
     gloo = NATIVE["native-gloo"]
-    found = [
-        gloo.model_for(requirement, TIED, "cpu") for requirement in ("update.exact", "errors.shape", "update.tied")
-    ]
+    found = [gloo.model_for(requirement, TIED) for requirement in ("update.exact", "errors.shape", "update.tied")]
     assert found == ["qwen3-untied-tiny", "qwen3-untied-tiny", TIED]
-    assert gloo.model_for("update.moe", "qwen3-moe-tiny", "cpu") == "qwen3-moe-tiny"
+    assert gloo.model_for("update.moe", "qwen3-moe-tiny") == "qwen3-moe-tiny"
 
 
 def test_what_is_waived_is_judged():
