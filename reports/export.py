@@ -74,9 +74,7 @@ def compare_markdown(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES
     parts += [_timings(moved)] if moved else []
     same = [change for change in found.timings if change.verdict == "same"]
     parts += [_folded(f"{units.counted(len(same), 'benchmark')} the same", _timings(same))] if same else []
-    drifts = (("Roofline itself, B/A", rows.roofline_drift(found)), (rows.PACE, rows.pace_drift(found)))
-    for title, drift in drifts:
-        parts += [_folded(title, "\n".join(f"- {markdown(line)}" for line in drift))] if drift else []
+    parts += [_folded(title, "\n".join(f"- {markdown(line)}" for line in drift)) for title, drift in rows.drifts(found)]
     parts += [markdown(found.pace_unknown)] if found.pace_unknown else []
     return "\n\n".join(parts) + "\n"
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from reports.load import Outcome, Run, UnusableInput
+from reports.matrix import FOUND_WANTING
 from reports.message import labelled
-from reports.units import counted
+from reports.table import markdown, markdown_table
+from reports.units import counted, plain
 
 ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "suite" / "conformance"
 SCRIPT = Path(__file__).parent / "templates" / "native_update.py.txt"
-FAILED = ("fail", "waived", "error")
 FACTS = (
     "vLLM",
     "distribution",
@@ -49,9 +52,10 @@ def issue_markdown(run: Run, words: Sequence[str]) -> str:
     case has them all.
     """
     case, *others = _named(run, words)
+    judged = "could not be judged" if case.verdict == "error" else "is not met"
     parts = [
-        f"# {case.subject or 'vLLM'}: {case.requirement} is not met with vLLM {run.environment.vllm or '(unknown)'}",
-        f"**{case.level}** {case.text}" if case.text else f"**{case.level}** {case.requirement}",
+        f"# {case.subject or 'vLLM'}: {case.requirement} {judged} with vLLM {run.environment.vllm or '(unknown)'}",
+        f"**{case.level}** {markdown(case.text or case.requirement)}",
         _said(case),
         _also(others),
         f"## Environment\n\n{_environment(run)}",
@@ -62,25 +66,28 @@ def issue_markdown(run: Run, words: Sequence[str]) -> str:
 
 
 def _named(run: Run, words: Sequence[str]) -> list[Outcome]:
-    failed = [outcome for outcome in run.outcomes if outcome.verdict in FAILED]
+    failed = [outcome for outcome in run.outcomes if outcome.verdict in FOUND_WANTING]
     found = [outcome for outcome in failed if all(word in outcome.key or word in outcome.nodeid for word in words)]
     if not found:
-        shown = ", ".join(" ".join(filter(None, outcome.key)) for outcome in failed[:LISTED]) or "none"
-        more = f" and {len(failed) - LISTED} more" if len(failed) > LISTED else ""
-        raise UnusableInput(
-            run.source, "conformance", f"expected a failed case of {' '.join(words)}, found none; failed: {shown}{more}"
-        )
+        wanted = f"expected a failed case of {' '.join(words)}, found none"
+        raise UnusableInput(run.source, "conformance", f"{wanted}; failed: {_listed(failed) or 'none'}")
     return found
+
+
+def _listed(cases: list[Outcome]) -> str:
+    shown = ", ".join(" ".join(filter(None, case.key)) for case in cases[:LISTED])
+    return shown + (f" and {len(cases) - LISTED} more" if len(cases) > LISTED else "")
 
 
 def _said(case: Outcome) -> str:
     expected, found = (labelled(case.detail, label) for label in ("expected", "found"))
     lines = [
-        f"- **Expected**: {expected or 'that the requirement above is met'}",
-        f"- **Found**: {found or case.cause}",
+        f"- **Expected**: {markdown(expected) or 'that the requirement above is met'}",
+        f"- **Found**: {markdown(found or case.cause)}",
     ]
-    lines += [f"- **Where**: {where}" for where in [labelled(case.detail, "where")] if where]
-    lines += [f"- **Known**: {case.waiver_reason} {case.waiver_issue}"] if case.verdict == "waived" else []
+    lines += [f"- **Where**: {markdown(where)}" for where in [labelled(case.detail, "where")] if where]
+    known = f"- **Known**: {markdown(case.waiver_reason)} {plain(case.waiver_issue)}"  # the address stays one
+    lines += [known] if case.verdict == "waived" else []
     message = [] if expected and found else ["", _fenced(case.detail, "text")]
     return "\n".join([*lines, *message])
 
@@ -88,21 +95,19 @@ def _said(case: Outcome) -> str:
 def _also(others: list[Outcome]) -> str:
     if not others:
         return ""
-    shown = ", ".join(" ".join(filter(None, other.key)) for other in others[:LISTED])
-    return f"The same run has {counted(len(others), 'failed case')} more of these: {shown}."
+    return f"The same run has {counted(len(others), 'failed case')} more of these: {_listed(others)}."
 
 
 def _environment(run: Run) -> str:
     facts = dict(run.environment.facts)
-    rows = [f"| {name} | {facts[name]} |" for name in FACTS if name in facts]
-    return "\n".join(["| | |", "|---|---|", *rows])
+    return markdown_table(("", ""), [(name, facts[name]) for name in FACTS if name in facts])
 
 
 def _steps(case: Outcome) -> str:
     """The test that judged the case, with what it calls in its own file."""
     file, _, test = case.nodeid.partition("::")
     source = ROOT / file
-    if not file or not source.is_file():
+    if source not in TESTS.glob("test_*.py"):
         return ""
     code = _with_helpers(source.read_text(encoding="utf-8"), test.partition("[")[0])
     introduced = f"`{file}` takes these steps on {case.stage or 'no engine'}, with the model {case.model or '(none)'}:"
@@ -141,7 +146,7 @@ def _repeated(run: Run, case: Outcome) -> str:
         script = text.replace("REQUIREMENT", case.requirement).replace('"ALTER THE TENSORS"', altered)
         lines += [
             "",
-            "Without it, on one CPU or GPU, with vLLM alone and no trainer: the tensors come from a file.",
+            "Without it, on one CPU or GPU, with vLLM alone and no trainer: the script makes the tensors itself.",
             "",
         ]
         lines.append(_fenced(script.rstrip(), "python"))
@@ -149,4 +154,5 @@ def _repeated(run: Run, case: Outcome) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    return f"```{language}\n{text}\n```"
+    fence = max(["``", *re.findall("`+", text)], key=len) + "`"  # longer than any in the text
+    return f"{fence}{language}\n{plain(text)}\n{fence}"

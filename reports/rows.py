@@ -111,6 +111,12 @@ def _named(group: list[Change], stage: str) -> str:
     return " ".join(filter(None, [", ".join(names) + ":", ", ".join(filter(None, subjects)), stage]))
 
 
+def drifts(found: Comparison) -> list[tuple[str, list[str]]]:
+    """(title, lines) of how the hardware and the host changed; one that both runs have not measured is left out."""
+    titled = (("Roofline itself, B/A", roofline_drift(found)), (PACE, pace_drift(found)))
+    return [(title, lines) for title, lines in titled if lines]
+
+
 def roofline_drift(found: Comparison) -> list[str]:
     """How the hardware changed: a line for each roofline that changed or may have, and a count of the others."""
     return _drift_lines(found.drift, "roofline")
@@ -121,10 +127,10 @@ def pace_drift(found: Comparison) -> list[str]:
     return _drift_lines(found.pace_drift, "call")
 
 
-def _drift_lines(drifts: list[tuple[str, Ratio]], noun: str) -> list[str]:
-    moved = [f"{drift.verdict}: {label} {units.ratio(drift)}" for label, drift in drifts if drift.verdict != "same"]
-    still = len(drifts) - len(moved)
-    return [*moved, f"same: {still} of {units.counted(len(drifts), noun)}"] if drifts else []
+def _drift_lines(measured: list[tuple[str, Ratio]], noun: str) -> list[str]:
+    moved = [f"{drift.verdict}: {label} {units.ratio(drift)}" for label, drift in measured if drift.verdict != "same"]
+    still = len(measured) - len(moved)
+    return [*moved, f"same: {still} of {units.counted(len(measured), noun)}"] if measured else []
 
 
 def timing_row(change: TimingChange) -> tuple[str, ...]:

@@ -135,9 +135,8 @@ def _timings(found: Comparison, width: int) -> str:
         parts.append(f"{wrapped(place, width, '')}\n{table}" if place else table)
     whys = [f"{change.verdict}: {change.label}: {change.why}" for change in found.timings if change.why]
     parts.append("\n".join(wrapped(why, width, "  ") for why in whys))
-    drifts = (("Roofline itself, B/A", rows.roofline_drift(found)), (rows.PACE, rows.pace_drift(found)))
-    for title, drift in drifts:
-        parts.append("\n".join([title, *(wrapped(line, width, "  ") for line in drift)]) if drift else "")
+    for title, drift in rows.drifts(found):
+        parts.append("\n".join([title, *(wrapped(line, width, "  ") for line in drift)]))
     parts.append(wrapped(found.pace_unknown, width, ""))
     return "\n\n".join(filter(None, parts))
 

@@ -1,6 +1,8 @@
 """A vLLM worker with an extension in it, without vLLM: a model of three weights, and a loader."""
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +92,15 @@ def begin(worker: Worker) -> None:
 def untouched(worker: Worker) -> bool:
     """Whether no weight is what it was not at first, and no update is under way."""
     return not any(held.any() for held in worker.model.held.values()) and worker.update_state() == "ready"
+
+
+def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    """Have `import name` find a module with these members; packages above it are empty where they are not imported."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        package = ".".join(parts[:count])
+        if package not in sys.modules:
+            monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    module = ModuleType(name)
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)

@@ -4,7 +4,7 @@ import configparser
 import re
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
 import pytest
@@ -13,22 +13,12 @@ import torch
 from suite import ROOT
 from suite.actors.engine import Engine, WorkerError
 from suite.actors.watch import WorkerDied
+from suite.selftest.fakes import fake_module
 from suite.subjects import native_gloo
 
 Info, Update = TypeVar("Info"), TypeVar("Update")
 NAMED = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4, dtype=torch.bfloat16)}
 IN_STEP = [{"result": None}, {"result": None}]
-
-
-def fake(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
-    parts = name.split(".")
-    for count in range(1, len(parts) + 1):
-        whole = ".".join(parts[:count])
-        if whole not in sys.modules:
-            monkeypatch.setitem(sys.modules, whole, ModuleType(whole))
-    module = ModuleType(name)
-    vars(module).update(members)
-    monkeypatch.setitem(sys.modules, name, module)
 
 
 # ---- the engine over gloo
@@ -67,8 +57,10 @@ def transfer(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         for step in ("initialize", "finalize")
     }
     base = "vllm.distributed.weight_transfer.base"
-    fake(monkeypatch, base, WeightTransferEngine=Base, WeightTransferInitInfo=object, WeightTransferUpdateInfo=object)
-    fake(monkeypatch, "vllm.model_executor.model_loader.reload", **reload)
+    fake_module(
+        monkeypatch, base, WeightTransferEngine=Base, WeightTransferInitInfo=object, WeightTransferUpdateInfo=object
+    )
+    fake_module(monkeypatch, "vllm.model_executor.model_loader.reload", **reload)
     monkeypatch.delitem(sys.modules, "suite.subjects.native_gloo_engine", raising=False)
     from suite.subjects import native_gloo_engine as module
 
@@ -129,7 +121,7 @@ def test_a_worker_that_is_made_registers_the_engine_once(monkeypatch: pytest.Mon
             assert name not in cls._registry, "vLLM refuses a name twice"
             cls._registry[name] = (module, member)
 
-    fake(monkeypatch, "vllm.distributed.weight_transfer", WeightTransferEngineFactory=Factory)
+    fake_module(monkeypatch, "vllm.distributed.weight_transfer", WeightTransferEngineFactory=Factory)
     for _ in range(2):
         type("Worker", (native_gloo.GlooWorker,), {})
     assert Factory._registry == {native_gloo.BACKEND: native_gloo.TRANSFER}

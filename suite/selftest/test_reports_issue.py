@@ -124,7 +124,33 @@ def test_a_case_that_did_not_fail_is_refused_with_those_that_did(written, words:
     assert f"expected a failed case of {' '.join(words)}, found none; failed: errors.shape {SUBJECT}" in complaint
 
 
-def test_a_test_whose_file_is_gone_has_no_steps(written):
-    text, _, _ = written([case("errors.shape", "test_of_old.py::test_shape")], "errors.shape")
+@pytest.mark.parametrize(
+    "nodeid", ["suite/conformance/test_of_old.py::test_shape", "README.md::test_shape", "../secret.py::test_shape", ""]
+)
+def test_a_test_that_is_not_of_the_suite_has_no_steps(written, nodeid: str):
+    text, status, _ = written([case("errors.shape", "test_errors.py::test_shape", nodeid=nodeid)], "errors.shape")
+    assert status == 0
     assert "## Steps" not in text
     assert "## Repeat it" in text
+
+
+def test_a_case_that_could_not_be_judged_is_not_said_to_fail(written):
+    text, _, _ = written([case("errors.shape", "test_errors.py::test_shape", "error")], "errors.shape")
+    assert text.startswith("# native-gloo: errors.shape could not be judged with vLLM 0.33.0\n")
+
+
+def test_what_was_found_is_shown_and_does_nothing(written):
+    found = "found: <b>@all</b> __init__ | \x1b[31mred"
+    text, _, _ = written([case("errors.shape", "test_errors.py::test_shape", detail=found)], "errors.shape")
+    assert "- **Found**: &lt;b&gt;@\u200ball&lt;/b&gt; \\_\\_init\\_\\_ \\| �\\[31mred" in text
+    assert "\x1b" not in text
+    fenced = "found: nothing\n```\n@all"
+    text, _, _ = written([case("errors.shape", "test_errors.py::test_shape", detail=fenced)], "errors.shape")
+    assert f"````text\n{fenced}\n````" in text
+
+
+def test_many_cases_of_the_same_words_are_counted(written):
+    cases = [case("errors.shape", "test_errors.py::test_shape", model=f"model-{number}") for number in range(12)]
+    text, _, _ = written(cases, "errors.shape")
+    assert "11 failed cases more of these: " in text
+    assert f"errors.shape {SUBJECT} {STAGE} model-8 and 3 more." in text

@@ -1,10 +1,9 @@
 """vLLM's native transfer, as every release from 0.20 to 0.33 takes it: fakes refuse what theirs would refuse."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass
 from functools import cached_property
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from extensions.manifest import manifest_of
 from suite import ROOT
 from suite.models import TIED
+from suite.selftest.fakes import fake_module
 from suite.session import waivers
 from suite.stages import STAGES
 from suite.subjects import known_subjects, native, native_gloo, native_ipc, native_nccl, native_senders
@@ -230,12 +230,8 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch, release: tuple[int, int]) -> Wire
     """The trainer's side of a release of vLLM in place of the installed one."""
     wire = Wire()
     modules = static_vllm(wire) if release < (0, 28) else trainer_vllm(wire, release)
-    for name in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for name, members in modules.items():
-        module = ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, f"vllm.distributed.weight_transfer.{name}", module)
+        fake_module(monkeypatch, f"vllm.distributed.weight_transfer.{name}", **members)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     return wire
 
@@ -381,17 +377,15 @@ def test_what_every_backend_lacks():
 
 def test_no_times_are_taken_where_the_transport_is_the_suites():
     gloo = NATIVE["native-gloo"]
-    assert gloo.model_for("", "qwen3-1m", "cpu") == ""
-    assert NATIVE["native-nccl"].model_for("", "qwen3-1m", "gpu") == "qwen3-1m"
+    assert gloo.model_for("", "qwen3-1m") == ""
+    assert NATIVE["native-nccl"].model_for("", "qwen3-1m") == "qwen3-1m"
 
 
 def test_tied_layers_are_judged_where_they_are_what_is_judged():
     gloo = NATIVE["native-gloo"]
-    found = [
-        gloo.model_for(requirement, TIED, "cpu") for requirement in ("update.exact", "errors.shape", "update.tied")
-    ]
+    found = [gloo.model_for(requirement, TIED) for requirement in ("update.exact", "errors.shape", "update.tied")]
     assert found == ["qwen3-untied-tiny", "qwen3-untied-tiny", TIED]
-    assert gloo.model_for("update.moe", "qwen3-moe-tiny", "cpu") == "qwen3-moe-tiny"
+    assert gloo.model_for("update.moe", "qwen3-moe-tiny") == "qwen3-moe-tiny"
 
 
 def test_what_is_waived_is_judged():

@@ -161,19 +161,17 @@ def _cases(definition: pytest.Item, names: list[str], selection: Selection) -> I
         if models.TIED in chosen:  # a test that takes any model
             chosen = [*chosen, *(name for name in selection.models if models.MODELS[name].layout is not None)]
         for subject in selection.subjects.values() if "subject" in names else [None]:
-            for model in dict.fromkeys(_model_for(subject, definition, stage, model) for model in chosen):
+            for model in dict.fromkeys(_model_for(subject, definition, model) for model in chosen):
                 if model in (None, *(selection.models or models.MODELS)):
                     yield _case(names, {"subject": subject, "stage": stage, "model": model})
 
 
-def _model_for(
-    subject: Subject | None, definition: pytest.Item, stage: Stage | MissingStage | None, model: str | None
-) -> str | None:
+def _model_for(subject: Subject | None, definition: pytest.Item, model: str | None) -> str | None:
     """The model that a subject's case takes for one that the test names."""
-    if not model or subject is None or stage is None:
+    if not model or subject is None:
         return model
     requirement = requirement_of(definition)
-    return subject.model_for(requirement.id if requirement else "", model, stage.kind)
+    return subject.model_for(requirement.id if requirement else "", model)
 
 
 def possible(metafunc: pytest.Metafunc, selection: Selection) -> Iterator[tuple[Case, bool]]:
@@ -186,7 +184,7 @@ def possible(metafunc: pytest.Metafunc, selection: Selection) -> Iterator[tuple[
     for stage in _stages(metafunc.definition, names, selection.everywhere):
         for named in _of_kind(wanted, stage) if "model" in names else [""]:
             for subject in selection.every_subject if "subject" in names else [""]:
-                model = _model_for(known.get(subject), metafunc.definition, stage, named)
+                model = _model_for(known.get(subject), metafunc.definition, named)
                 case = Case(requirement.id, subject, stage.name if stage else "", model)
                 yield case, not isinstance(stage, MissingStage)
 

@@ -81,9 +81,14 @@ class Broadcast(Subject):
         """NCCL takes one rank a GPU; without GPUs there are only senders that are made for that."""
         if stage.kind == "cpu":
             return "" if self.sender else f"{stage.name}: {NO_GROUP_ON_CPU}"
-        if stage.colocated and not stage.hosts_apart:
-            return f"{stage.name}: trainer and engine share their GPUs, and NCCL takes one rank a GPU"
-        return ""
+        return unfit_on_gpus(stage)
+
+
+def unfit_on_gpus(stage: Stage) -> str:
+    """Why broadcast makes no sense on a stage of GPUs; empty where it does."""
+    if stage.colocated and not stage.hosts_apart:
+        return f"{stage.name}: trainer and engine share their GPUs, and NCCL takes one rank a GPU"
+    return ""
 
 
 SUBJECT = Broadcast(

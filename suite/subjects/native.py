@@ -5,7 +5,6 @@ The engine's half calls vllm.LLM's own methods, as a training loop does. Nothing
 
 from typing import Any, ClassVar
 
-from suite.stages import Stage
 from suite.subjects.native_versions import Api, installed
 from suite.subjects.protocol import Engine, EngineHalf, Subject, no_beginning
 
@@ -107,16 +106,11 @@ class Native(Subject):
         columns = (("names", "name"), ("dtype_names", "dtype"), ("shapes", "shape"))
         return {column: [entry[key] for entry in manifest] for column, key in columns}
 
-    def unfit(self, stage: Stage) -> str:
-        """Why it makes no sense on a stage; empty where it does."""
-        raise NotImplementedError
 
-
-def lacks(api: Api, **more: str) -> dict[str, str]:
-    """What every backend lacks, and `more`, by requirements whose dots are written as __."""
+def lacks(api: Api) -> dict[str, str]:
+    """What every backend lacks; see Subject.lacks."""
     found = {
         "update.zeroed": "vLLM's native transfer has no check_weights_changed(); update.repeated sends zeros too",
         "names.free": "native transfer is part of vLLM's worker, and adds no names to it",
     }
-    found |= {} if api.brackets else no_beginning("vLLM's native transfer before 0.21")
-    return found | {name.replace("__", "."): reason for name, reason in more.items()}
+    return found | ({} if api.brackets else no_beginning("vLLM's native transfer before 0.21"))

@@ -38,8 +38,8 @@ class NativeGloo(Native):
         """The half for a rank of the trainer."""
         return BroadcastTrainer(self, trainer)
 
-    def model_for(self, requirement: str, model: str, kind: str) -> str:
-        """A model with an output layer of its own, but where tied ones are what is judged. No times are taken.
+    def model_for(self, requirement: str, model: str) -> str:
+        """A model with an output layer of its own, except where tied ones are judged. No times are taken.
 
         vLLM's reload processes one of the two layers that share a tensor, and its CPU backend packs both: after an
         update the tied output layer applies the old weights, which would be all that any requirement finds.

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from suite.stages import Stage
-from suite.subjects.broadcast import NO_HANDLES
+from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
 from suite.subjects.native import Native, lacks
 from suite.subjects.native_versions import Api, installed
-from suite.subjects.protocol import Subject, Tensors, Trainer, TrainerHalf, load
+from suite.subjects.protocol import Tensors, Trainer, TrainerHalf, load
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +21,9 @@ class NcclTrainer(TrainerHalf):
 
     _sender: Any = None
 
-    def __init__(self, subject: Subject, trainer: Trainer) -> None:
-        super().__init__(subject, trainer)
-        self._api = installed()
-
     def invite(self, address: str, port: int, world_size: int) -> None:
         """Join as rank 0, in place of a sender there was."""
-        self._sender = load(self.subject.sender_of(self._api))(address, port, world_size, self.subject.packed)
+        self._sender = load(self.subject.sender_of(installed()))(address, port, world_size, self.subject.packed)
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Have vLLM's sender send, which waits for the engines' answer where it does so for its own client."""
@@ -74,25 +70,25 @@ class NativeNccl(Native):
 
     def sender_of(self, api: Api) -> str:
         """`pkg.module:Class` of what drives vLLM's sender of a release."""
-        return f"suite.subjects.native_senders:{'Trainer' if api.nccl_sender == 'trainer' else 'Static'}Sender"
+        return f"suite.subjects.native_senders:{'Trainer' if api.nccl_trainer_engine else 'Static'}Sender"
 
     def init_information(self, api: Api, address: str, port: int, rank_offset: int, world_size: int) -> dict[str, Any]:
         """Also whether tensors are packed, where a release asks here."""
-        told = super().init_information(api, address, port, rank_offset, world_size)
-        return told | ({"packed": self.packed} if api.nccl_packed_at == "init" else {})
+        return super().init_information(api, address, port, rank_offset, world_size) | self.packing(api, "init")
 
     def update_information(self, manifest: list[dict], api: Api) -> dict[str, Any]:
         """Also whether tensors are packed, where a release asks here."""
-        told = super().update_information(manifest, api)
-        return told | ({"packed": self.packed} if api.nccl_packed_at == "update" else {})
+        return super().update_information(manifest, api) | self.packing(api, "update")
+
+    def packing(self, api: Api, at: str) -> dict[str, bool]:
+        """Whether tensors are packed, where a release asks for it `at` "init" or "update"; else nothing."""
+        return {"packed": self.packed} if api.nccl_packed_at == at else {}
 
     def unfit(self, stage: Stage) -> str:
         """NCCL takes one rank a GPU, and without a GPU it broadcasts nothing."""
         if stage.kind == "cpu":
             return f"{stage.name}: without a GPU there is no NCCL; native-gloo is examined there"
-        if stage.colocated and not stage.hosts_apart:
-            return f"{stage.name}: trainer and engine share their GPUs, and NCCL takes one rank a GPU"
-        return ""
+        return unfit_on_gpus(stage)
 
 
 class NativeNcclPacked(NativeNccl):
@@ -110,14 +106,14 @@ class NativeSparse(NativeNccl):
         """Patches have a sender of their own."""
         return "suite.subjects.native_senders:SparseSender"
 
-    def init_information(self, api: Api, address: str, port: int, rank_offset: int, world_size: int) -> dict[str, Any]:
-        """Nothing of packs: patches are never packed."""
-        return Native.init_information(self, api, address, port, rank_offset, world_size)
+    def packing(self, api: Api, at: str) -> dict[str, bool]:
+        """Nothing: patches are never packed."""
+        return {}
 
     def update_information(self, manifest: list[dict], api: Api) -> dict[str, Any]:
         """Also how many elements every patch has."""
         elements = [math.prod(entry["shape"]) for entry in manifest]
-        return Native.update_information(self, manifest, api) | {"num_updates_list": elements}
+        return super().update_information(manifest, api) | {"num_updates_list": elements}
 
     def unfit(self, stage: Stage) -> str:
         """As for dense tensors, and not before the release that takes checkpoint names."""

@@ -103,7 +103,7 @@ class SparseSender:
 
 
 class Held:
-    """The tensors of one update, as far as a source of every release has the same of them."""
+    """The tensors of one update: what a source of every release has."""
 
     def __init__(self, tensors: Sent | None) -> None:
         from vllm.distributed.weight_transfer.base import ParamMeta

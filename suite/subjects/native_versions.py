@@ -36,19 +36,14 @@ class Api:
         return self.release >= (0, 22)
 
     @property
-    def nccl_sender(self) -> str:
-        """Who sends by NCCL in the trainer: "static" methods of the engine's class, or a "trainer" engine from 0.28."""
-        return "trainer" if self.release >= (0, 28) else "static"
+    def nccl_trainer_engine(self) -> bool:
+        """Whether an engine of the trainer's sends by NCCL; before 0.28, static methods of the worker's engine do."""
+        return self.release >= (0, 28)
 
     @property
     def nccl_packed_at(self) -> str:
         """Where it is said that tensors travel in packs: at every "update", or once at "init" from 0.28."""
         return "init" if self.release >= (0, 28) else "update"
-
-    @property
-    def ipc_packed_at(self) -> str:
-        """The same of handles; empty where there is no packing, before 0.22."""
-        return "init" if self.release >= (0, 27) else "update" if self.release >= (0, 22) else ""
 
     @property
     def ipc_bare_arguments(self) -> bool:

@@ -143,8 +143,9 @@ class Subject(ABC):
     host: the subject whose engines it is examined on, by taking the place of that subject's extension in the live
     workers; empty for engines of its own.
     methods: what a class has to have to be such a subject. announces: what the trainer announces beside the manifest.
-    roofline: what its updates are measured against, "broadcast" or "copy". calls: what its engine's half calls, once
-    before the first update and then in every one, as those read who get a report.
+    roofline: what its updates are measured against, "broadcast" or "copy".
+    calls: what its engine's half calls in an update, in words for those who get a report; what is only called before
+    the first one says so.
     """
 
     name: str
@@ -176,9 +177,11 @@ class Subject(ABC):
     def unfit(self, stage: Stage) -> str:
         """Why it makes no sense on a stage; empty where it does."""
 
-    def model_for(self, requirement: str, model: str, kind: str) -> str:
-        """The model that takes the place of `model` where a requirement is judged, or, if it is empty, where times are
-        taken. Empty for none. `kind` is the stage's, "cpu" or "gpu"."""
+    def model_for(self, requirement: str, model: str) -> str:
+        """The model that is taken for a case whose test names `model`; empty where there is to be no case.
+
+        `requirement` is the id of what the test judges; empty where it measures.
+        """
         return model
 
     def engine_arguments(self) -> dict[str, Any]:
