@@ -1,7 +1,6 @@
 """What the checkpoint of an engine holds, read off the headers of its safetensors files. No weight is read."""
 
 import json
-import struct
 from pathlib import Path
 
 import torch
@@ -21,11 +20,11 @@ def checkpoint_layouts(model: str) -> Announced:
     """The dtype and shape of each tensor in the checkpoint of `model`, a directory or a name in the local cache.
 
     Empty where there is no safetensors file, as in the directory of an engine that starts with dummy weights. Raises
-    OSError or ValueError where a file cannot be read.
+    OSError, ValueError or KeyError where a file cannot be read.
     """
     directory = _directory(model)
     found: Announced = {}
-    for path in _files(directory) if directory is not None else ():
+    for path in checkpoint_files(directory) if directory is not None else ():
         for name, entry in _header(path).items():
             if name != "__metadata__":
                 found[name] = (DTYPES.get(entry["dtype"], torch.uint8), tuple(entry["shape"]))
@@ -43,7 +42,11 @@ def _directory(model: str) -> Path | None:
         return None
 
 
-def _files(directory: Path) -> list[Path]:
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The safetensors files of the checkpoint in a directory: those of its index, where there is one.
+
+    Raises OSError, ValueError or KeyError where the index cannot be read.
+    """
     if (directory / INDEX).is_file():
         names = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
         return [directory / name for name in sorted(names)]
@@ -52,7 +55,7 @@ def _files(directory: Path) -> list[Path]:
 
 def _header(path: Path) -> dict[str, dict]:
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
+        length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{path}: a header of {length} bytes, expected at most {MAX_HEADER_BYTES}")
         return json.loads(file.read(length))
