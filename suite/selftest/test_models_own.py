@@ -80,6 +80,17 @@ def test_a_whole_checkpoint_is_itself_and_perturbed_for_another_seed(whole: Path
             torch.testing.assert_close(tensor, real[name], rtol=0.05, atol=1e-6)
 
 
+def test_only_the_files_that_an_engine_loads_are_read(whole: Path):
+    names = set(own.spec_of(whole).layout)
+    own._headers.cache_clear()
+    save_file({"layers.0.wq.weight": torch.zeros(2, 2)}, whole / "consolidated.safetensors")
+    assert set(own.spec_of(whole).layout) == names
+    own._headers.cache_clear()
+    (whole / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(own.UnknownModel, match="expected readable safetensors files, found 'weight_map'"):
+        own.spec_of(whole)
+
+
 def test_a_shard_is_filled_as_the_whole(whole: Path):
     spec = own.spec_of(whole)
     part = torch.empty(2, 4, dtype=torch.bfloat16)
@@ -113,7 +124,7 @@ def test_a_quantised_or_unreadable_checkpoint_is_refused(whole: Path):
     save_file({"a": torch.zeros(2, dtype=torch.int8)}, whole / "other.safetensors")
     with pytest.raises(own.UnknownModel, match="a is of dtype I8, expected one of BF16, F16, F32: a quantised"):
         own.spec_of(whole)
-    own._files.cache_clear()
+    own._headers.cache_clear()
     (whole / "other.safetensors").write_bytes(b"nothing")
     with pytest.raises(own.UnknownModel, match="expected readable safetensors files"):
         own.spec_of(whole)
