@@ -1,6 +1,7 @@
 """A user's own model: what is read of its directory, what is written of it, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from suite import models
+from suite import ROOT, models
 from suite.conformance.requirements import catalogue
 from suite.models import own
 from suite.session import selection
@@ -152,8 +153,10 @@ def test_a_directory_with_the_name_of_another_model_gets_a_name_of_its_own(direc
     assert models.MODELS[models.TIED].layout is None
 
 
-def test_what_is_left_out_are_requirements():
+def test_what_is_left_out_are_requirements_and_the_readme_names_them():
+    (section,) = re.findall(r"## Your own model\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
     assert set(own.LEFT_OUT) <= set(catalogue())
+    assert set(re.findall(r"`(\w+\.\w+)`", section)) - {"config.json"} == set(own.LEFT_OUT)
 
 
 def test_a_test_alters_a_matrix_that_every_model_has(directory: Path):
