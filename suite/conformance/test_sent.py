@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 
 import pytest
@@ -112,11 +112,7 @@ def test_large_published(sync: Sync, pool: Pool) -> None:
 def test_biases(sync: Sync, target: int) -> None:
     biases = [f"{layer}self_attn.qkv_proj.bias" for layer in _layers(sync)]  # vLLM fuses those of three
     for seed in (target, sync.seed):
-        sync.load(seed)
-        sync.update()
-        for rank in sync.compared(seed):
-            _expect_among(sync, _held(rank), biases)
-        sync.expect_exact(seed)
+        _update_exactly(sync, seed, biases)
         sync.expect_same_behaviour()
 
 
@@ -131,14 +127,10 @@ def test_biases(sync: Sync, target: int) -> None:
     models=PARTICULAR,
 )
 def test_parameters(sync: Sync, target: int) -> None:
-    sent = [_last(tensor["name"]) for tensor in sync.manifest]
-    own = sorted({name for name in sent if name in BESIDE_WEIGHTS})
+    sent = {_last(tensor["name"]) for tensor in sync.manifest}
+    own = sorted(sent.intersection(BESIDE_WEIGHTS))
     for seed in (target, sync.seed):
-        sync.load(seed)
-        sync.update()
-        for rank in sync.compared(seed):
-            _expect_among(sync, [_last(name) for name in _held(rank)], own)
-        sync.expect_exact(seed)
+        _update_exactly(sync, seed, own, named=_last)
     sync.expect_cold_answers(seed)
 
 
@@ -155,11 +147,7 @@ def test_parameters(sync: Sync, target: int) -> None:
 def test_float32(sync: Sync, target: int) -> None:
     sent = [tensor["name"] for tensor in sync.manifest if tensor["dtype"] == "float32"]
     for seed in (target, sync.seed):
-        sync.load(seed)
-        sync.update()
-        for rank in sync.compared(seed):
-            _expect_among(sync, _held(rank), sent)
-        sync.expect_exact(seed)
+        _update_exactly(sync, seed, sent)
 
 
 @requirement(
@@ -244,9 +232,17 @@ def _within_its_layer(name: str) -> str:
     return re.sub(r"^(model\.layers\.\d+\.).*\.", r"\1", name)
 
 
-def _held(rank: dict) -> list[str]:
-    """The names of the tensors that were compared on a rank and have elements."""
-    return [name for name, shape in rank["shapes"].items() if math.prod(shape)]
+def _update_exactly(sync: Sync, seed: int, expected: Sequence[str], named: Callable[[str], str] = str) -> None:
+    """An update to a seed is exact, and these are among the tensors with elements that are compared.
+
+    Args:
+        named: what a tensor is called in `expected`, given its name.
+    """
+    sync.load(seed)
+    sync.update()
+    for rank in sync.compared(seed):
+        _expect_among(sync, [named(name) for name, shape in rank["shapes"].items() if math.prod(shape)], expected)
+    sync.expect_exact(seed)
 
 
 def _expect_among(sync: Sync, names: Iterable[str], expected: Sequence[str]) -> None:
