@@ -60,11 +60,12 @@ def test_mixed_dtypes(sync: Sync, target: int) -> None:
     models=[TIED],
 )
 def test_strides(sync: Sync, target: int) -> None:
+    lay = {tensor["name"]: "transposed" if len(tensor["shape"]) == 2 else "sliced" for tensor in sync.manifest}
     for seed in (target, sync.seed):
         sync.load(seed)
-        sync.update(alter={"lay": {name: "transposed" if matrix else "sliced" for name, matrix in _dense(sync)}})
+        sync.update(alter={"lay": lay})
         sync.expect_exact(seed)
-        sync.update(alter={"lay": {name: "sliced" for name, _ in _dense(sync)}})
+        sync.update(alter={"lay": dict.fromkeys(lay, "sliced")})
         sync.expect_exact(seed)
     sync.update(alter={"lay": {WHOLE_EVERYWHERE: "expanded"}})
     length = sync.spec.config["hidden_size"]
@@ -200,14 +201,8 @@ def _mixed(sync: Sync) -> dict[str, str]:
 
 def _expect_mixed(sync: Sync, bytes_sent: int) -> None:
     dtypes = _mixed(sync)
-    size = {name: math.prod(shape) for name, shape in ((t["name"], t["shape"]) for t in sync.manifest)}
-    expected = sum(size[name] * getattr(torch, dtype).itemsize for name, dtype in dtypes.items())
+    expected = sum(math.prod(t["shape"]) * getattr(torch, dtypes[t["name"]]).itemsize for t in sync.manifest)
     expect(bytes_sent == expected, f"{expected} bytes of three dtypes", bytes_sent, sync.where)
-
-
-def _dense(sync: Sync) -> list[tuple[str, bool]]:
-    """(name, whether it is a matrix) of every tensor."""
-    return [(tensor["name"], len(tensor["shape"]) == 2) for tensor in sync.manifest]
 
 
 def _expect_large(sync: Sync) -> None:
