@@ -24,7 +24,7 @@ def checkpoint_layouts(model: str) -> Announced:
     """
     directory = _directory(model)
     found: Announced = {}
-    for path in _files(directory) if directory is not None else ():
+    for path in checkpoint_files(directory) if directory is not None else ():
         for name, entry in _header(path).items():
             if name != "__metadata__":
                 found[name] = (DTYPES.get(entry["dtype"], torch.uint8), tuple(entry["shape"]))
@@ -42,7 +42,11 @@ def _directory(model: str) -> Path | None:
         return None
 
 
-def _files(directory: Path) -> list[Path]:
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The safetensors files of the checkpoint in a directory: those of its index, where there is one.
+
+    Raises OSError, ValueError or KeyError where the index cannot be read.
+    """
     if (directory / INDEX).is_file():
         names = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
         return [directory / name for name in sorted(names)]

@@ -16,7 +16,10 @@ from extensions.model.weights import effective_weights
 from suite.architectures.checkpoints import write_both
 
 READ_BACK = "read back: "  # before the name of a weight that was read back through its layer
-ENGINE = {"dtype": "bfloat16", "max_model_len": 256, "enforce_eager": True, "kv_cache_memory_bytes": 2**26}
+ENGINE = {
+    "dtype": "bfloat16", "max_model_len": 256, "enforce_eager": True, "kv_cache_memory_bytes": 2**26,
+    "skip_tokenizer_init": True,
+}  # fmt: skip
 Digests = dict[str, str]
 
 
@@ -69,7 +72,7 @@ class Live:
     def _load_both(self) -> dict[str, int]:
         """Write both checkpoints and load them as an engine that starts does: what an update has to give."""
         self._entered("write")
-        self._paths = write_both(self._name, self._directory)
+        self._paths = self._write()
         self._entered("load")
         first, second, again = (self._load(self._paths[index])[0] for index in (0, 1, 1))
         before, after, repeated = map(_digests, (first, second, again))  # all three live: no address comes twice
@@ -77,6 +80,9 @@ class Live:
         self._cold = [{path: cold.get(path, "") for path in same} for cold in (before, after)]
         differing = sum(before.get(path) != after[path] for path in same)
         return {"sent": len(self._sent(1)), "compared": len(same), "differing": differing}
+
+    def _write(self) -> list[Path]:
+        return write_both(self._name, self._directory)
 
     def _update(self, index: int, together: bool) -> None:
         sent = self._sent(index)
@@ -90,30 +96,45 @@ class Live:
     def _sent(self, index: int) -> dict[str, torch.Tensor]:
         return load_file(self._paths[index] / "model.safetensors")
 
-    def _load(self, path: Path) -> tuple[torch.nn.Module, Any]:
-        """The model of a checkpoint, by vLLM's own loader, and the configuration that it was loaded with."""
+    def _load(self, path: Path, **arguments: Any) -> tuple[torch.nn.Module, Any]:
+        """The model of a checkpoint, and the configuration that it was loaded with."""
         from vllm.config import set_current_vllm_config
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.model_executor.model_loader import get_model
 
-        config = EngineArgs(model=str(path), skip_tokenizer_init=True, **ENGINE).create_engine_config()
+        config = configured(path, **arguments)
         with set_current_vllm_config(config):
-            self._join()
-            return get_model(vllm_config=config), config
+            join(self._port)
+        return loaded(config), config
 
-    def _join(self) -> None:
-        """Form the groups of one rank that vLLM's layers ask for, once."""
-        from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
-        if not torch.distributed.is_initialized():
-            init_distributed_environment(1, 0, f"tcp://127.0.0.1:{self._port}", 0, "gloo")
-            initialize_model_parallel(1, 1)
+def configured(path: Path, **arguments: Any) -> Any:
+    """vLLM's configuration of an engine that starts from a checkpoint; `arguments` are more of EngineArgs."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(path), **ENGINE, **arguments).create_engine_config()
+
+
+def loaded(config: Any) -> torch.nn.Module:
+    """The model of a configuration, by vLLM's own loader."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model
+
+    with set_current_vllm_config(config):
+        return get_model(vllm_config=config)
+
+
+def join(port: int) -> None:
+    """Form the groups of one rank that vLLM's layers ask for, once a process, as the current configuration has them."""
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    if not torch.distributed.is_initialized():
+        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+        initialize_model_parallel(1, 1)
 
 
 def _digests(model: torch.nn.Module) -> Digests:
     """Of every tensor that the model computes with, and of weights that only their layer can tell."""
-    found = {path: _digest(tensor) for path, tensor in tensors_of(model).items()}
-    return found | {READ_BACK + name: _digest(weight) for name, weight in effective_weights(model)}
+    found = {path: digest(tensor) for path, tensor in tensors_of(model).items()}
+    return found | {READ_BACK + name: digest(weight) for name, weight in effective_weights(model)}
 
 
 def _stale(cold: Digests, model: torch.nn.Module) -> list[str]:
@@ -122,7 +143,8 @@ def _stale(cold: Digests, model: torch.nn.Module) -> list[str]:
     return [path for path, digest in cold.items() if found.get(path) != digest]
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def digest(tensor: torch.Tensor) -> str:
+    """Of the dtype, the shape and every bit of a tensor on the CPU."""
     if tensor.is_meta:
         return f"without data, {tuple(tensor.shape)}"
     shaped = f"{tensor.dtype} {tuple(tensor.shape)} "

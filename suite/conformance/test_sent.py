@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 
 import pytest
@@ -60,11 +60,12 @@ def test_mixed_dtypes(sync: Sync, target: int) -> None:
     models=[TIED],
 )
 def test_strides(sync: Sync, target: int) -> None:
+    lay = {tensor["name"]: "transposed" if len(tensor["shape"]) == 2 else "sliced" for tensor in sync.manifest}
     for seed in (target, sync.seed):
         sync.load(seed)
-        sync.update(alter={"lay": {name: "transposed" if matrix else "sliced" for name, matrix in _dense(sync)}})
+        sync.update(alter={"lay": lay})
         sync.expect_exact(seed)
-        sync.update(alter={"lay": {name: "sliced" for name, _ in _dense(sync)}})
+        sync.update(alter={"lay": dict.fromkeys(lay, "sliced")})
         sync.expect_exact(seed)
     sync.update(alter={"lay": {WHOLE_EVERYWHERE: "expanded"}})
     length = sync.spec.config["hidden_size"]
@@ -112,11 +113,7 @@ def test_large_published(sync: Sync, pool: Pool) -> None:
 def test_biases(sync: Sync, target: int) -> None:
     biases = [f"{layer}self_attn.qkv_proj.bias" for layer in _layers(sync)]  # vLLM fuses those of three
     for seed in (target, sync.seed):
-        sync.load(seed)
-        sync.update()
-        for rank in sync.compared(seed):
-            _expect_among(sync, _held(rank), biases)
-        sync.expect_exact(seed)
+        _update_exactly(sync, seed, biases)
         sync.expect_same_behaviour()
 
 
@@ -131,14 +128,10 @@ def test_biases(sync: Sync, target: int) -> None:
     models=PARTICULAR,
 )
 def test_parameters(sync: Sync, target: int) -> None:
-    sent = [_last(tensor["name"]) for tensor in sync.manifest]
-    own = sorted({name for name in sent if name in BESIDE_WEIGHTS})
+    sent = {_last(tensor["name"]) for tensor in sync.manifest}
+    own = sorted(sent.intersection(BESIDE_WEIGHTS))
     for seed in (target, sync.seed):
-        sync.load(seed)
-        sync.update()
-        for rank in sync.compared(seed):
-            _expect_among(sync, [_last(name) for name in _held(rank)], own)
-        sync.expect_exact(seed)
+        _update_exactly(sync, seed, own, named=_last)
     sync.expect_cold_answers(seed)
 
 
@@ -155,11 +148,7 @@ def test_parameters(sync: Sync, target: int) -> None:
 def test_float32(sync: Sync, target: int) -> None:
     sent = [tensor["name"] for tensor in sync.manifest if tensor["dtype"] == "float32"]
     for seed in (target, sync.seed):
-        sync.load(seed)
-        sync.update()
-        for rank in sync.compared(seed):
-            _expect_among(sync, _held(rank), sent)
-        sync.expect_exact(seed)
+        _update_exactly(sync, seed, sent)
 
 
 @requirement(
@@ -212,14 +201,8 @@ def _mixed(sync: Sync) -> dict[str, str]:
 
 def _expect_mixed(sync: Sync, bytes_sent: int) -> None:
     dtypes = _mixed(sync)
-    size = {name: math.prod(shape) for name, shape in ((t["name"], t["shape"]) for t in sync.manifest)}
-    expected = sum(size[name] * getattr(torch, dtype).itemsize for name, dtype in dtypes.items())
+    expected = sum(math.prod(t["shape"]) * getattr(torch, dtypes[t["name"]]).itemsize for t in sync.manifest)
     expect(bytes_sent == expected, f"{expected} bytes of three dtypes", bytes_sent, sync.where)
-
-
-def _dense(sync: Sync) -> list[tuple[str, bool]]:
-    """(name, whether it is a matrix) of every tensor."""
-    return [(tensor["name"], len(tensor["shape"]) == 2) for tensor in sync.manifest]
 
 
 def _expect_large(sync: Sync) -> None:
@@ -244,9 +227,17 @@ def _within_its_layer(name: str) -> str:
     return re.sub(r"^(model\.layers\.\d+\.).*\.", r"\1", name)
 
 
-def _held(rank: dict) -> list[str]:
-    """The names of the tensors that were compared on a rank and have elements."""
-    return [name for name, shape in rank["shapes"].items() if math.prod(shape)]
+def _update_exactly(sync: Sync, seed: int, expected: Sequence[str], named: Callable[[str], str] = str) -> None:
+    """An update to a seed is exact, and these are among the tensors with elements that are compared.
+
+    Args:
+        named: what a tensor is called in `expected`, given its name.
+    """
+    sync.load(seed)
+    sync.update()
+    for rank in sync.compared(seed):
+        _expect_among(sync, [named(name) for name, shape in rank["shapes"].items() if math.prod(shape)], expected)
+    sync.expect_exact(seed)
 
 
 def _expect_among(sync: Sync, names: Iterable[str], expected: Sequence[str]) -> None:

@@ -89,69 +89,60 @@ def spec_of(directory: Path) -> ModelSpec:
     Raises UnknownModel where the directory holds neither a config that transformers knows nor a whole checkpoint.
     """
     config = read_config(directory)
-    files = sorted(directory.glob("*.safetensors"))
-    if files:
-        tensors, architectures = _headers(directory), config.get("architectures")
-        if not architectures:
-            raise UnknownModel(
-                f"{directory}/config.json: expected architectures, by which vLLM finds the model's class"
-            )
-    else:
+    tensors, architectures, source = _layout(directory), config.get("architectures"), str(directory.resolve())
+    if not tensors:
         layout = layout_of(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"})
-        tensors, architectures = layout.tensors, [layout.architecture]
+        tensors, architectures, source = layout.tensors, [layout.architecture], ""
+    if not architectures:
+        raise UnknownModel(f"{directory}/config.json: expected architectures, by which vLLM finds the model's class")
     text = config.get("text_config") or {}
     said = {"architectures": architectures, "vocab_size": _vocabulary(config | text, tensors), **config}
-    source = str(directory.resolve()) if files else ""
     return ModelSpec(directory.resolve().name, config["model_type"], said, "own", tensors, source)
 
 
 def perturbed(source: Path, name: str, seed: int) -> torch.Tensor:
-    """A tensor of the checkpoint in `source` as it is for seed 0, else with every element changed a little.
-
-    A tensor of integers or of 8-bit floats is the same for every seed.
-    """
+    """A tensor of the checkpoint in `source` as it is for seed 0, else with every element changed a little."""
     import torch
     from safetensors import safe_open
 
-    with safe_open(_files(str(source))[name], "pt") as file:
+    path, _, _ = _headers(str(source))[name]
+    with safe_open(path, "pt") as file:
         tensor = file.get_tensor(name).contiguous()
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype in PERTURBED:
-        integers, place = PERTURBED[dtype]
-        tensor.view(getattr(torch, integers)).bitwise_xor_(seed % 4 << place)
-    return tensor
+    integers, place = PERTURBED[str(tensor.dtype).removeprefix("torch.")]
+    return tensor.view(getattr(torch, integers)).bitwise_xor_(seed % 4 << place).view(tensor.dtype)
 
 
 @cache
-def _files(source: str) -> dict[str, str]:
-    """The file of every tensor of a checkpoint."""
+def _headers(source: str) -> dict[str, tuple[str, str, Shape]]:
+    """The file, dtype (as headers name it) and shape of every tensor of the checkpoint in a directory."""
     from safetensors import safe_open
 
+    from extensions.model.headers import checkpoint_files
+
     found = {}
-    for path in sorted(Path(source).glob("*.safetensors")):
+    for path in checkpoint_files(Path(source)):
         with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), str(path))
+            names = file.keys()
+            for name, header in zip(names, map(file.get_slice, names), strict=True):
+                found[name] = (str(path), header.get_dtype(), tuple(header.get_shape()))
     return found
 
 
-def _headers(directory: Path) -> dict[str, tuple[str, Shape]]:
-    """`{name: (dtype, shape)}` of a whole checkpoint, in the order of the names."""
-    from safetensors import SafetensorError, safe_open
+def _layout(directory: Path) -> dict[str, tuple[str, Shape]]:
+    """`{name: (dtype, shape)}` of a whole checkpoint, in the order of the names; empty where there is no checkpoint."""
+    from safetensors import SafetensorError
 
-    found: dict[str, tuple[str, Shape]] = {}
     try:
-        for name, path in sorted(_files(str(directory.resolve())).items()):
-            with safe_open(path, "pt") as file:
-                header = file.get_slice(name)
-            if header.get_dtype() not in SAFETENSORS:
-                raise UnknownModel(
-                    f"{path}: {name} is of dtype {header.get_dtype()}, expected one of {', '.join(SAFETENSORS)}: a"
-                    " quantised checkpoint cannot be perturbed. Give the checkpoint that it was made of"
-                )
-            found[name] = (SAFETENSORS[header.get_dtype()], tuple(header.get_shape()))
-    except (SafetensorError, OSError) as error:
+        headers = _headers(str(directory.resolve()))
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UnknownModel(f"{directory}: expected readable safetensors files, found {error}") from error
-    return found
+    for name, (path, dtype, _) in headers.items():
+        if dtype not in SAFETENSORS:
+            raise UnknownModel(
+                f"{path}: {name} is of dtype {dtype}, expected one of {', '.join(SAFETENSORS)}: a"
+                " quantised checkpoint cannot be perturbed. Give the checkpoint that it was made of"
+            )
+    return {name: (SAFETENSORS[dtype], shape) for name, (_, dtype, shape) in sorted(headers.items())}
 
 
 def _vocabulary(config: dict[str, Any], tensors: dict[str, tuple[str, Shape]]) -> int:

@@ -15,7 +15,6 @@ from suite.actors import arrived, checksum
 from suite.actors.checksum import added
 from suite.actors.trainer import Trainer
 from suite.processes.call import SuiteFault
-from suite.processes.local import LocalLauncher, free_port
 from suite.selftest import vllm_models
 
 DTYPES = [torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64]
@@ -196,15 +195,8 @@ class Summed(vllm_models.Models):
 
 @pytest.fixture(scope="module")
 def summed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vllm_models.Held]:
-    directory = tmp_path_factory.mktemp("summed")
-    variables = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    with LocalLauncher(directory / "logs") as launcher:
-        arguments = {"directory": str(directory), "port": free_port()}
-        process = launcher.start(
-            "models", "suite.selftest.test_checksum:Summed", arguments, variables, vllm_models.STARTING_S
-        )
-        process.ready()
-        yield vllm_models.Held(process)
+    with vllm_models.holding(tmp_path_factory.mktemp("summed"), f"{__name__}:Summed") as held:
+        yield held
 
 
 @pytest.mark.skipif(vllm_models.NO_ENGINE is not None, reason=str(vllm_models.NO_ENGINE))

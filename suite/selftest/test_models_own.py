@@ -1,6 +1,7 @@
 """A user's own model: what is read of its directory, what is written of it, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from suite import models
+from suite import ROOT, models
 from suite.conformance.requirements import catalogue
 from suite.models import own
 from suite.selftest.test_plugin import ONE_CASE, examine
@@ -81,6 +82,17 @@ def test_a_whole_checkpoint_is_itself_and_perturbed_for_another_seed(whole: Path
             torch.testing.assert_close(tensor, real[name], rtol=0.05, atol=1e-6)
 
 
+def test_only_the_files_that_an_engine_loads_are_read(whole: Path):
+    names = set(own.spec_of(whole).layout)
+    own._headers.cache_clear()
+    save_file({"layers.0.wq.weight": torch.zeros(2, 2)}, whole / "consolidated.safetensors")
+    assert set(own.spec_of(whole).layout) == names
+    own._headers.cache_clear()
+    (whole / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(own.UnknownModel, match="expected readable safetensors files, found 'weight_map'"):
+        own.spec_of(whole)
+
+
 def test_a_shard_is_filled_as_the_whole(whole: Path):
     spec = own.spec_of(whole)
     part = torch.empty(2, 4, dtype=torch.bfloat16)
@@ -114,7 +126,7 @@ def test_a_quantised_or_unreadable_checkpoint_is_refused(whole: Path):
     save_file({"a": torch.zeros(2, dtype=torch.int8)}, whole / "other.safetensors")
     with pytest.raises(own.UnknownModel, match="a is of dtype I8, expected one of BF16, F16, F32: a quantised"):
         own.spec_of(whole)
-    own._files.cache_clear()
+    own._headers.cache_clear()
     (whole / "other.safetensors").write_bytes(b"nothing")
     with pytest.raises(own.UnknownModel, match="expected readable safetensors files"):
         own.spec_of(whole)
@@ -142,8 +154,10 @@ def test_a_directory_with_the_name_of_another_model_gets_a_name_of_its_own(direc
     assert models.MODELS[models.TIED].layout is None
 
 
-def test_what_is_left_out_are_requirements():
+def test_what_is_left_out_are_requirements_and_the_readme_names_them():
+    (section,) = re.findall(r"## Your own model\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
     assert set(own.LEFT_OUT) <= set(catalogue())
+    assert set(re.findall(r"`(\w+\.\w+)`", section)) - {"config.json"} == set(own.LEFT_OUT)
 
 
 def test_a_test_alters_a_matrix_that_every_model_has(directory: Path):

@@ -1,36 +1,29 @@
 """What selftests of the extensions put into a process: vLLM models as its CPU workers hold them, without an engine."""
 
 import contextlib
-import hashlib
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from extensions.colocate import ColocateWorkerExtension
 from extensions.manifest import manifest_of
 from extensions.model import loading
-from extensions.model.walk import tensors_of
 from extensions.model.weights import effective_weights
 from extensions.plan import plan_of
 from suite import models
+from suite.architectures.live import Live, Worker, configured, digest, join, loaded
+from suite.architectures.running import VARIABLES
 from suite.processes.call import Process
 from suite.processes.local import LocalLauncher, free_port
-from suite.selftest import other_models
 from suite.session import environment
 
 TOKENS = 3
 DEADLINE_S = 60
 STARTING_S = 120
 NO_ENGINE = environment.lacks_engine("cpu")
-ENGINE = {
-    "dtype": "bfloat16", "max_model_len": 256, "enforce_eager": True, "kv_cache_memory_bytes": 2**26,
-    "skip_tokenizer_init": True,
-}  # fmt: skip
 
 
 class Held:
@@ -44,59 +37,66 @@ class Held:
 
 
 @contextlib.contextmanager
-def holding(directory: Path) -> Iterator[Held]:
+def holding(directory: Path, target: str = f"{__name__}:Models") -> Iterator[Held]:
     """Start such a process, and end it. Logs and checkpoints go to `directory`."""
     with LocalLauncher(directory / "logs") as launcher:
         arguments = {"directory": str(directory), "port": free_port()}
-        variables = {
-            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-        }  # fmt: skip
-        process = launcher.start("models", "suite.selftest.vllm_models:Models", arguments, variables, STARTING_S)
+        process = launcher.start("models", target, arguments, VARIABLES, STARTING_S)
         process.ready()
         yield Held(process)
 
 
-class Worker(ColocateWorkerExtension):
-    """As much of vLLM's worker as the extensions touch."""
+class Changed(Live):
+    """An architecture in the process of Models, with changes that no config says.
 
-    def __init__(self, model: torch.nn.Module, vllm_config: Any) -> None:
-        self.rank, self.device = 0, torch.device("cpu")
-        self.model_runner = SimpleNamespace(get_model=lambda: model)
-        self.model_config, self.vllm_config = vllm_config.model_config, vllm_config
+    "adapters": the engine takes LoRA adapters. "repeated head": the checkpoint repeats the embedding as the output
+    layer that is tied to it.
+    """
+
+    def __init__(self, name: str, directory: Path, changes: tuple[str, ...]) -> None:
+        super().__init__(name, directory, port=0, entered=lambda step: None)  # the groups are there
+        self._changes = changes
+
+    def _write(self) -> list[Path]:
+        paths = super()._write()
+        for path in paths if "repeated head" in self._changes else ():
+            tensors = load_file(path / "model.safetensors")
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return paths
+
+    def _load(self, path: Path, **arguments: Any) -> tuple[torch.nn.Module, Any]:
+        if "adapters" not in self._changes:
+            return super()._load(path, **arguments)
+        model, config = super()._load(path, enable_lora=True, max_lora_rank=8, **arguments)
+        return _wrapped_for_lora(model, config), config
 
 
 class Models:
     """One model at a time; tensors come from a seed. Failures are brought about by `break_*`."""
 
     def __init__(self, directory: str, port: int) -> None:
-        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does
-        from vllm.distributed import init_distributed_environment, initialize_model_parallel
-
         self._directory = directory
         self._config = self._configure("qwen3-moe-tiny", 0)  # one that has experts makes all the groups
         with self._current():
-            init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
-            initialize_model_parallel(1, 1)
+            join(port)
 
     def build(self, name: str, seed: int) -> None:
         """Load a checkpoint of this seed as an engine that starts."""
-        from vllm.model_executor.model_loader import get_model
-
         self._spec, self._config = models.MODELS[name], self._configure(name, seed)
-        with self._current():
-            self._model = get_model(vllm_config=self._config)
+        self._model = loaded(self._config)
         self._worker = Worker(self._model, self._config)
 
     def computes_with(self) -> dict[str, Any]:
         """Digests of the effective weights, and of what the feed-forward blocks answer."""
         from vllm.forward_context import set_forward_context
 
-        digests = {name: _digest(weight) for name, weight in effective_weights(self._model)}
+        digests = {name: digest(weight) for name, weight in effective_weights(self._model)}
         hidden = torch.linspace(-1, 1, TOKENS * self._spec.config["hidden_size"], dtype=torch.bfloat16)
         with self._current(), torch.no_grad(), set_forward_context(None, self._config, num_tokens=TOKENS):
             for index, layer in enumerate(self._model.model.layers):
-                digests[f"answer of layer {index}"] = _digest(layer.mlp(hidden.view(TOKENS, -1)))
+                digests[f"answer of layer {index}"] = digest(layer.mlp(hidden.view(TOKENS, -1)))
         return digests
 
     def plan(self, changes: dict[str, list | None]) -> dict[str, Any]:
@@ -117,35 +117,9 @@ class Models:
         }
         return {"problems": plan.problems(), "fills": fills}
 
-    def updated_and_cold(self, name: str, apart: bool, lora: bool = False) -> list[str]:
-        """Update a model of `other_models` to another seed, its tensors together or apart from each other.
-
-        Which tensors it then computes with differ from those of one that was loaded from that seed; not those in which
-        two of these differ by themselves.
-        """
-        expected, again = (tensor_digests(self._other(name, 1, lora)) for _ in range(2))
-        model, tensors = self._other(name, 0, lora), other_models.tensors(name, 1)
-        unlike = {path for path, digest in tensor_digests(model).items() if digest != expected[path]}
-        worker = Worker(model, self._config)
-        worker.begin_update(manifest_of(tensors.items()))
-        for part in ({name: tensor} for name, tensor in tensors.items()) if apart else [tensors]:
-            worker._weight_sync_accept(part)
-        worker.end_update()
-        found = tensor_digests(model)
-        if len(unlike) < len(tensors) // 2:
-            raise RuntimeError(f"expected two seeds to differ in most tensors, found {unlike}")
-        return [path for path in expected if expected[path] == again[path] != found.get(path)]
-
-    def _other(self, name: str, seed: int, lora: bool) -> torch.nn.Module:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.model_executor.model_loader import get_model
-
-        directory = other_models.write(name, seed, f"{self._directory}/{name}-{seed}")
-        arguments = ENGINE | ({"enable_lora": True, "max_lora_rank": 8} if lora else {})
-        self._config = EngineArgs(model=directory, **arguments).create_engine_config()
-        with self._current():
-            model = get_model(vllm_config=self._config)
-        return _wrapped_for_lora(model, self._config) if lora else model
+    def judged(self, name: str, *changes: str) -> dict[str, Any]:
+        """What `Live.judge` finds of an architecture; see Changed for the changes."""
+        return Changed(name, Path(self._directory, "-".join([name, *changes])), changes).judge()
 
     def forget_ropes(self) -> None:
         """Drop the rotary embeddings that vLLM keeps for the next model."""
@@ -271,28 +245,13 @@ class Models:
         loading.finalize = failing
 
     def _configure(self, name: str, seed: int) -> Any:
-        from vllm.engine.arg_utils import EngineArgs
-
-        directory = f"{self._directory}/{name}-{seed}"
-        models.write_checkpoint(models.MODELS[name], seed, directory)
-        return EngineArgs(model=directory, **ENGINE).create_engine_config()
+        directory = Path(self._directory, f"{name}-{seed}")
+        return configured(models.write_checkpoint(models.MODELS[name], seed, directory))
 
     def _current(self) -> Any:
         from vllm.config import set_current_vllm_config
 
         return set_current_vllm_config(self._config)
-
-
-def tensor_digests(model: torch.nn.Module) -> dict[str, str]:
-    """A digest of each tensor that the model computes with; without handles, which are addresses."""
-    found = {path: tensor for path, tensor in tensors_of(model).items() if not path.endswith("handler_tensor")}
-    found |= {f"effective {name}": weight for name, weight in effective_weights(model)}
-    return {path: _bits(tensor) for path, tensor in found.items()}
-
-
-def _bits(tensor: torch.Tensor) -> str:
-    data = b"" if tensor.is_meta else tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _wrapped_for_lora(model: torch.nn.Module, config: Any) -> torch.nn.Module:
@@ -305,7 +264,3 @@ def _wrapped_for_lora(model: torch.nn.Module, config: Any) -> torch.nn.Module:
             model, **sizes, lora_config=config.lora_config, vllm_config=config, device=torch.device("cpu")
         )
     return manager.model
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()[:16]
