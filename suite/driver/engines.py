@@ -15,6 +15,7 @@ class EngineKey:
 
     seed: of the checkpoint that it cold-loads, None for dummy weights. options: further arguments of vllm.LLM.
     visible: its CUDA_VISIBLE_DEVICES where that is not its stage's; None for unset. copy: counts engines of a stage.
+    again: whether it only shows how far two cold engines of the same are apart.
     """
 
     model: str
@@ -24,11 +25,13 @@ class EngineKey:
     options: tuple[tuple[str, object], ...] = ()
     visible: str | None = ""
     copy: int = 0
+    again: bool = False
 
     def __str__(self) -> str:
         extra = [f"{name}={value}" for name, value in self.options]
         extra += [] if self.visible == "" else [f"CUDA_VISIBLE_DEVICES={self.visible}"]
         extra += [f"#{self.copy}"] if self.copy else []
+        extra += ["again"] if self.again else []
         return " ".join([self.model, self.stage, self.subject, f"seed={self.seed}", *extra])
 
 

@@ -51,6 +51,7 @@ class Pool:
         stages, subjects: by name.
         announce: called with a line of text when an engine starts, is ready, or fails.
         timeline: puts down how long a block takes, "starting", "moving" or "judging", and what.
+        tolerances: gets how far cold engines are apart that answer differently, in words, by engine.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Pool:
         subjects: dict[str, Subject],
         announce: Callable[[str], None],
         timeline: Callable[[str, str], AbstractContextManager[None]] = lambda what, name: nullcontext(),
+        tolerances: dict[str, str] | None = None,
     ) -> None:
         self.launcher, self._stages, self._subjects = launcher, stages, subjects
         self.announce, self.timeline = announce, timeline
+        self._tolerances = {} if tolerances is None else tolerances
         self.room = Room(stages, gpu_memory_bytes())
         self._needs: Counter[EngineKey] = Counter()
         self._by_test: dict[str, list[EngineKey]] = {}
@@ -211,14 +214,18 @@ class Pool:
 
         It is one of `among` if any fits: another subject's engine will do, also on another stage of the same layout.
         """
-        wanted = (key.model, self._layout(key.stage), key.options, seed)
+        wanted = (key.model, self._layout(key.stage), key.options, seed, key.again)
         for other in among:
-            if (other.model, self._layout(other.stage), other.options, other.seed) == wanted:
+            if (other.model, self._layout(other.stage), other.options, other.seed, other.again) == wanted:
                 return other
         return replace(key, seed=seed, visible="", copy=0)
 
-    def oracle(self, key: EngineKey, seed: int) -> str:
-        """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has."""
+    def oracle(self, key: EngineKey, seed: int, again: bool = False) -> str:
+        """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has.
+
+        again: whether a second one is asked for, which is started for this alone.
+        """
+        key = replace(key, again=again)
         path = str(self.oracle_path(replace(key, seed=seed)))
         files = [weights_path(path, rank) for rank in range(self._stages[key.stage].engine_ranks)]
         reference = self.reference(key, seed, [*self._needs])
@@ -236,6 +243,13 @@ class Pool:
         with self._changed:
             self._wait_for((reference,), written)
         return path
+
+    def tolerate(self, key: EngineKey, how_far: str) -> None:
+        """Tell how far cold engines that compute as `key` does are apart, once."""
+        name = " ".join(map(str, [key.model, *self._layout(key.stage), *(f"{n}={v}" for n, v in key.options)]))
+        if self._tolerances.get(name) != how_far:
+            self._tolerances[name] = how_far
+            self.announce(f"cold engines of {name} answer differently, which is allowed: {how_far}")
 
     def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
         """The directory of a model's checkpoint, written when first asked for."""
@@ -266,6 +280,7 @@ class Pool:
     def oracle_path(self, key: EngineKey) -> Path:
         """Where engines that compute as `key` does write what they compute with after a cold load."""
         parts = [key.model, *self._layout(key.stage), *(f"{n}={v}" for n, v in key.options), key.seed]
+        parts += ["again"] if key.again else []
         return self.launcher.directory / "oracles" / "-".join(map(str, parts))
 
     def _work(self) -> None:
@@ -366,7 +381,8 @@ class Pool:
         env = variables.of_engine(stage, key.copy, options["enforce_eager"]) | subject.engine_environment()
         if key.visible != "":
             env["CUDA_VISIBLE_DEVICES"] = key.visible
-        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
+        env |= variables.COMPILES_ITSELF if key.again else {}
+        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{'-again' if key.again else ''}"
         process = self.launcher.start(name, "suite.actors.engine:Engine", arguments, env, START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)

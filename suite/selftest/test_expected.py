@@ -97,9 +97,13 @@ def asked(tmp_path: Path) -> Engines:
     engines = Engines()
     cold = [{"tokens": [1, 2], "logprobs": [-1.0, -2.0]}]
     engines.said = []
-    engines.pool = SimpleNamespace(oracle=lambda key, seed: str(tmp_path / f"{seed}"), announce=engines.said.append)
-    answers.write(str(tmp_path / "1"), cold, cold)
-    answers.write(str(tmp_path / "2"), cold, [cold[0] | {"logprobs": [-1.0, -2.5]}])
+    engines.pool = SimpleNamespace(
+        oracle=lambda key, seed, again=False: str(tmp_path / f"{seed}{again}"),
+        tolerate=lambda key, how_far: engines.said.append(how_far),
+    )
+    for name in ("1False", "1True", "2True"):
+        answers.write(str(tmp_path / name), cold, cold)
+    answers.write(str(tmp_path / "2False"), cold, [cold[0] | {"logprobs": [-1.0, -2.5]}])
     engines.found = [dict(cold[0])]
     engines.engines[0].process = SimpleNamespace(call=lambda method, deadline_s: engines.found)
     return engines
@@ -116,10 +120,20 @@ def test_answers_are_a_cold_engines_bit_by_bit(asked: Engines):
 def test_where_a_cold_engine_differs_from_itself_the_report_says_so(asked: Engines):
     asked.found[0]["logprobs"] = [-1.0, -2.4]
     asked.expect_cold_answers(2)
-    assert "differ, which is allowed: log-probabilities 0.5 apart" in asked.said[0]
+    assert asked.said == ["log-probabilities 0.5 apart, 2 leading tokens the same"]
     asked.found[0]["logprobs"] = [-1.0, -2.6]
     with pytest.raises(Differs, match=r"within 0\.5"):
         asked.expect_cold_answers(2)
+
+
+def test_where_two_cold_engines_differ_that_is_the_tolerance(asked: Engines, tmp_path: Path):
+    asked.found[0]["logprobs"] = [-1.25, -2.0]
+    with pytest.raises(Differs, match="within 0"):
+        asked.expect_cold_answers(1)
+    other = [{"tokens": [1, 2], "logprobs": [-1.5, -2.0]}]
+    answers.write(str(tmp_path / "1True"), other, other)
+    asked.expect_cold_answers(1)
+    assert asked.said == ["log-probabilities 0.5 apart, 2 leading tokens the same"]
 
 
 def test_answers_are_a_cold_engines_where_the_trainer_does_not_compute_with_the_model(asked: Engines):
