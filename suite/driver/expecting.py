@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from suite.actors import answers
 from suite.driver.expected import expect
 from suite.driver.together import MAX_TOKENS, Together
+from suite.processes.call import gather
 
 # Two right computations in bfloat16 differ in a log-probability by less than this, and choose the same token where the
 # best logit leads by more than twice that. Measured on the tiny models: see suite/selftest/test_trainer.py.
@@ -118,8 +119,9 @@ class Expecting(Together):
 
         Told by positional checksums, which take no second copy of the model. For engines of one rank.
         """
+        calls = [engine.process.submit("rpc", "probe_checksums", self.manifest) for engine in self.engines]
         expected = self.trainer.call("checksums")[0]
-        for engine, (found,) in zip(self.engines, self.call_engines("probe_checksums", self.manifest), strict=True):
+        for engine, (found,) in zip(self.engines, gather(calls, self.call_deadline_s), strict=True):
             wrong = [name for name, number in expected.items() if found.get(name) != number]
             some = f"{len(wrong)} of {len(expected)} others in {engine.key}: {wrong[:5]}"
             expect(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from suite.actors import answers
+from suite.driver import expecting
 from suite.driver.expected import Differs, expect
 from suite.driver.expecting import LOGPROB_TOLERANCE, Expecting
 from suite.driver.together import MAX_TOKENS
@@ -155,11 +156,12 @@ def test_what_an_answer_leaves_where_it_was_has_to_stay_there():
         engines.expect_at(steady)
 
 
-def test_a_checksum_that_is_not_the_trainers_is_told_by_its_name():
+def test_a_checksum_that_is_not_the_trainers_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch):
     found = {"a": 1, "b": 2}
     engines = Engines()
     engines.trainer = SimpleNamespace(call=lambda method: [{"a": 1, "b": 2}])
-    engines.call_engines = lambda method, manifest: [[found]]
+    monkeypatch.setattr(expecting, "gather", lambda calls, deadline_s: calls)
+    engines.engines[0].process = SimpleNamespace(submit=lambda rpc, method, manifest: [found])
     engines.expect_sent()
     found["b"] = 3
     with pytest.raises(Differs, match=r"1 of 2 others in .*\['b'\]"):
