@@ -55,8 +55,10 @@ class Trainer:
         prepare(self.device)
 
     def warm_up_computing(self) -> None:
-        """The same for what `load` needs."""
+        """The same for what `load` needs, and for computing: on a GPU its libraries are read from disk first."""
         importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+        square = torch.ones(16, 16, dtype=torch.bfloat16, device=self.device)
+        torch.nn.functional.softmax(square @ square, dim=-1).sum().item()
 
     def facts(self) -> dict[str, Any]:
         """What this rank runs on."""
