@@ -11,7 +11,7 @@ import torch
 from extensions.manifest import manifest_of
 from suite.actors import link
 from suite.actors.attending import send_attended
-from suite.actors.dialogue import CALLED_OFF, Refused, TrainerSide
+from suite.actors.dialogue import CALLED_OFF, NotStarted, Refused, TrainerSide
 from suite.subjects import Subject, from_plain
 from suite.subjects.protocol import TrainerHalf
 
@@ -182,14 +182,14 @@ class Sending:
         return {"manifest": tensors.manifest(), **announced}
 
     def _agree(self, said: TrainerSide, fault: Fault, announcement: dict[str, Any], call_off: bool) -> None:
-        """Announce the update, and have all engines start it and all ranks send it, or none. Raises Refused."""
+        """Announce the update, and have all engines start it and all ranks send it, or none. Raises NotStarted."""
         refusals = said.announce(announcement)
         if call_off and said.lines and not refusals:
             refusals.append(CALLED_OFF)
         fault.strike("before")
         said.decide(go=not refusals)
         if not self._all_agree(not refusals):
-            raise Refused("; ".join(refusals) or "an engine refused another rank's update")
+            raise NotStarted("; ".join(refusals) or "an engine refused another rank's update")
 
     def _send(self, tensors: Outgoing, said: TrainerSide, fault: Fault) -> int:
         if not self._speaks:
