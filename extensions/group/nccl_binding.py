@@ -6,6 +6,7 @@ block: where a rank is missing, nothing ends their making.
 
 import ctypes
 import os
+from collections.abc import Sequence
 
 SUCCESS, IN_PROGRESS = 0, 7
 INT8 = 0  # ncclInt8, which moves bytes
@@ -41,6 +42,8 @@ SIGNATURES = {
     "ncclBroadcast": [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
     ],
+    "ncclGroupStart": [],
+    "ncclGroupEnd": [],
     "ncclCommAbort": [ctypes.c_void_p],
 }  # fmt: skip
 SPLIT_SIGNATURE = [  # of ncclCommSplit, which NCCL has since 2.18
@@ -127,11 +130,19 @@ class Comm:
             self._current = self._child
         return settled
 
-    def broadcast(self, pointer: int, nbytes: int, src: int, stream: int) -> bool:
-        """Broadcast the memory at `pointer` in place, on a CUDA stream. Returns whether NCCL has taken it."""
-        name = "ncclBroadcast"
-        result = self._library.call(name, pointer, pointer, nbytes, INT8, src, self._current, stream)
-        return self._library.settled(name, result)
+    def broadcast(self, places: Sequence[tuple[int, int]], src: int, stream: int) -> bool:
+        """Broadcast memory in place, (address, bytes) each, on a CUDA stream. Returns whether NCCL has taken it all.
+
+        Several go to NCCL in one group: it moves them by one kernel.
+        """
+        settled = self._library.settled("ncclGroupStart", self._library.call("ncclGroupStart"))
+        try:
+            for address, nbytes in places:
+                called = self._library.call("ncclBroadcast", address, address, nbytes, INT8, src, self._current, stream)
+                settled = self._library.settled("ncclBroadcast", called) and settled
+        finally:
+            ended = self._library.call("ncclGroupEnd")
+        return self._library.settled("ncclGroupEnd", ended) and settled
 
     def abort(self) -> None:
         """End every call, and what runs on the device, without the other ranks. Nothing may be called afterwards."""
