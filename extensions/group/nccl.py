@@ -48,7 +48,7 @@ class NcclCommunicator:
         expect_rank(src, self.world_size)
         for tensor in tensors:
             expect_in_place(tensor, self.device)
-        places = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.nbytes]
+        places = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
         ended = torch.cuda.Event(blocking=True)
         with self._calling:
             refusal = self._lost or self._refusal(places, src, stream)
@@ -79,7 +79,10 @@ class NcclCommunicator:
         """Hand broadcasts to NCCL, and say why they were not taken; empty where they were."""
         began_s = time.monotonic()
         try:
-            settled = self._comm.broadcast(places, src, stream.cuda_stream)
+            if len(places) == 1:
+                settled = self._comm.broadcast(*places[0], src, stream.cuda_stream)
+            else:
+                settled = self._comm.broadcast_all(places, src, stream.cuda_stream)
             while not settled and not self._lost:
                 waited_s = time.monotonic() - began_s
                 if waited_s > self.timeout_s:

@@ -130,19 +130,20 @@ class Comm:
             self._current = self._child
         return settled
 
-    def broadcast(self, places: Sequence[tuple[int, int]], src: int, stream: int) -> bool:
-        """Broadcast memory in place, (address, bytes) each, on a CUDA stream. Returns whether NCCL has taken it all.
+    def broadcast(self, pointer: int, nbytes: int, src: int, stream: int) -> bool:
+        """Broadcast the memory at `pointer` in place, on a CUDA stream. Returns whether NCCL has taken it."""
+        name = "ncclBroadcast"
+        result = self._library.call(name, pointer, pointer, nbytes, INT8, src, self._current, stream)
+        return self._library.settled(name, result)
 
-        Several go to NCCL in one group: it moves them by one kernel.
-        """
-        settled = self._library.settled("ncclGroupStart", self._library.call("ncclGroupStart"))
+    def broadcast_all(self, places: Sequence[tuple[int, int]], src: int, stream: int) -> bool:
+        """As `broadcast`, of memory in several places, (pointer, bytes) each, which NCCL moves by one kernel."""
+        self._library.settled("ncclGroupStart", self._library.call("ncclGroupStart"))
         try:
-            for address, nbytes in places:
-                called = self._library.call("ncclBroadcast", address, address, nbytes, INT8, src, self._current, stream)
-                settled = self._library.settled("ncclBroadcast", called) and settled
+            taken = [self.broadcast(pointer, nbytes, src, stream) for pointer, nbytes in places]
         finally:
             ended = self._library.call("ncclGroupEnd")
-        return self._library.settled("ncclGroupEnd", ended) and settled
+        return self._library.settled("ncclGroupEnd", ended) and all(taken)
 
     def abort(self) -> None:
         """End every call, and what runs on the device, without the other ranks. Nothing may be called afterwards."""

@@ -142,11 +142,11 @@ class Sending:
         self._half.release()
         return {"started_s": started, "ended_s": time.monotonic(), "bytes_sent": sent, "tensors": tensors.count}
 
-    def release(self) -> None:
-        """Let go of what a failed update has left handed over. What the sender raises goes to the log."""
+    def forget(self) -> None:
+        """Let go of whatever keeps tensors. What the sender raises goes to the log."""
         try:
             if self._half is not None:
-                self._half.release()
+                self._half.forget()
         except Exception as error:
             print(f"a sender could not release what it held: {type(error).__name__}: {error}")
 

@@ -71,7 +71,7 @@ class Trainer:
 
     def forget(self) -> None:
         """Let go of the weights, of what trains them, and of what updates and rooflines still hold."""
-        self._sending.release()
+        self._sending.forget()
         self._roofline.forget()
         self._forget()
 
