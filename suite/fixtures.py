@@ -180,7 +180,7 @@ def _given_back(sync: Sync, engine: EngineHandle, host: Subject) -> bool:
             own.update()
             own.expect_same_behaviour()
         own.expect_exact(own.seed)
-        own.expect_cold_answers(own.seed)
+        own.expect_own_answers()
     except Exception as error:  # whatever it was, no later test is to meet it
         why = f"is not as before {sync.subject.name} and is replaced: {type(error).__name__}"
         sync.pool.announce(f"{engine.process.name} {why}")

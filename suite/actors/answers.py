@@ -5,8 +5,8 @@ cold-loaded engine's: greedy tokens, and their log-probabilities to the last bit
 the engine's longest position, since what is wrong in a table shows at the positions that look it up.
 
 A cold engine answers twice. Where another does not answer alike, a second cold engine is started, and answers too: each
-process may choose other kernels, as torch's compiler and Triton's autotuning do. How far cold engines are from each
-other is the tolerance: 0.0 wherever nothing chooses kernels by their speed.
+process may choose other kernels, as Triton's autotuning does. The tolerance is how far cold engines are from each
+other. An engine that compiles kernels for itself is compared with its own answers from before the first update.
 """
 
 import json
@@ -62,7 +62,12 @@ def write(path: str, first: list[dict], second: list[dict]) -> None:
 
 def read(paths: Sequence[str]) -> Cold:
     """What cold engines answered that wrote it to these places."""
-    first, *others = [said for path in paths for said in json.loads(_path(path).read_text())]
+    return cold([said for path in paths for said in json.loads(_path(path).read_text())])
+
+
+def cold(given: list[list[dict]]) -> Cold:
+    """The first of several answers to the same prompts, and how far the others are from it."""
+    first, *others = given
     same = [[_same(a["tokens"], b["tokens"]) for a, b in zip(first, other, strict=True)] for other in others]
     apart = [max(map(_apart, first, other, counts), default=0.0) for other, counts in zip(others, same, strict=True)]
     return Cold(first, max(apart), [min(counts) for counts in zip(*same, strict=True)])

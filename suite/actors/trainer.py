@@ -71,7 +71,6 @@ class Trainer:
 
     def forget(self) -> None:
         """Let go of the weights, of what trains them, and of what updates and rooflines still hold."""
-        self._sending.forget()
         self._roofline.forget()
         self._forget()
 
@@ -272,6 +271,7 @@ class Trainer:
         return fully_shard(model, mesh=self._mesh)
 
     def _forget(self) -> None:
+        self._sending.forget()  # a sender may keep the tensors of the last update
         self._spec: models.ModelSpec | None = None
         self._model: torch.nn.Module | None = None
         self._tensors: dict[str, torch.Tensor] = {}

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from suite.models import MODELS
 from suite.processes.call import Process
 from suite.stages import Stage
 from suite.subjects import Subject
@@ -61,13 +62,18 @@ def seed_of(subject_index: int) -> int:
     return 0 if subject_index == 0 else 1
 
 
-def engine_options(stage: Stage) -> dict:
-    """Arguments of vllm.LLM that every engine of a stage gets."""
+# FlashInfer's kernels for gated delta nets are compiled when they are first used, and not every host has the package.
+OF_GPU_MODELS = {"qwen3_next": {"additional_config": {"gdn_prefill_backend": "triton"}}}
+
+
+def engine_options(stage: Stage, model: str) -> dict:
+    """Arguments of vllm.LLM that every engine of a stage and a model gets."""
     options = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": 16, "seed": 0, "enforce_eager": True}
     options["max_num_batched_tokens"] = 4096
     options["kv_cache_memory_bytes"] = (64 if stage.kind == "cpu" else 512) * 2**20
     if stage.kind == "gpu":
         options["gpu_memory_utilization"] = 0.05  # the cache's size is given; this is only what has to be free
+        options |= OF_GPU_MODELS.get(MODELS[model].architecture, {})
     if stage.pipeline_parallel_size > 1:
         options["pipeline_parallel_size"] = stage.pipeline_parallel_size
     return options

@@ -83,6 +83,15 @@ class Expecting(Together):
             expected = f"the answers of an engine cold-loaded from checkpoint {seed}, within {cold.apart:.3g}"
             expect(not differing, expected, f"{len(differing)} other answers: {'; '.join(differing)}", self.where)
 
+    def expect_own_answers(self) -> None:
+        """Tokens and log-probabilities are, bit by bit, those that the engine gave before any update."""
+        for engine in self.engines:
+            cold = answers.cold(engine.process.call("cold_answers", deadline_s=self.call_deadline_s))
+            found = engine.process.call("answers", deadline_s=self.call_deadline_s)
+            differing = answers.differing(found, cold)
+            expected = f"the answers from before any update, within {cold.apart:.3g}"
+            expect(not differing, expected, f"{len(differing)} other answers: {'; '.join(differing)}", self.where)
+
     def expect_zero(self) -> None:
         """Every effective weight element of every rank is zero, and there are some."""
         results = [result for ranks in self.call_engines("probe_zero") for result in ranks]

@@ -369,7 +369,11 @@ class Pool:
         started = time.monotonic()
         self.announce(f"engine {key}: starting")
         link_path = self.launcher.link_path()
-        options = engine_options(stage) | ({"load_format": "dummy"} if key.seed is None else {}) | dict(key.options)
+        options = (
+            engine_options(stage, key.model)
+            | ({"load_format": "dummy"} if key.seed is None else {})
+            | dict(key.options)
+        )
         arguments = {
             "model": self.config(key.model) if key.seed is None else self.checkpoint(key.model, key.seed),
             "subject": subject.plain(),
@@ -381,7 +385,6 @@ class Pool:
         env = variables.of_engine(stage, key.copy, options["enforce_eager"]) | subject.engine_environment()
         if key.visible != "":
             env["CUDA_VISIBLE_DEVICES"] = key.visible
-        env |= variables.COMPILES_ITSELF if key.again else {}
         name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{'-again' if key.again else ''}"
         process = self.launcher.start(name, "suite.actors.engine:Engine", arguments, env, START_DEADLINE_S)
         try:

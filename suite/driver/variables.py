@@ -17,10 +17,6 @@ def of_trainer(device: str, visible: str | None, rank: int, stage: Stage | None)
     return _common("cpu" if device == "cpu" else "gpu", visible) | {"OMP_NUM_THREADS": "1"} | nccl
 
 
-# Without these, torch's compiler and vLLM take from their caches what an earlier process has compiled.
-COMPILES_ITSELF = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "VLLM_DISABLE_COMPILE_CACHE": "1"}
-
-
 def of_engine(stage: Stage, copy: int, eager: bool) -> dict[str, str | None]:
     """What an engine's process has in its environment. `copy` counts the engines of a stage that has several."""
     visible = stage.visible_to_engine(copy) if stage.kind == "gpu" else ""
@@ -32,9 +28,6 @@ def of_engine(stage: Stage, copy: int, eager: bool) -> dict[str, str | None]:
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         # The sampler compiles a helper for log-probabilities even in an eager engine: 15 s for nothing examined here.
         "TORCHDYNAMO_DISABLE": "1" if eager else None,
-        # Else the compiler times several kernels for a reduction and takes the fastest: two cold engines that compile
-        # side by side may add in another order, and answer apart (pytorch/pytorch#163589).
-        "TORCHINDUCTOR_DETERMINISTIC": "1",
     }
     if stage.kind == "gpu":
         return engines

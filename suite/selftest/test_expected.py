@@ -118,6 +118,16 @@ def test_answers_are_a_cold_engines_bit_by_bit(asked: Engines):
     assert asked.said == []
 
 
+def test_an_engine_is_compared_with_its_own_answers_from_before(asked: Engines):
+    before = [dict(asked.found[0])]
+    answering = {"answers": asked.found, "cold_answers": [before, before]}
+    asked.engines[0].process = SimpleNamespace(call=lambda method, deadline_s: answering[method])
+    asked.expect_own_answers()
+    asked.found[0]["logprobs"] = [-1.0, -2.0000001]
+    with pytest.raises(Differs, match=r"the answers from before any update, within 0\nfound: 1 other answers"):
+        asked.expect_own_answers()
+
+
 def test_where_a_cold_engine_differs_from_itself_the_report_says_so(asked: Engines):
     asked.found[0]["logprobs"] = [-1.0, -2.4]
     asked.expect_cold_answers(2)
