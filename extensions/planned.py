@@ -82,6 +82,11 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
 class PlannedSender(BroadcastSender):
     """The trainer's half: rank 0 of the group. It sends whole updates, by as few calls as the workers receive them."""
 
+    _manifest: Manifest | None = None  # of the last update, and what was made of it
+    _announced: Announced
+    _digest: bytes
+    _batches: list[list[str]]
+
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], manifest: Manifest | None = None) -> int:
         """Broadcast every tensor, in the order of `plan_update`'s manifest. Returns the bytes sent.
 
@@ -92,10 +97,13 @@ class PlannedSender(BroadcastSender):
         if manifest is None:
             named_tensors = list(named_tensors)
             manifest = manifest_of(named_tensors)
-        announced, named = parse(manifest), iter(named_tensors)
-        self._group.broadcast_all([_as_tensor(digest_of(announced), self._group.device)], src=0)
-        sent = 0
-        for names in batches(announced, GROUP_BYTES):
+        if manifest != self._manifest:
+            announced = parse(manifest)
+            self._manifest, self._announced = [dict(entry) for entry in manifest], announced
+            self._digest, self._batches = digest_of(announced), [*batches(announced, GROUP_BYTES)]
+        announced, named, sent = self._announced, iter(named_tensors), 0
+        self._group.broadcast_all([_as_tensor(self._digest, self._group.device)], src=0)
+        for names in self._batches:
             tensors = [self._next(named, name, announced) for name in names]
             self._group.broadcast_all(tensors, src=0)
             sent += sum(tensor.nbytes for tensor in tensors)

@@ -28,8 +28,8 @@ class Trains(Protocol):
     def named_tensors(self, order: str, alter: dict[str, Any] | None) -> Named:
         """Whole tensors by name; all ranks gather them together."""
 
-    def named_layout(self, order: str, alter: dict[str, Any] | None) -> Named:
-        """The same without data."""
+    def manifest(self, order: str, alter: dict[str, Any] | None) -> list[dict]:
+        """What announces these tensors; nothing is gathered."""
 
 
 class Fault:
@@ -66,7 +66,7 @@ class Outgoing:
 
     def manifest(self) -> list[dict]:
         """[{"name", "dtype", "shape"}, ...], in the order of sending."""
-        manifest = manifest_of(self._held or self._trainer.named_layout(*self._how))
+        manifest = manifest_of(self._held) if self._held else self._trainer.manifest(*self._how)
         self.count = len(manifest)
         return manifest
 

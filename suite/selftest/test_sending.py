@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from extensions.manifest import manifest_of
 from suite.actors import sending
 from suite.actors.dialogue import CALLED_OFF, Cancelled, EngineSide, NotAnnounced, NotStarted, TrainersHalfFailed
 from suite.actors.link import Link, LinkError
@@ -35,8 +36,8 @@ class Trainer:
             self.gathered += 1
             yield name, torch.ones(2)
 
-    def named_layout(self, order: str, alter: dict | None) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, torch.empty(2, device="meta")) for name in NAMES)
+    def manifest(self, order: str, alter: dict | None) -> list[dict]:
+        return manifest_of((name, torch.empty(2, device="meta")) for name in NAMES)
 
 
 class Half(TrainerHalf):
