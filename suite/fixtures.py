@@ -134,14 +134,19 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     if not all(_answers(pool, rank, "resources") for rank in trainer.processes):
         trainer.stop()
     host = selection_of(request.config).subjects[subject.host] if subject.host else None
-    lost = [
-        engine
-        for engine in engines
-        if not (_given_back(sync, engine, host) if host else _answers(pool, engine.process, "generate", [[1, 2, 3]], 1))
-    ]
+    lost = [engine for engine in engines if not _serves_on(sync, engine, host)]
     pool.done(request.node.nodeid)  # first, or one would be started again for this test
     for engine in lost:
         pool.discard(engine)
+
+
+def _serves_on(sync: Sync, engine: EngineHandle, host: Subject | None) -> bool:
+    """Whether a later test can have an engine, which lets go of what the trainer has handed over first."""
+    if not _answers(sync.pool, engine.process, "half", "forget"):
+        return False
+    if host:
+        return _given_back(sync, engine, host)
+    return _answers(sync.pool, engine.process, "generate", [[1, 2, 3]], 1)
 
 
 def _become(pool: Pool, engines: list[EngineHandle], subject: Subject) -> None:

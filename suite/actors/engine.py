@@ -156,7 +156,7 @@ class Engine:
         self._half.connect(address, port, rank_offset, world_size)
 
     def half(self, step: str, *args: Any) -> Any:
-        """Take a single step of an update: "begin", "end", "abort" or "state" of the subject's `EngineHalf`."""
+        """Take a single step: "begin", "end", "abort", "state" or "forget" of the subject's `EngineHalf`."""
         return getattr(self._half, step)(*args)
 
     def accept(self, trainer_ranks: int) -> None:

@@ -291,6 +291,7 @@ class Trainer:
         self._optimizer: torch.optim.Optimizer | None = None
         gc.collect()
         if self.device.type == "cuda":
+            torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
     def _trained(self) -> torch.nn.Module:

@@ -114,6 +114,11 @@ class KeptHandlesEngine(PlansOnce, HandlesEngine):
         self.engine.rpc("copy_update", self._digest, self._opened, handles)
         self._given = self._opened
 
+    def forget(self) -> None:
+        """Have the workers close the handles: as long as one is open, the trainer's memory stays taken."""
+        self._given = ""
+        self.engine.rpc("close_handles")
+
     def abort(self) -> None:
         """Nor is it known what the workers have opened."""
         self._given = ""

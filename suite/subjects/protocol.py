@@ -91,6 +91,9 @@ class EngineHalf:
         if self.subject.can("abort_update"):
             self.engine.rpc("abort_update")
 
+    def forget(self) -> None:
+        """Let go of whatever of the trainer's memory an update has left open: the trainer may give that memory up."""
+
     def state(self) -> list[str]:
         """What every worker says of its weights: "ready", "updating", "inconsistent"; nothing where they can't tell."""
         return self.engine.rpc("update_state") if self.subject.can("update_state") else []
