@@ -68,3 +68,10 @@ def engine_options(stage: Stage) -> dict:
     if stage.pipeline_parallel_size > 1:
         options["pipeline_parallel_size"] = stage.pipeline_parallel_size
     return options
+
+
+def expect_on(devices: tuple[str, ...], facts: dict, name: str) -> None:
+    """Ordinals name devices to the engine; UUIDs decide whether they are the right ones."""
+    found = tuple(device["id"] for device in facts["devices"])
+    if found != devices:
+        raise RuntimeError(f"expected {name} on {devices}, found it on {found}: do NVML and CUDA agree on the order?")
