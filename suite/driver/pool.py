@@ -325,11 +325,11 @@ class Pool:
     def _fill_spares(self) -> None:
         """Start a spare process, where that delays no engine that starts. Called with the lock held.
 
-        An engine that runs counts as one to come where a later test needs it: the current one may lose it.
+        An engine that is there counts as one to come where a later test needs it: the one before may lose it.
         """
         if not self._quiet and len(self._starting) + self._spares.importing < self._starts:
-            out = {*self._starting, *self._failed}
-            to_come = (key for key, n in self._needs.items() if key not in out and n > (key in self._started))
+            there = {*self._starting, *self._started}
+            to_come = (key for key, n in self._needs.items() if n > (key in there) and key not in self._failed)
             self._spares.fill(map(self._environment, to_come))
 
     def _choose(self) -> EngineKey | None:
