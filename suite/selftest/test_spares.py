@@ -159,6 +159,16 @@ def test_engines_that_start_come_first(make: Callable, launched: Launched):
     launched.spare(0)
 
 
+def test_what_imports_counts_as_one_that_starts(make: Callable, launched: Launched):
+    pool = make(2)
+    plan(pool, [A], [A], [B], [B])
+    start_first(pool, launched)
+    launched.spare(0)
+    assert launched.no_more_than(1), "expected no second one beside an engine that starts and one that imports"
+    launched.spare(0).import_all()
+    launched.spare(1)
+
+
 @pytest.mark.parametrize(
     ("key", "changes"),
     [
@@ -246,7 +256,7 @@ def test_engines_start_where_no_process_can_be_started_ahead(make: Callable, lau
 
 def test_what_is_measured_waits_until_nothing_imports_and_has_the_machine_to_itself(make: Callable, launched: Launched):
     pool = make(2)
-    plan(pool, [A], [A], [A], [B])
+    plan(pool, [A], [A], [B])
     start_first(pool, launched)
     start_first(pool, launched, B)
     entered, leave = threading.Event(), threading.Event()
@@ -262,8 +272,8 @@ def test_what_is_measured_waits_until_nothing_imports_and_has_the_machine_to_its
     assert not entered.is_set(), "expected imports under way to be waited for"
     launched.spare(0).import_all()
     assert entered.wait(SOON_S)
-    pool.discard(get(pool, A))
-    assert launched.no_more_than(1), "expected no process to be started ahead meanwhile"
+    pool.discard(get(pool, B))
+    assert launched.no_more_than(1), "expected no process to be started ahead meanwhile: two engines are to come"
     leave.set()
     measuring()
     eventually(lambda: launched.spare(0).changes is not None, "the waiting process to be taken")
