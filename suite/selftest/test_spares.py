@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from suite import fixtures
 from suite.actors import cuda
 from suite.driver import pool as module
 from suite.driver import variables
@@ -19,6 +20,7 @@ from suite.models import TIED
 from suite.processes.call import Call
 from suite.selftest.test_pool import A_WHILE_S, SOON_S, Asked, Engine, Started, eventually, get, plan
 from suite.stages import Stage
+from suite.stages.hardware import Device, Machine
 from suite.subjects import known_subjects
 
 STAGES = {
@@ -298,6 +300,16 @@ def test_none_waits_for_engines_on_cpus(make: Callable, launched: Launched):
     plan(pool, [ON_CPU], [ON_CPU])
     start_first(pool, launched, ON_CPU)
     assert launched.no_more_than(0)
+
+
+@pytest.mark.parametrize(
+    ("names", "cores", "count"),
+    [(["H100", "H100"], 32, 2), (["H100"], 9, 1), (["H100"], 4, 0), (["H100", "L4"], 32, 0), ([], 32, 0)],
+)
+def test_so_many_wait_on_a_machine(monkeypatch: pytest.MonkeyPatch, names: list[str], cores: int, count: int):
+    devices = tuple(Device(f"GPU-{index}", name, index) for index, name in enumerate(names))
+    monkeypatch.setattr(fixtures, "machine", lambda: Machine(devices, cores))
+    assert fixtures._spare_engines() == count
 
 
 # ---- CUDA
