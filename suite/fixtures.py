@@ -16,6 +16,7 @@ from suite.processes.call import DeadlineExceeded, Process, ProcessDied
 from suite.processes.launcher import Launcher
 from suite.session import verdicts
 from suite.session.needs import engines_of, index_of, trainer_of
+from suite.session.record import TOLERANCES
 from suite.session.state import selection_of, state_of
 from suite.stages import Stage
 from suite.stages.hardware import machine
@@ -42,7 +43,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def pool(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Pool]:
     """The engines of this run; those that the collected tests need are started ahead."""
     selection, state = selection_of(request.config), state_of(request.config)
-    pool = Pool(launcher, selection.stages, selection.subjects, state.announce, state.timeline, _spare_engines())
+    tolerances = request.config.stash.setdefault(TOLERANCES, {})
+    pool = Pool(
+        launcher, selection.stages, selection.subjects, state.announce, state.timeline, tolerances, _spare_engines()
+    )
     request.session.stash[POOL] = pool
     items = _still_to_come(request.session)
     own = {item.nodeid: engines_of(item) for item in items}
@@ -186,7 +190,7 @@ def _given_back(sync: Sync, engine: EngineHandle, host: Subject) -> bool:
             own.update()
             own.expect_same_behaviour()
         own.expect_exact(own.seed)
-        own.expect_cold_answers(own.seed)
+        own.expect_own_answers()
     except Exception as error:  # whatever it was, no later test is to meet it
         why = f"is not as before {sync.subject.name} and is replaced: {type(error).__name__}"
         sync.pool.announce(f"{engine.process.name} {why}")

@@ -57,6 +57,7 @@ class Engine:
         from vllm import LLM
 
         self._examine(subject)
+        self._cold: list[list[dict]] = []
         self._listener = Listener(link_path)
         self._links: list[Link] = []
         self._llm = LLM(
@@ -143,6 +144,10 @@ class Engine:
             self.generate([prompt], answers.TOKENS)[0]
             for prompt in answers.prompts(config.get_vocab_size(), config.max_model_len)
         ]
+
+    def cold_answers(self) -> list[list[dict]]:
+        """Both of this engine's `answers` after its cold load. Empty where it has written down nothing then."""
+        return self._cold
 
     def tokens_per_s(self, prompts: list[list[int]], max_tokens: int) -> float:
         """Generated tokens per second of one batch."""
@@ -241,9 +246,9 @@ class Engine:
         """Write what this engine computes with and answers after its cold load; see `suite.actors.recording`."""
         first = self.answers()
         self.rpc("probe_record")
-        second = self.answers()
+        self._cold = [first, self.answers()]
         self.reset_prefix_cache()
-        answers.write(path, first, second)
+        answers.write(path, *self._cold)
         self.rpc("probe_settle", path)  # last: once its files are there, so are the answers
 
     def _examine(self, subject: dict) -> None:

@@ -55,8 +55,10 @@ class Trainer:
         prepare(self.device)
 
     def warm_up_computing(self) -> None:
-        """The same for what `load` needs."""
+        """The same for what `load` needs, and for computing: on a GPU its libraries are read from disk first."""
         importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+        square = torch.ones(16, 16, dtype=torch.bfloat16, device=self.device)
+        torch.nn.functional.softmax(square @ square, dim=-1).sum().item()
 
     def facts(self) -> dict[str, Any]:
         """What this rank runs on."""
@@ -69,7 +71,6 @@ class Trainer:
 
     def forget(self) -> None:
         """Let go of the weights, of what trains them, and of what updates and rooflines still hold."""
-        self._sending.release()
         self._roofline.forget()
         self._forget()
 
@@ -270,6 +271,7 @@ class Trainer:
         return fully_shard(model, mesh=self._mesh)
 
     def _forget(self) -> None:
+        self._sending.forget()  # a sender may keep the tensors of the last update
         self._spec: models.ModelSpec | None = None
         self._model: torch.nn.Module | None = None
         self._tensors: dict[str, torch.Tensor] = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 from suite import models
 from suite.actors.written import weights_path
 from suite.driver import variables
-from suite.driver.engines import EngineHandle, EngineKey, engine_options, expect_on
+from suite.driver.engines import EngineHandle, EngineKey, NoReference, PortTaken, expect_on, options_of
 from suite.driver.patience import Patience
 from suite.driver.room import Room, engines_at_once
 from suite.driver.spares import Spares
@@ -33,18 +33,6 @@ MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 POLL_S, RETRY_S = 0.1, 1.0
 
 
-class PortTaken(Exception):
-    """An engine did not start since something else listens where it was to."""
-
-
-class NoReference(Exception):
-    """The engine to compare with did not start: nothing can be said of the subject."""
-
-    def __init__(self, key: EngineKey, error: Exception) -> None:
-        self.said = f"the engine to compare with, {key}, did not start: {getattr(error, 'said', error)}"
-        super().__init__(self.said)
-
-
 class Pool:
     """Starts, lends and ends engines.
 
@@ -53,6 +41,7 @@ class Pool:
         stages, subjects: by name.
         announce: called with a line of text when an engine starts, is ready, or fails.
         timeline: puts down how long a block takes, "starting", "moving" or "judging", and what.
+        tolerances: gets how far cold engines are apart that answer differently, in words, by engine.
         ahead: so many processes are kept that wait for an engine on GPUs (suite.driver.spares).
     """
 
@@ -63,10 +52,12 @@ class Pool:
         subjects: dict[str, Subject],
         announce: Callable[[str], None],
         timeline: Callable[[str, str], AbstractContextManager[None]] = lambda what, name: nullcontext(),
+        tolerances: dict[str, str] | None = None,
         ahead: int = 0,
     ) -> None:
         self.launcher, self._stages, self._subjects = launcher, stages, subjects
         self.announce, self.timeline = announce, timeline
+        self._tolerances = {} if tolerances is None else tolerances
         self.room = Room(stages, gpu_memory_bytes())
         self._spares = Spares(launcher, variables.of_spare_engine(stages.values()), ahead, announce)
         self._starts = max(MIN_STARTS, min(MAX_STARTS, len(os.sched_getaffinity(0)) // CORES_A_START))
@@ -216,14 +207,18 @@ class Pool:
 
         It is one of `among` if any fits: another subject's engine will do, also on another stage of the same layout.
         """
-        wanted = (key.model, self._layout(key.stage), key.options, seed)
+        wanted = (key.model, self._layout(key.stage), key.options, seed, key.again)
         for other in among:
-            if (other.model, self._layout(other.stage), other.options, other.seed) == wanted:
+            if (other.model, self._layout(other.stage), other.options, other.seed, other.again) == wanted:
                 return other
         return replace(key, seed=seed, visible="", copy=0)
 
-    def oracle(self, key: EngineKey, seed: int) -> str:
-        """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has."""
+    def oracle(self, key: EngineKey, seed: int, again: bool = False) -> str:
+        """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has.
+
+        again: whether a second one is asked for, which is started for this alone.
+        """
+        key = replace(key, again=again)
         path = str(self.oracle_path(replace(key, seed=seed)))
         files = [weights_path(path, rank) for rank in range(self._stages[key.stage].engine_ranks)]
         reference = self.reference(key, seed, [*self._needs])
@@ -241,6 +236,13 @@ class Pool:
         with self._changed:
             self._wait_for((reference,), written)
         return path
+
+    def tolerate(self, key: EngineKey, how_far: str) -> None:
+        """Tell how far cold engines that compute as `key` does are apart, once."""
+        name = " ".join(map(str, [key.model, *self._layout(key.stage), *(f"{n}={v}" for n, v in key.options)]))
+        if self._tolerances.get(name) != how_far:
+            self._tolerances[name] = how_far
+            self.announce(f"cold engines of {name} answer differently, which is allowed: {how_far}")
 
     def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
         """The directory of a model's checkpoint, written when first asked for."""
@@ -272,6 +274,7 @@ class Pool:
     def oracle_path(self, key: EngineKey) -> Path:
         """Where engines that compute as `key` does write what they compute with after a cold load."""
         parts = [key.model, *self._layout(key.stage), *(f"{n}={v}" for n, v in key.options), key.seed]
+        parts += ["again"] if key.again else []
         return self.launcher.directory / "oracles" / "-".join(map(str, parts))
 
     def _work(self) -> None:
@@ -323,10 +326,8 @@ class Pool:
             return None
 
     def _fill_spares(self) -> None:
-        """Start a spare process, where that delays no engine that starts. Called with the lock held.
-
-        An engine that is there counts as one to come where a later test needs it: the one before may lose it.
-        """
+        """Start a spare process, where that delays no engine that starts. Called with the lock held."""
+        # An engine that is there counts as one to come where a later test needs it: the one before may lose it.
         if not self._quiet and len(self._starting) + self._spares.importing < self._starts:
             there = {*self._starting, *self._started}
             to_come = (key for key, n in self._needs.items() if n > (key in there) and key not in self._failed)
@@ -370,16 +371,15 @@ class Pool:
         stage, subject, started = self._stages[key.stage], self._subjects[key.subject], time.monotonic()
         self.announce(f"engine {key}: starting")
         link_path = self.launcher.link_path()
-        options = engine_options(stage) | ({"load_format": "dummy"} if key.seed is None else {}) | dict(key.options)
         arguments = {
             "model": self.config(key.model) if key.seed is None else self.checkpoint(key.model, key.seed),
             "subject": subject.plain(),
             "link_path": link_path,
             "tensor_parallel_size": stage.tensor_parallel_size,
             "oracle_path": str(self.oracle_path(key)) if key.seed is not None else None,
-            "options": options,
+            "options": options_of(key, stage),
         }
-        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
+        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{'-again' if key.again else ''}"
         process = self._spares.start(name, arguments, self._environment(key), START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
@@ -394,7 +394,6 @@ class Pool:
         return EngineHandle(key, process, link_path, stage.engine_ranks, subject.plain(), facts=facts)
 
     def _environment(self, key: EngineKey) -> Variables:
-        stage = self._stages[key.stage]
-        eager = (engine_options(stage) | dict(key.options))["enforce_eager"]
+        stage, eager = self._stages[key.stage], options_of(key, self._stages[key.stage])["enforce_eager"]
         env = variables.of_engine(stage, key.copy, eager) | self._subjects[key.subject].engine_environment()
         return env if key.visible == "" else env | {"CUDA_VISIBLE_DEVICES": key.visible}

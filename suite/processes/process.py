@@ -252,11 +252,22 @@ def _environment(launcher: "LocalLauncher", label: str, changes: dict[str, str |
         ),  # would be below TMPDIR, and lost with it
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in search if path)),
         "PYTHONUNBUFFERED": "1",
+        **_bytecode(launcher),
         "PYTHONFAULTHANDLER": "1",
         "PYTEST_CURRENT_TEST": None,
     }
     wanted = {**os.environ, **own, **changes}
     return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _bytecode(launcher: "LocalLauncher") -> dict[str, str | None]:
+    """Where bytecode goes, where none may be written beside the sources: else every process compiles all it imports.
+
+    Seen on a GPU host with PYTHONDONTWRITEBYTECODE=1, where every import of vLLM took 24 s.
+    """
+    if not sys.dont_write_bytecode:
+        return {}
+    return {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPYCACHEPREFIX": str(launcher.directory / "bytecode")}
 
 
 def _open_log(path: Path) -> int:

@@ -27,7 +27,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 @pytest.fixture(params=[False, True], ids=["at once", "in pieces"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
-        monkeypatch.setattr(checksum, "PIECE_ELEMENTS", 7)
+        monkeypatch.setitem(checksum.PIECE_ELEMENTS, "cpu", 7)
 
 
 IN_PIECES = pytest.mark.usefixtures("pieces")
@@ -108,8 +108,8 @@ def test_elements_of_sixteen_bytes_are_refused():
 
 
 def test_a_piece_takes_less_than_it_may(monkeypatch: pytest.MonkeyPatch):
-    assert checksum.PIECE_ELEMENTS * 8 * checksum.TEMPORARIES == 64 * 2**20
-    monkeypatch.setattr(checksum, "PIECE_ELEMENTS", 100)
+    assert checksum.PIECE_ELEMENTS["cpu"] * 8 * checksum.TEMPORARIES == 64 * 2**20
+    monkeypatch.setitem(checksum.PIECE_ELEMENTS, "cpu", 100)
     sizes = [piece.numel() for piece, _ in checksum._pieces(random(30, 70), 0, [70, 1])]
     assert max(sizes) <= 100
     assert sum(sizes) == 30 * 70

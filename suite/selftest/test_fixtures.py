@@ -179,4 +179,4 @@ def test_an_engine_is_given_back_that_answers_right_with_either_checkpoint(monke
     sync = SimpleNamespace(pool=None, trainer=None, subject=SimpleNamespace(name="mutant"), stage=None, model="")
     assert fixtures._given_back(sync, SimpleNamespace(become=lambda host: None), SUBJECTS["broadcast"])
     assert did.count("expect_same_behaviour") == 2
-    assert (did.count("update"), did.count("expect_exact")) == (2, 1)
+    assert (did.count("update"), did.count("expect_exact"), did.count("expect_own_answers")) == (2, 1, 1)

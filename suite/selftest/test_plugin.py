@@ -486,7 +486,7 @@ def test_ends(subject, stage, model):
     pass
 
 @pytest.mark.benchmark
-@pytest.mark.models(cpu=["qwen3-1m"])
+@pytest.mark.models(cpu=["qwen3-1m", "qwen3-10m"])
 def test_measures(benchmark, subject, stage, model):
     pass
 
@@ -504,9 +504,10 @@ def test_judges(subject, stage, model):
 def test_what_judges_comes_first_and_what_measures_last_on_all_stages(tmp_path: Path):
     finished = examine(tmp_path, OF_EVERY_PHASE, "--subject=broadcast", "--collect-only", "-q")
     cases = [line.partition("::")[2] for line in finished.output.splitlines() if "::" in line]
-    in_order = ["test_judges", "test_alone", "test_ends", "test_measures"]
+    in_order = ["test_judges", "test_alone", "test_ends", "test_measures", "test_measures"]
     assert [case.partition("[")[0] for case in cases] == [name for name in in_order for _ in range(2)]
-    assert ["cpu-tp1" in case for case in cases] == [True, False] * 4
+    assert ["cpu-tp1" in case for case in cases] == [True, False] * 3 + [False, True] * 2, "stage by stage, then back"
+    assert ["qwen3-1m" in case for case in cases[-4:]] == [True, True, False, False], "model by model"
 
 
 # ---- runs that end early

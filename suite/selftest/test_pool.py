@@ -81,7 +81,7 @@ class Started:
 
     def of(self, key: EngineKey, again: int = 0) -> Engine:
         """The engine of a key, once it has been started, and started again."""
-        label = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
+        label = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{'-again' if key.again else ''}"
         eventually(lambda: self._labels().count(label) > again, f"{label} among {self._labels()}")
         return [engine for engine in self.engines if engine.label == label][again]
 
@@ -431,6 +431,31 @@ def test_an_oracle_is_there_when_all_its_ranks_have_written(pool: Pool, started:
     assert asked() == reference.arguments["oracle_path"]
     reference.let()
     assert reference.stopped.wait(SOON_S), "expected a reference that no test updates to end once it has written"
+
+
+def test_a_second_oracle_is_an_engine_of_its_own(pool: Pool, started: Started):
+    plan(pool, [A], [B])
+    for key in (A, B):
+        started.of(key).write(0)
+        started.of(key).let()
+    asked = Asked(pool.oracle, A, 1, True)
+    second = started.of(replace(A, seed=1, again=True))
+    assert asked.waits()
+    assert second.arguments["oracle_path"] != started.of(B).arguments["oracle_path"]
+    second.write(0)
+    second.let()
+    assert asked() == second.arguments["oracle_path"]
+    assert second.stopped.wait(SOON_S), "expected it to end once it has written"
+    assert pool.oracle(A, 1, again=True) == asked()
+
+
+def test_how_far_cold_engines_are_apart_is_told_once(pool: Pool):
+    told: list[str] = []
+    pool.announce, pool._tolerances = told.append, {}
+    for how_far in ("0.5 apart", "0.5 apart", "0.75 apart"):
+        pool.tolerate(A, how_far)
+    assert [line.partition("which is allowed: ")[2] for line in told] == ["0.5 apart", "0.75 apart"]
+    assert pool._tolerances == {f"{MODEL} cpu 1 1": "0.75 apart"}
 
 
 def test_an_oracle_that_fails_to_start_reaches_the_test(pool: Pool, started: Started):

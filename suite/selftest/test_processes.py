@@ -83,6 +83,21 @@ def test_calls_are_served_one_at_a_time_in_order(echo: Process):
     assert [result[0][0] for result in gather(calls, deadline_s=10)] == list(range(20))
 
 
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_where_no_bytecode_may_be_written_beside_the_sources_it_goes_to_the_runs_folder(
+    shared_launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch, forbidden: bool
+):
+    monkeypatch.setattr(sys, "dont_write_bytecode", forbidden)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    process = shared_launcher.start("bytecode", ECHO)
+    wanted = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": None}
+    if forbidden:
+        bytecode = shared_launcher.directory / "bytecode"
+        wanted = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPYCACHEPREFIX": str(bytecode)}
+    assert {name: process.call("environment", name, deadline_s=20) for name in wanted} == wanted
+    assert not forbidden or any(bytecode.rglob("*.pyc"))
+
+
 def test_environment_is_pytests_own_with_changes(shared_launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WS_KEPT", "kept")
     monkeypatch.setenv("WS_REMOVED", "removed")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from suite.actors import sending
-from suite.actors.dialogue import CALLED_OFF, Cancelled, EngineSide, NotAnnounced, Refused, TrainersHalfFailed
+from suite.actors.dialogue import CALLED_OFF, Cancelled, EngineSide, NotAnnounced, NotStarted, TrainersHalfFailed
 from suite.actors.link import Link, LinkError
 from suite.actors.roofline import Roofline
 from suite.actors.sending import Fault, Outgoing, Sending
@@ -123,7 +123,7 @@ def test_an_update_is_announced_sent_and_released(rank: tuple[Sending, EngineSid
 def test_an_update_that_is_called_off_is_refused_on_both_sides(rank: tuple[Sending, EngineSide]):
     heard: list = []
     serving = engine(rank[1], heard)
-    with pytest.raises(Refused, match=CALLED_OFF):
+    with pytest.raises(NotStarted, match=CALLED_OFF):
         rank[0].update(DEADLINE_S, call_off=True)
     serving.join(DEADLINE_S)
     assert isinstance(heard[-1], Cancelled)

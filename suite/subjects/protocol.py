@@ -126,6 +126,10 @@ class TrainerHalf:
     def release(self) -> None:
         """Let go of what an update held. Called when all engines have ended or refused it."""
 
+    def forget(self) -> None:
+        """Let go of whatever keeps tensors, between updates: the trainer gives up its weights."""
+        self.release()
+
     def abort(self, reason: str) -> None:
         """End a send() that runs in another thread, where that can be done: it raises within 2 s then."""
 
