@@ -19,10 +19,11 @@ from suite.session.needs import engines_of, index_of, trainer_of
 from suite.session.record import TOLERANCES
 from suite.session.state import selection_of, state_of
 from suite.stages import Stage
+from suite.stages.hardware import machine
 from suite.subjects import Subject
 
 FSDP_RANKS = 2
-SPARE_TRAINERS, CORES_A_SPARE = 6, 5  # kept ready at the most; one for so many cores
+SPARE_TRAINERS, SPARE_ENGINES, CORES_A_SPARE = 6, 2, 5  # kept ready at the most; one of a kind for so many cores
 SEEING_TRAINERS = 5  # started ahead at the most, of those that see GPUs in their own way
 POOL = pytest.StashKey[Pool]()
 ENDED = pytest.StashKey[set[str]]()  # tests, by their ids
@@ -43,7 +44,9 @@ def pool(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Pool]:
     """The engines of this run; those that the collected tests need are started ahead."""
     selection, state = selection_of(request.config), state_of(request.config)
     tolerances = request.config.stash.setdefault(TOLERANCES, {})
-    pool = Pool(launcher, selection.stages, selection.subjects, state.announce, state.timeline, tolerances)
+    pool = Pool(
+        launcher, selection.stages, selection.subjects, state.announce, state.timeline, tolerances, _spare_engines()
+    )
     request.session.stash[POOL] = pool
     items = _still_to_come(request.session)
     own = {item.nodeid: engines_of(item) for item in items}
@@ -55,6 +58,13 @@ def pool(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Pool]:
     pool.plan(own, references)
     yield pool
     pool.close()
+
+
+def _spare_engines() -> int:
+    """How many processes wait for an engine. Importing vLLM keeps what one GPU can do: GPUs have to be alike."""
+    found = machine()
+    alike = len({device.name for device in found.devices}) == 1
+    return min(SPARE_ENGINES, found.cpu_cores // CORES_A_SPARE) if alike else 0
 
 
 def _still_to_come(session: pytest.Session) -> list[pytest.Item]:

@@ -6,6 +6,7 @@ import traceback
 from typing import Any
 
 from suite.actors import answers
+from suite.actors.cuda import cuda_is_initialised
 from suite.actors.dialogue import EngineSide
 from suite.actors.link import Link, Listener
 from suite.actors.probe import EXTENSION, PROBED
@@ -35,6 +36,13 @@ class Engine:
 
     _doubtful = False  # whether a call of vllm.LLM has failed, and left replies perhaps
     _calls = 0  # to all workers, so far
+
+    @staticmethod
+    def import_ahead() -> dict[str, bool]:
+        """Import what every engine needs, and say whether that initialised CUDA: {"cuda_is_initialised": ...}."""
+        from vllm import LLM, SamplingParams  # noqa: F401
+
+        return {"cuda_is_initialised": cuda_is_initialised()}
 
     def __init__(
         self,

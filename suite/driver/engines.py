@@ -36,6 +36,18 @@ class EngineKey:
         return " ".join([self.model, self.stage, self.subject, f"seed={self.seed}", *extra])
 
 
+class PortTaken(Exception):
+    """An engine did not start since something else listens where it was to."""
+
+
+class NoReference(Exception):
+    """The engine to compare with did not start: nothing can be said of the subject."""
+
+    def __init__(self, key: EngineKey, error: Exception) -> None:
+        self.said = f"the engine to compare with, {key}, did not start: {getattr(error, 'said', error)}"
+        super().__init__(self.said)
+
+
 @dataclass
 class EngineHandle:
     """A started engine as pytest sees it."""
@@ -77,3 +89,15 @@ def engine_options(stage: Stage, model: str) -> dict:
     if stage.pipeline_parallel_size > 1:
         options["pipeline_parallel_size"] = stage.pipeline_parallel_size
     return options
+
+
+def options_of(key: EngineKey, stage: Stage) -> dict:
+    """Arguments of vllm.LLM that an engine gets."""
+    return engine_options(stage, key.model) | ({"load_format": "dummy"} if key.seed is None else {}) | dict(key.options)
+
+
+def expect_on(devices: tuple[str, ...], facts: dict, name: str) -> None:
+    """Ordinals name devices to the engine; UUIDs decide whether they are the right ones."""
+    found = tuple(device["id"] for device in facts["devices"])
+    if found != devices:
+        raise RuntimeError(f"expected {name} on {devices}, found it on {found}: do NVML and CUDA agree on the order?")

@@ -16,9 +16,11 @@ from pathlib import Path
 from suite import models
 from suite.actors.written import weights_path
 from suite.driver import variables
-from suite.driver.engines import EngineHandle, EngineKey, engine_options
+from suite.driver.engines import EngineHandle, EngineKey, NoReference, PortTaken, expect_on, options_of
 from suite.driver.patience import Patience
 from suite.driver.room import Room, engines_at_once
+from suite.driver.spares import Spares
+from suite.driver.variables import Variables
 from suite.processes.launcher import Launcher
 from suite.stages import Stage
 from suite.stages.hardware import gpu_memory_bytes
@@ -31,18 +33,6 @@ MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 POLL_S, RETRY_S = 0.1, 1.0
 
 
-class PortTaken(Exception):
-    """An engine did not start since something else listens where it was to."""
-
-
-class NoReference(Exception):
-    """The engine to compare with did not start: nothing can be said of the subject."""
-
-    def __init__(self, key: EngineKey, error: Exception) -> None:
-        self.said = f"the engine to compare with, {key}, did not start: {getattr(error, 'said', error)}"
-        super().__init__(self.said)
-
-
 class Pool:
     """Starts, lends and ends engines.
 
@@ -52,6 +42,7 @@ class Pool:
         announce: called with a line of text when an engine starts, is ready, or fails.
         timeline: puts down how long a block takes, "starting", "moving" or "judging", and what.
         tolerances: gets how far cold engines are apart that answer differently, in words, by engine.
+        ahead: so many processes are kept that wait for an engine on GPUs (suite.driver.spares).
     """
 
     def __init__(
@@ -62,11 +53,14 @@ class Pool:
         announce: Callable[[str], None],
         timeline: Callable[[str, str], AbstractContextManager[None]] = lambda what, name: nullcontext(),
         tolerances: dict[str, str] | None = None,
+        ahead: int = 0,
     ) -> None:
         self.launcher, self._stages, self._subjects = launcher, stages, subjects
         self.announce, self.timeline = announce, timeline
         self._tolerances = {} if tolerances is None else tolerances
         self.room = Room(stages, gpu_memory_bytes())
+        self._spares = Spares(launcher, variables.of_spare_engine(stages.values()), ahead, announce)
+        self._starts = max(MIN_STARTS, min(MAX_STARTS, len(os.sched_getaffinity(0)) // CORES_A_START))
         self._needs: Counter[EngineKey] = Counter()
         self._by_test: dict[str, list[EngineKey]] = {}
         self._started: dict[EngineKey, EngineHandle] = {}
@@ -97,8 +91,7 @@ class Pool:
         in_order = dict.fromkeys(key for test, keys in needs.items() for key in (*keys, *references.get(test, ())))
         self._records = set(in_order) - set(updated)
         self._needs = Counter({key: updated[key] or 1 for key in in_order})
-        starts = max(MIN_STARTS, min(MAX_STARTS, len(os.sched_getaffinity(0)) // CORES_A_START))
-        for index in range(starts):
+        for index in range(self._starts):
             threading.Thread(target=self._work, name=f"engine-starter-{index}", daemon=True).start()
 
     def get_all(self, keys: Sequence[EngineKey]) -> list[EngineHandle]:
@@ -180,11 +173,11 @@ class Pool:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """No engine starts or ends meanwhile: what is measured has the machine to itself."""
+        """No engine starts or ends meanwhile, and no spare process: what is measured has the machine to itself."""
         with self._changed:
             self._quiet = True
             deadline = time.monotonic() + START_DEADLINE_S
-            while (self._starting or self._stopping) and time.monotonic() < deadline:
+            while (self._starting or self._stopping or self._spares.importing) and time.monotonic() < deadline:
                 self._changed.wait(POLL_S)
         try:
             yield
@@ -272,6 +265,7 @@ class Pool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._spares.close()
 
     def _layout(self, stage: str) -> tuple[str, int, int]:
         found = self._stages[stage]
@@ -327,8 +321,17 @@ class Pool:
                 if key is not None:
                     self._starting.add(key)
                     return key
+                self._fill_spares()
                 self._changed.wait(1.0)
             return None
+
+    def _fill_spares(self) -> None:
+        """Start a spare process, where that delays no engine that starts. Called with the lock held."""
+        # An engine that is there counts as one to come where a later test needs it: the one before may lose it.
+        if not self._quiet and len(self._starting) + self._spares.importing < self._starts:
+            there = {*self._starting, *self._started}
+            to_come = (key for key, n in self._needs.items() if n > (key in there) and key not in self._failed)
+            self._spares.fill(map(self._environment, to_come))
 
     def _choose(self) -> EngineKey | None:
         """In order, but for engines on other devices than one that has to wait for room."""
@@ -365,44 +368,32 @@ class Pool:
             return self._start(key)
 
     def _start(self, key: EngineKey) -> EngineHandle:
-        stage, subject = self._stages[key.stage], self._subjects[key.subject]
-        started = time.monotonic()
+        stage, subject, started = self._stages[key.stage], self._subjects[key.subject], time.monotonic()
         self.announce(f"engine {key}: starting")
         link_path = self.launcher.link_path()
-        options = (
-            engine_options(stage, key.model)
-            | ({"load_format": "dummy"} if key.seed is None else {})
-            | dict(key.options)
-        )
         arguments = {
             "model": self.config(key.model) if key.seed is None else self.checkpoint(key.model, key.seed),
             "subject": subject.plain(),
             "link_path": link_path,
             "tensor_parallel_size": stage.tensor_parallel_size,
             "oracle_path": str(self.oracle_path(key)) if key.seed is not None else None,
-            "options": options,
+            "options": options_of(key, stage),
         }
-        env = variables.of_engine(stage, key.copy, options["enforce_eager"]) | subject.engine_environment()
-        if key.visible != "":
-            env["CUDA_VISIBLE_DEVICES"] = key.visible
         name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{'-again' if key.again else ''}"
-        process = self.launcher.start(name, "suite.actors.engine:Engine", arguments, env, START_DEADLINE_S)
+        process = self._spares.start(name, arguments, self._environment(key), START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
             if stage.kind == "gpu" and key.visible == "":
-                _expect_on(stage.devices_of_engine(key.copy), facts, name)
+                expect_on(stage.devices_of_engine(key.copy), facts, name)
         except Exception as error:
             process.stop()
-            log = process.tail(LOG_LINES).lower()
-            if any(sign in log for sign in PORT_TAKEN):
+            if any(sign in process.tail(LOG_LINES).lower() for sign in PORT_TAKEN):
                 raise PortTaken("a port that vLLM had found free was taken by another process") from error
             raise
         self.announce(f"engine {key}: ready after {time.monotonic() - started:.0f} s")
         return EngineHandle(key, process, link_path, stage.engine_ranks, subject.plain(), facts=facts)
 
-
-def _expect_on(devices: tuple[str, ...], facts: dict, name: str) -> None:
-    """Ordinals name devices to the engine; UUIDs decide whether they are the right ones."""
-    found = tuple(device["id"] for device in facts["devices"])
-    if found != devices:
-        raise RuntimeError(f"expected {name} on {devices}, found it on {found}: do NVML and CUDA agree on the order?")
+    def _environment(self, key: EngineKey) -> Variables:
+        stage, eager = self._stages[key.stage], options_of(key, self._stages[key.stage])["enforce_eager"]
+        env = variables.of_engine(stage, key.copy, eager) | self._subjects[key.subject].engine_environment()
+        return env if key.visible == "" else env | {"CUDA_VISIBLE_DEVICES": key.visible}

@@ -525,7 +525,7 @@ def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started,
 @pytest.fixture
 def on_gpus(pool: Pool, started: Started, monkeypatch: pytest.MonkeyPatch) -> Pool:
     """Engines on GPUs, each where its stage says; two of `gpu-pair` share GPU-2 with that stage's trainer."""
-    monkeypatch.setattr(module, "_expect_on", lambda *_: None)
+    monkeypatch.setattr(module, "expect_on", lambda *_: None)
     pair = Stage("gpu-pair", "gpu", 1, 1, True, ("GPU-2", "GPU-2"), ("GPU-2",), ("2", "2"), ("2",), engines=2)
     monkeypatch.setattr(pool, "_stages", pool._stages | {"gpu-pair": pair})
     monkeypatch.setattr(pool.room, "_stages", pool._stages)
