@@ -100,7 +100,8 @@ def headline(run: Run) -> tuple[str, str]:
         said = f"{len(waived)} of {requirements} not met, which is waived ({_levels(waived)})"
         return "waived", f"{said}; {met} met{rest}."
     if not met:
-        return "not-applicable", f"None of {requirements} could be judged here."
+        could = "The 1 requirement could not" if len(found) == 1 else f"None of {requirements} could"
+        return "not-applicable", f"{could} be judged here."
     lacking = len(found) - met
     rest = f"; {lacking} not judged (unsupported or not applicable)" if lacking else ""
     judged = (

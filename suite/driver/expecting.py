@@ -177,5 +177,6 @@ class Expecting(Together):
             rank, differing, others = result["rank"], result["differing"], result.get("others", 0)
             expect(result["elements"] > 0, f"weights on rank {rank}", "none to look at", self.where)
             which = counted(differing, "weight") + (f" and {counted(others, 'other tensor')}" if others else "")
-            found = f"{which} that {'differs' if differing + others == 1 else 'differ'} on rank {rank}: {'; '.join(result['first'])}"
+            differ = "differs" if differing + others == 1 else "differ"
+            found = f"{which} that {differ} on rank {rank}: {'; '.join(result['first'])}"
             expect(differing == others == 0, expected, found, self.where)

@@ -360,7 +360,7 @@ def test_a_waived_failure_counts_as_met_in_no_headline(tmp_path, files, capsys, 
         ("pass", "✓ The 1 requirement that was judged is met."),
         ("fail", "✗ 1 of 1 requirement not met (1 MUST, 0 SHOULD); 0 met."),
         ("error", "! 1 of 1 requirement could not be judged; 0 met, none failed."),
-        ("not-applicable", "None of 1 requirement could be judged here."),
+        ("not-applicable", "- The 1 requirement could not be judged here."),
     ],
 )
 def test_the_headline_of_one_requirement_is_in_the_singular(verdict, headline):

@@ -81,7 +81,9 @@ def test_every_rank_has_a_device_and_only_colocated_ones_share():
 
 def test_reasons_say_what_is_needed_what_is_there_and_why():
     reasons = unavailable(machine_of(1, cores=1, note="CUDA_VISIBLE_DEVICES='1' shows 1 of the 2 devices"))
-    assert reasons["cpu-tp2"] == "needs 2 CPU cores, one for each rank; this process may use 1"
+    assert (
+        reasons["cpu-tp2"] == "needs 2 CPU cores, one for the engine's and the trainer's rank; this process may use 1"
+    )
     assert reasons["gpu-split"] == ("needs 2 whole GPUs, found 1 (CUDA_VISIBLE_DEVICES='1' shows 1 of the 2 devices)")
 
 
