@@ -116,8 +116,20 @@ def pytest_collection_modifyitems(
     order = {item.nodeid: index for index, item in enumerate(items)}
     yield
     if (chosen := state_of(config).selection) and not session.testsfailed:  # all files could be collected
-        expect_taken(config, chosen, collected, any(map(examines, items)))
+        left = any(map(examines, items))
+        with _no_items_where_refused(items):
+            expect_taken(config, chosen, collected, left)
     items.sort(key=lambda item: (*place_of(item), order[item.nodeid]))
+
+
+@contextlib.contextmanager
+def _no_items_where_refused(items: list[pytest.Item]) -> Iterator[None]:
+    """Drop all tests where the command line is refused: so no run begins, and the artefacts of the last one stay."""
+    try:
+        yield
+    except pytest.UsageError:
+        items.clear()
+        raise
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:

@@ -383,13 +383,16 @@ def test_unknown_names_are_usage_errors(
     assert said in str(caught.value)
 
 
+UNNAMED = "None of the collected tests names it. Try: choose another model."
+
+
 @pytest.mark.parametrize(
     ("arguments", "given", "said"),
     [
-        (("--model=qwen3-8b",), "--model=qwen3-8b", "None of the collected files has one."),
-        (("--model=llama-tiny", "--model=qwen3-8b"), "--model=qwen3-8b", "None of the collected files has one."),
-        (("--model=qwen3-0.6b", "-m", "cpu"), "--model=qwen3-0.6b", "taken by update.exact. Try: leave out -m 'cpu',"),
-        (("--stage=cpu-tp1", "-m", "gpu"), "--stage=cpu-tp1", "taken by update.exact. Try: leave out -m 'gpu',"),
+        (("--model=qwen3-8b",), "--model=qwen3-8b", UNNAMED),
+        (("--model=llama-tiny", "--model=qwen3-8b"), "--model=qwen3-8b", UNNAMED),
+        (("--model=qwen3-0.6b", "-m", "cpu"), "--model=qwen3-0.6b", "by update.exact. Try: leave out -m 'cpu' or"),
+        (("--stage=cpu-tp1", "-m", "gpu"), "--stage=cpu-tp1", "by update.exact. Try: leave out -m 'gpu' or"),
         (("--stage=cpu-tp1", "-k", "nowhere"), "--stage=cpu-tp1", "taken by update.exact. Try: leave out -k 'nowhere'"),
         (("--subject=colocate", "-k", "no"), "--subject=colocate", "taken by update.exact, names.free. Try: leave out"),
         (("--extension=suite.selftest.targets:Reference", "-k", "no"), "--extension=suite.selftest.targets:Reference",
@@ -401,6 +404,7 @@ def test_a_value_that_no_test_takes_is_a_usage_error(tmp_path: Path, arguments: 
     assert finished.code == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: {given}: expected a test that takes this " in finished.output
     assert said in finished.output
+    assert not (finished.report / "run.json").exists(), "the run before has left it"
 
 
 @pytest.mark.parametrize(

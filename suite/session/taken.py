@@ -71,12 +71,14 @@ def _called(item: pytest.Item) -> str:
 
 
 def _message(config: pytest.Config, given: str, option: str, takers: list[str]) -> str:
-    narrowing = [f"-{short} {said!r}" for short, said in (("k", config.option.keyword), ("m", config.option.markexpr))]
-    narrowed = [said for said in narrowing if not said.endswith("''")]
+    narrowing = {"-k": config.option.keyword, "-m": config.option.markexpr}
+    narrowed = " and ".join(f"{short} {said!r}" for short, said in narrowing.items() if said)
     more = f" and {len(takers) - NAMED} more" if len(takers) > NAMED else ""
-    by = f"It is taken by {', '.join(takers[:NAMED])}{more}" if takers else "None of the collected files has one"
-    leaving = f"leave out {' and '.join(narrowed)}, " if narrowed and takers else ""
+    by = f"It is taken by {', '.join(takers[:NAMED])}{more}" if takers else "None of the collected tests names it"
+    by_path = config.args_source == pytest.Config.ArgsSource.ARGS
+    tries = [f"leave out {narrowed}"] if narrowed and takers else []
+    tries += ["name no path of tests"] if by_path and not takers else []
     return (
-        f"{given}: expected a test that takes this {option}, found none among those that are left. {by}."
-        f" Try: {leaving}choose another {option} or stage, or name no path of tests."
+        f"{given}: expected a test that takes this {option}, found none{narrowed and f' with {narrowed}'}. {by}."
+        f" Try: {' or '.join([*tries, f'choose another {option}'])}."
     )
