@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from reports.units import counted
 from suite.actors import answers
 from suite.driver.expected import expect
 from suite.driver.together import MAX_TOKENS, Together
@@ -188,6 +189,7 @@ class Expecting(Together):
         for result in results:
             rank, differing, others = result["rank"], result["differing"], result.get("others", 0)
             expect(result["elements"] > 0, f"weights on rank {rank}", "none to look at", self.where)
-            which = f"{differing} weights" + (f" and {others} other tensors" if others else "")
-            found = f"{which} that differ on rank {rank}: {'; '.join(result['first'])}"
+            which = counted(differing, "weight") + (f" and {counted(others, 'other tensor')}" if others else "")
+            differ = "differs" if differing + others == 1 else "differ"
+            found = f"{which} that {differ} on rank {rank}: {'; '.join(result['first'])}"
             expect(differing == others == 0, expected, found, self.where)

@@ -67,10 +67,10 @@ WRONG = [
     (
         lambda e: e.expect_exact(1),
         RIGHT | {"others": 1, "first": ["rope.cos_sin_cache: 1 of 8 elements differ"]},
-        "0 weights and 1 other tensors that differ on rank 0: rope.cos_sin_cache: 1 of 8",
+        "0 weights and 1 other tensor that differs on rank 0: rope.cos_sin_cache: 1 of 8",
     ),
     (lambda e: e.expect_equal_to("", "as before"), RIGHT | {"others": 2}, "0 weights and 2 other tensors that differ"),
-    (lambda e: e.expect_zero(), RIGHT | {"differing": 1}, "1 weights that differ on rank 0"),
+    (lambda e: e.expect_zero(), RIGHT | {"differing": 1}, "1 weight that differs on rank 0"),
     (lambda e: e.expect_all_different(1), RIGHT | {"differing": 2}, "1 equal"),
     (lambda e: e.expect_moved_from(1), RIGHT | {"differing": 2}, "1 of 3 as before"),
     (lambda e: e.expect_equal_to("", "the weights from before"), RIGHT | {"differing": 3}, "3 weights that differ"),

@@ -352,7 +352,6 @@ def test_names(subject):
             ("--extension=suite.selftest.targets:Reference", "--stage=cpu-tp2", "--model=llama-tiny", "-m", "cpu"),
             ["test_names[Reference]", "test_exact[Reference-cpu-tp2-llama-tiny]"],
         ),
-        (("--subject=broadcast", "--model=qwen3-8b"), ["test_names[broadcast]"]),
     ],
 )
 def test_cases_are_subjects_by_stages_by_models(tmp_path: Path, arguments: tuple[str, ...], found: list[str]):
@@ -382,6 +381,43 @@ def test_unknown_names_are_usage_errors(
     with pytest.raises(pytest.UsageError) as caught:
         selection.select(config)
     assert said in str(caught.value)
+
+
+UNNAMED = "None of the collected tests names it. Try: choose another model."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "said"),
+    [
+        (("--model=qwen3-8b",), "--model=qwen3-8b", UNNAMED),
+        (("--model=llama-tiny", "--model=qwen3-8b"), "--model=qwen3-8b", UNNAMED),
+        (("--model=qwen3-0.6b", "-m", "cpu"), "--model=qwen3-0.6b", "by update.exact. Try: leave out -m 'cpu' or"),
+        (("--stage=cpu-tp1", "-m", "gpu"), "--stage=cpu-tp1", "by update.exact. Try: leave out -m 'gpu' or"),
+        (("--stage=cpu-tp1", "-k", "nowhere"), "--stage=cpu-tp1", "taken by update.exact. Try: leave out -k 'nowhere'"),
+        (("--subject=colocate", "-k", "no"), "--subject=colocate", "taken by update.exact, names.free. Try: leave out"),
+        (("--extension=suite.selftest.targets:Reference", "-k", "no"), "--extension=suite.selftest.targets:Reference",
+         "taken by update.exact, names.free."),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_test_takes_is_a_usage_error(tmp_path: Path, arguments: tuple[str, ...], given: str, said: str):
+    finished = examine(tmp_path, SELECTING, *arguments)
+    assert finished.code == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: {given}: expected a test that takes this " in finished.output
+    assert said in finished.output
+    assert not (finished.report / "run.json").exists(), "the run before has left it"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--model=qwen3-0.6b", "-m", "gpu", "--subject=broadcast"),  # on a stage that this machine cannot hold
+        ("--stage=cpu-tp1", "--model=llama-tiny", "-k", "names"),
+        ("test_it.py::test_names[broadcast]", "--subject=broadcast", "--stage=cpu-tp1", "--model=llama-tiny"),
+    ],
+)
+def test_values_that_tests_take_or_that_repeat_a_case_are_no_error(tmp_path: Path, arguments: tuple[str, ...]):
+    finished = examine(tmp_path, SELECTING, "--collect-only", "-q", *arguments)
+    assert finished.code == pytest.ExitCode.OK
 
 
 def test_a_subject_on_the_engines_of_one_that_is_not_chosen_is_a_usage_error(monkeypatch: pytest.MonkeyPatch):
