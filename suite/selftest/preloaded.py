@@ -45,7 +45,8 @@ def run(task: dict[str, Any]) -> None:
     nothing, output = os.open(os.devnull, os.O_RDONLY), os.open(task["output"], os.O_WRONLY | os.O_CREAT)
     for source, descriptor in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, descriptor)
-    sys.path[0] = task["directory"]
+    search = task["environment"]["PYTHONPATH"].split(os.pathsep)
+    sys.path[:1] = [task["directory"], *(path for path in search if path not in sys.path)]
     sys.argv = ["pytest", *task["arguments"]]
     runpy.run_module("pytest", run_name="__main__", alter_sys=True)
 

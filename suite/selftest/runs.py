@@ -101,12 +101,16 @@ class Preloaded:
         environment = {**os.environ, "PYTHONPATH": SEARCH}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
-    def run(self, directory: Path, arguments: Sequence[str]) -> tuple[int, str]:
-        """A run of pytest in this directory, with the environment as it is now: exit code and output."""
-        output = directory / "output.txt"
+    def run(
+        self, directory: Path, arguments: Sequence[str], output: Path, environment: dict[str, str] | None = None
+    ) -> tuple[int, str]:
+        """A run of pytest in this directory: its exit code, and what it wrote to the file `output`.
+
+        environment: all of it; as this process has it now where it isn't given.
+        """
         task = {
             "arguments": arguments, "directory": str(directory), "output": str(output), "deadline_s": DEADLINE_S,
-            "environment": {**os.environ, "PYTHONPATH": SEARCH},
+            "environment": environment or {**os.environ, "PYTHONPATH": SEARCH},
         }  # fmt: skip
         self._process.stdin.write(json.dumps(task).encode() + b"\n")
         self._process.stdin.flush()
@@ -140,7 +144,8 @@ def prepare(directory: Path, tests: str, conftest: str, arguments: Sequence[str]
 
 def examine(directory: Path, tests: str, *arguments: str, conftest: str = CONFTEST) -> Finished:
     """A run to its end, in a fork of a process that has imported torch."""
-    code, output = preloaded().run(directory, prepare(directory, tests, conftest, arguments))
+    written = prepare(directory, tests, conftest, arguments)
+    code, output = preloaded().run(directory, written, directory / "output.txt")
     return Finished(code, output, directory / "report")
 
 
