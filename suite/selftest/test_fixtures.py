@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from suite import fixtures
-from suite.selftest.test_plugin import CONFTEST, ONE_CASE, examine
+from suite.selftest.runs import CONFTEST, ONE_CASE, examine
 from suite.session import needs
 from suite.session.selection import Selection
 from suite.stages import Stage

@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 
 from reports.__main__ import main
 from suite import ROOT
-from suite.selftest.test_plugin import CONFTEST, Finished, examine
+from suite.selftest.runs import CONFTEST, Finished, examine
 from suite.session import environment
 from suite.session.waivers import Case, Ledger, Waiver, read
 
