@@ -155,9 +155,16 @@ class Engine:
         continuations = self.generate(prompts, max_tokens)
         return sum(len(c["tokens"]) for c in continuations) / (time.monotonic() - started)
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget keys and values of earlier prompts, which old weights have computed."""
-        return bool(self._llm.reset_prefix_cache())
+    def reset_prefix_cache(self) -> None:
+        """Forget keys and values of earlier prompts, which old weights have computed.
+
+        Raises SuiteFault where vLLM keeps them, and says so: requests that still run hold some.
+        """
+        if self._llm.reset_prefix_cache() is False:
+            raise SuiteFault(
+                "expected the prefix cache to be reset, found reset_prefix_cache() to answer False: requests are"
+                " running, and later ones may use keys and values of the old weights; wait until all have ended"
+            )
 
     def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Meet the trainer, in whatever way the subject does; see `EngineHalf.connect`."""

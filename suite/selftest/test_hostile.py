@@ -164,6 +164,20 @@ def test_what_follows_a_greeting_is_refused_in_time(
     serve(engine, socket_path, segment, worker)
 
 
+def test_a_prefix_cache_that_keeps_the_old_weights_keys_is_no_success(
+    engine: Engined, socket_path: str, segment: SharedSegment
+):
+    engine._llm.reset_prefix_cache = lambda: False
+    trainer = link.connect(socket_path, DEADLINE_S)
+    engine.accept(1)
+    for message in ({BEGUN: True}, {ANNOUNCE: announcement(segment)}, {GO: True}):
+        trainer.send(message, DEADLINE_S)
+    with pytest.raises(SuiteFault, match=r"reset_prefix_cache\(\) to answer False: requests are running"):
+        engine.update(DEADLINE_S)
+    assert [next(iter(trainer.receive(DEADLINE_S))) for _ in range(2)] == [READY, REFUSED]
+    trainer.close()
+
+
 @pytest.mark.parametrize(
     ("method", "args", "doing"),
     [
