@@ -15,6 +15,7 @@ class EngineKey:
 
     seed: of the checkpoint that it cold-loads, None for dummy weights. options: further arguments of vllm.LLM.
     visible: its CUDA_VISIBLE_DEVICES where that is not its stage's; None for unset. copy: counts engines of a stage.
+    serves: whether it answers requests while it is updated.
     """
 
     model: str
@@ -24,11 +25,13 @@ class EngineKey:
     options: tuple[tuple[str, object], ...] = ()
     visible: str | None = ""
     copy: int = 0
+    serves: bool = False
 
     def __str__(self) -> str:
         extra = [f"{name}={value}" for name, value in self.options]
         extra += [] if self.visible == "" else [f"CUDA_VISIBLE_DEVICES={self.visible}"]
         extra += [f"#{self.copy}"] if self.copy else []
+        extra += ["serving"] if self.serves else []
         return " ".join([self.model, self.stage, self.subject, f"seed={self.seed}", *extra])
 
 
@@ -51,6 +54,11 @@ class EngineHandle:
             self.subject, self.connection = None, None
             self.process.call("become", wanted, deadline_s=BECOME_DEADLINE_S)
             self.subject = wanted
+
+
+def actor_of(key: EngineKey) -> str:
+    """The class that owns an engine in its process."""
+    return "suite.actors.serving:ServingEngine" if key.serves else "suite.actors.engine:Engine"
 
 
 def seed_of(subject_index: int) -> int:

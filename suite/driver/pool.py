@@ -16,7 +16,7 @@ from pathlib import Path
 from suite import models
 from suite.actors.written import weights_path
 from suite.driver import variables
-from suite.driver.engines import EngineHandle, EngineKey, engine_options
+from suite.driver.engines import EngineHandle, EngineKey, actor_of, engine_options
 from suite.driver.patience import Patience
 from suite.driver.room import Room, engines_at_once
 from suite.processes.launcher import Launcher
@@ -215,7 +215,7 @@ class Pool:
         for other in among:
             if (other.model, self._layout(other.stage), other.options, other.seed) == wanted:
                 return other
-        return replace(key, seed=seed, visible="", copy=0)
+        return replace(key, seed=seed, visible="", copy=0, serves=False)
 
     def oracle(self, key: EngineKey, seed: int) -> str:
         """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has."""
@@ -366,8 +366,8 @@ class Pool:
         env = variables.of_engine(stage, key.copy, options["enforce_eager"]) | subject.engine_environment()
         if key.visible != "":
             env["CUDA_VISIBLE_DEVICES"] = key.visible
-        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
-        process = self.launcher.start(name, "suite.actors.engine:Engine", arguments, env, START_DEADLINE_S)
+        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}" + ("-serving" if key.serves else "")
+        process = self.launcher.start(name, actor_of(key), arguments, env, START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
             if stage.kind == "gpu" and key.visible == "":
