@@ -21,6 +21,10 @@ class WorkerError(RuntimeError):
     """A worker method raised, on one rank or more."""
 
 
+class StaleCache(RuntimeError):
+    """vLLM has not reset its prefix cache: what old weights have computed would be used under the new ones."""
+
+
 class Engine:
     """A vLLM engine with a subject's extension in its workers.
 
@@ -54,13 +58,11 @@ class Engine:
         options: dict,
     ) -> None:
         os.environ[EXTENSION] = subject["extension"]  # before the workers are made: they inherit it
-        from vllm import LLM
-
         self._examine(subject)
         self._cold: list[list[dict]] = []
         self._listener = Listener(link_path)
         self._links: list[Link] = []
-        self._llm = LLM(
+        self._llm = self._make(
             model=model,
             tensor_parallel_size=tensor_parallel_size,
             worker_extension_cls=PROBED,
@@ -73,6 +75,12 @@ class Engine:
         self._watch.look_after([device["pid"] for device in self.devices])
         if oracle_path is not None:
             self._write_down(oracle_path)
+
+    def _make(self, **arguments: Any) -> Any:
+        """What computes: a vllm.LLM, or what is called as one is."""
+        from vllm import LLM
+
+        return LLM(**arguments)
 
     def facts(self) -> dict:
         """Which devices the workers are on."""
@@ -126,12 +134,10 @@ class Engine:
     def generate(self, prompts: list[list[int]], max_tokens: int) -> list[dict]:
         """Greedy continuations: {"tokens": [...], "logprobs": [log-probability of each]} for each prompt."""
         self._expect_in_step()
-        from vllm import SamplingParams
-
-        greedy = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False)
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         with self._watch.waiting():
-            outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
-        return [_continuation(output.outputs[0]) for output in outputs]
+            outputs = self._llm.generate(asked, greedy(max_tokens), use_tqdm=False)
+        return [continuation(output.outputs[0]) for output in outputs]
 
     def answers(self) -> list[dict]:
         """As `generate`, of the prompts of `suite.actors.answers`, with no prefix cached.
@@ -156,15 +162,8 @@ class Engine:
         return sum(len(c["tokens"]) for c in continuations) / (time.monotonic() - started)
 
     def reset_prefix_cache(self) -> None:
-        """Forget keys and values of earlier prompts, which old weights have computed.
-
-        Raises SuiteFault where vLLM keeps them, and says so: requests that still run hold some.
-        """
-        if self._llm.reset_prefix_cache() is False:
-            raise SuiteFault(
-                "expected the prefix cache to be reset, found reset_prefix_cache() to answer False: requests are"
-                " running, and later ones may use keys and values of the old weights; wait until all have ended"
-            )
+        """Forget keys and values of earlier prompts, which old weights have computed. Raises StaleCache."""
+        self._expect_reset(self._llm.reset_prefix_cache())
 
     def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Meet the trainer, in whatever way the subject does; see `EngineHalf.connect`."""
@@ -258,6 +257,14 @@ class Engine:
         answers.write(path, *self._cold)
         self.rpc("probe_settle", path)  # last: once its files are there, so are the answers
 
+    def _expect_reset(self, found: object) -> None:
+        """Raise StaleCache where this is what reset_prefix_cache() says when it has reset nothing."""
+        if found is False:
+            raise StaleCache(
+                "expected reset_prefix_cache() to answer True, found False: nothing was reset, since requests"
+                " hold a part of the cache. Pause generation first, let them end, or pass reset_running_requests=True"
+            )
+
     def _examine(self, subject: dict) -> None:
         self._subject = from_plain(subject)
         self._half = self._subject.engine_half(self)
@@ -291,7 +298,15 @@ class Engine:
             cause.add_note(f"nor could the update be aborted: {type(error).__name__}: {error}")
 
 
-def _continuation(output: Any) -> dict:
+def greedy(max_tokens: int) -> Any:
+    """How the suite samples: vLLM's SamplingParams."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False)
+
+
+def continuation(output: Any) -> dict:
+    """A vLLM CompletionOutput as plain data; see `Engine.generate`."""
     tokens = list(output.token_ids)
     logprobs = [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
     return {"tokens": tokens, "logprobs": logprobs}

@@ -17,6 +17,7 @@ class EngineKey:
     seed: of the checkpoint that it cold-loads, None for dummy weights. options: further arguments of vllm.LLM.
     visible: its CUDA_VISIBLE_DEVICES where that is not its stage's; None for unset. copy: counts engines of a stage.
     again: whether it only shows how far two cold engines of the same are apart.
+    serves: whether it answers requests while it is updated.
     """
 
     model: str
@@ -27,12 +28,14 @@ class EngineKey:
     visible: str | None = ""
     copy: int = 0
     again: bool = False
+    serves: bool = False
 
     def __str__(self) -> str:
         extra = [f"{name}={value}" for name, value in self.options]
         extra += [] if self.visible == "" else [f"CUDA_VISIBLE_DEVICES={self.visible}"]
         extra += [f"#{self.copy}"] if self.copy else []
         extra += ["again"] if self.again else []
+        extra += ["serving"] if self.serves else []
         return " ".join([self.model, self.stage, self.subject, f"seed={self.seed}", *extra])
 
 
@@ -67,6 +70,11 @@ class EngineHandle:
             self.subject, self.connection = None, None
             self.process.call("become", wanted, deadline_s=BECOME_DEADLINE_S)
             self.subject = wanted
+
+
+def actor_of(key: EngineKey) -> str:
+    """The class that owns an engine in its process."""
+    return "suite.actors.serving:ServingEngine" if key.serves else "suite.actors.engine:Engine"
 
 
 def seed_of(subject_index: int) -> int:

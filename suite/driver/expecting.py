@@ -170,12 +170,16 @@ class Expecting(Together):
         A prompt is followed up to the first token whose lead is so small that another right computation may choose
         otherwise. Raises RuntimeError where that leaves too little to tell anything.
         """
+        for said in self.generate(prompts):
+            self.expect_said(prompts, oracle, said)
+
+    def expect_said(self, prompts: list[list[int]], oracle: list[dict], said: list[dict]) -> None:
+        """As `expect_answers`, of what an engine has said already; there may be more of it than the oracle gives."""
         clear = [next((i for i, gap in enumerate(a["gaps"]) if gap <= CLEAR_GAP), MAX_TOKENS) for a in oracle]
         if sum(clear) < MIN_CLEAR_TOKENS:
             raise RuntimeError(f"only {sum(clear)} tokens of {len(prompts)} prompts are clear-cut {self.where}")
-        for said in self.generate(prompts):
-            for prompt, expected, found, count in zip(prompts, oracle, said, clear, strict=True):
-                self._expect_answer(expected, found, prompt, count)
+        for prompt, expected, found, count in zip(prompts, oracle, said, clear, strict=True):
+            self._expect_answer(expected, found, prompt, count)
 
     def _expect_answer(self, expected: dict, found: dict, prompt: list[int], count: int) -> None:
         tokens, reference = found["tokens"][:count], expected["tokens"][:count]

@@ -16,7 +16,7 @@ from pathlib import Path
 from suite import models
 from suite.actors.written import weights_path
 from suite.driver import variables
-from suite.driver.engines import EngineHandle, EngineKey, NoReference, PortTaken, expect_on, options_of
+from suite.driver.engines import EngineHandle, EngineKey, NoReference, PortTaken, actor_of, expect_on, options_of
 from suite.driver.patience import Patience
 from suite.driver.room import Room, engines_at_once
 from suite.driver.spares import Spares
@@ -211,7 +211,7 @@ class Pool:
         for other in among:
             if (other.model, self._layout(other.stage), other.options, other.seed, other.again) == wanted:
                 return other
-        return replace(key, seed=seed, visible="", copy=0)
+        return replace(key, seed=seed, visible="", copy=0, serves=False)
 
     def oracle(self, key: EngineKey, seed: int, again: bool = False) -> str:
         """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has.
@@ -379,8 +379,9 @@ class Pool:
             "oracle_path": str(self.oracle_path(key)) if key.seed is not None else None,
             "options": options_of(key, stage),
         }
-        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{'-again' if key.again else ''}"
-        process = self._spares.start(name, arguments, self._environment(key), START_DEADLINE_S)
+        of_its_kind = ("-again" if key.again else "") + ("-serving" if key.serves else "")
+        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{of_its_kind}"
+        process = self._spares.start(name, actor_of(key), arguments, self._environment(key), START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
             if stage.kind == "gpu" and key.visible == "":

@@ -51,15 +51,16 @@ class Spares:
                 self._ahead = 0
                 self._announce(f"{NAME}: could not be started ({type(error).__name__}: {error})")
 
-    def start(self, name: str, arguments: dict[str, Any], env: Variables, deadline_s: float) -> Process:
-        """Start an engine: in a process that waits for one, where `env` can still be given to it. As Launcher.start."""
+    def start(self, name: str, target: str, arguments: dict[str, Any], env: Variables, deadline_s: float) -> Process:
+        """Start an engine, as Launcher.start: in a process that waits for one, where that has the class and takes `env`."""
         with self._lock:
             ready = next((process for process in self._waiting if process.imported.done() and not _lost(process)), None)
             changes = variables.late_changes(self._env, env)
-            if ready is not None and changes is not None:
+            takes = target == ENGINE and ready is not None and changes is not None
+            if takes:
                 self._waiting.remove(ready)
-        if ready is None or changes is None:
-            return self._launcher.start(name, ENGINE, arguments, env, deadline_s)
+        if not takes:
+            return self._launcher.start(name, target, arguments, env, deadline_s)
         ready.begin(name, arguments, changes, deadline_s)
         return ready
 

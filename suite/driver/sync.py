@@ -1,8 +1,8 @@
 """One trainer, one or more engines and the steps that move weights between them, as tests use them."""
 
-from suite.driver.expecting import Expecting
 from suite.driver.measuring import Measuring
+from suite.driver.running import Running
 
 
-class Sync(Measuring, Expecting):
+class Sync(Measuring, Running):
     """A trainer connected to engines of one subject: moves weights, says what it expects, and measures."""

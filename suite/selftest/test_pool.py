@@ -75,7 +75,8 @@ class Started:
         self.said: list[str] = []
 
     def start(self, name: str, target: str, arguments: dict, env: dict, deadline_s: float) -> Engine:
-        assert target == "suite.actors.engine:Engine"
+        serves = name.endswith("-serving")
+        assert target == ("suite.actors.serving:ServingEngine" if serves else "suite.actors.engine:Engine")
         self.engines.append(Engine(name, arguments))
         return self.engines[-1]
 
@@ -650,6 +651,18 @@ def test_engines_that_share_a_gpu_pass_for_hosts_of_their_own():
 
 def test_snapshots_have_paths_of_their_own(pool: Pool):
     assert pool.scratch() != pool.scratch()
+
+
+def test_an_engine_that_serves_is_another_one_and_is_compared_with_one_that_does_not(pool: Pool, started: Started):
+    serving = replace(A, serves=True)
+    pool.plan({"one": [A], "other": [serving]}, {})
+    started.of(A).let()
+    assert get(pool, A).process is started.of(A)
+    eventually(lambda: [engine.label for engine in started.engines[1:]] == [f"{started.of(A).label}-serving"], "both")
+    started.engines[1].let()
+    assert get(pool, serving).process is started.engines[1]
+    assert pool.reference(serving, 1, []) == B
+    assert pool.oracle_path(serving) == pool.oracle_path(A)
 
 
 def test_an_engine_goes_over_to_a_subject_that_differs_by_its_sender_alone():

@@ -2,6 +2,7 @@
 
 A test that takes `sync` or `sharded` needs one engine, and a test that takes `fanout` needs two. Another says it by a
 marker: `@pytest.mark.needs(engines=choose)`, where choose(key, params) returns the engines in place of the case's own.
+With `serving=True` its engine answers requests while it is updated; subjects whose engines start alike share one.
 With `trainer=choose` it needs one that sees GPUs in its own way: choose(params) returns what Trainers.seeing takes.
 """
 
@@ -30,7 +31,10 @@ def engines_of(item: pytest.Item) -> list[EngineKey]:
     seed = None if MODELS[model].purpose == "published" else seed_of(index_of(subject, selection))
     given = tuple(sorted(options.kwargs.items())) if options else ()
     key = EngineKey(model, stage.name, subject.host or subject.name, seed, given)
-    if needs := item.get_closest_marker("needs"):
+    needs = item.get_closest_marker("needs")
+    if needs and needs.kwargs.get("serving"):
+        return [_serving(key, subject, stage, selection)]
+    if needs:
         return needs.kwargs["engines"](key, params)
     if "fanout" in names:
         return _two_engines(key, stage, subject, selection)
@@ -47,6 +51,22 @@ def trainer_of(item: pytest.Item) -> tuple[str | None, str] | None:
 def index_of(subject: Subject, selection: Selection) -> int:
     """The place of a subject among those that are examined: of its host's where it is examined on another's engines."""
     return list(selection.subjects).index(subject.host or subject.name)
+
+
+def _serving(key: EngineKey, subject: Subject, stage: Stage, selection: Selection) -> EngineKey:
+    """The first examined subject's whose engines start as this one's do. A subject with a host has its host's."""
+
+    def starts(other: Subject) -> tuple[dict, dict]:
+        return other.engine_arguments(), other.engine_environment()
+
+    alike = (
+        o for o in selection.subjects.values() if not o.host and not o.unfit(stage) and starts(o) == starts(subject)
+    )
+    owner = next(alike, None)
+    if owner is None:
+        return replace(key, serves=True)
+    seed = None if key.seed is None else seed_of(index_of(owner, selection))
+    return replace(key, subject=owner.name, seed=seed, serves=True)
 
 
 def _two_engines(key: EngineKey, stage: Stage, subject: Subject, selection: Selection) -> list[EngineKey]:

@@ -10,7 +10,8 @@ MARKERS = (
     "benchmark: measures; its data is verified before it is timed",
     "selftest: tests the suite itself",
     "requirement(id, models=None): the requirement that a test judges, and the models it is judged with",
-    "needs(engines=choose, trainer=choose): the engines and the trainer of a test, in place of its case's own",
+    "needs(engines=choose, trainer=choose, serving=True): the engines and the trainer of a test, in place of its case's"
+    " own; serving=True for an engine that answers requests while it is updated",
     "engine(**options): arguments of vllm.LLM for the engines of a test",
     "alone: judges what engines that start or end beside it would change; comes after what judges otherwise",
     "ends_engine: leaves an engine that no other test can use; comes after all that judge",

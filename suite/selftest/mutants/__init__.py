@@ -8,6 +8,7 @@ from suite.selftest.mutants import (
     devices,
     faults,
     hopeless,
+    inflight,
     planning,
     refusals,
     sent,
@@ -20,7 +21,8 @@ from suite.selftest.mutants.registry import CLASSES, MUTANTS, Mutant
 
 __all__ = [
     "MUTANTS", "Mutant",
-    "devices", "faults", "hopeless", "planning", "refusals", "sent", "sequences", "states", "unseen", "values",
+    "devices", "faults", "hopeless", "inflight", "planning", "refusals", "sent", "sequences", "states", "unseen",
+    "values",
 ]  # fmt: skip
 
 
