@@ -90,19 +90,11 @@ class UpdateBracket:
         The first call for a manifest plans the update (10 to 100 ms for a small model). The plan is kept for the next
         updates with the same manifest.
         """
-        state = self._weight_sync_state
-        if state.update is not None:
-            raise UpdateError("an update is under way: call end_update() or abort_update() first; nothing was touched")
+        self._weight_sync_require_none()
         announced = parse(manifest)
         model = self.model_runner.get_model()
         plan = self._weight_sync_plans().whole(model, self.vllm_config, announced)
-        update = Update(new_load(model, self.vllm_config, plan), announced)
-        self._weight_sync_state = State(update, state.inconsistent)
-        try:
-            update.load.begin()
-        except BaseException:
-            self.abort_update()
-            raise
+        self._weight_sync_open(new_load(model, self.vllm_config, plan), announced)
         return len(announced)
 
     def end_update(self) -> int:
@@ -155,6 +147,21 @@ class UpdateBracket:
         if self._weight_sync_state.update is not None:
             raise UpdateError("an update is under way: call end_update() or abort_update() before looking at weights")
         return all_zero(self.model_runner.get_model())
+
+    def _weight_sync_require_none(self) -> None:
+        if self._weight_sync_state.update is not None:
+            raise UpdateError("an update is under way: call end_update() or abort_update() first; nothing was touched")
+
+    def _weight_sync_open(self, load: Load, announced: Announced) -> Update:
+        """Begin an update that the model can take."""
+        update = Update(load, announced)
+        self._weight_sync_state = State(update, self._weight_sync_state.inconsistent)
+        try:
+            load.begin()
+        except BaseException:
+            self.abort_update()
+            raise
+        return update
 
     def _weight_sync_plans(self) -> Kept:
         if self._weight_sync_kept is None:

@@ -43,14 +43,13 @@ class WorkerExtension(UpdateBracket):
         for a malformed dtype, ManifestError for a malformed shape, and ManifestError or UpdateError where the model
         can't take the tensor.
         """
-        if self._weight_sync_group is None:
-            raise GroupError("there is no group: call init_weight_update_group() on all workers first")
+        group = self._weight_sync_joined()
         if not is_shape(shape):
             raise ManifestError(f"{name!r:.120}: a shape is a list of sizes, found {shape!r:.99}; nothing was received")
         tensor = torch.empty(tuple(shape), dtype=dtype_of(dtype), device=self.device)
-        self._weight_sync_group.broadcast(tensor, src=0)
+        group.broadcast(tensor, src=0)
         if self._weight_sync_state.update is None:
-            self._weight_sync_group.wait()  # inside the bracket, end_update() waits once for all tensors
+            group.wait()  # inside the bracket, end_update() waits once for all tensors
         self._weight_sync_accept({name: tensor})
 
     def end_update(self) -> int:
@@ -69,6 +68,11 @@ class WorkerExtension(UpdateBracket):
             if self._weight_sync_state.update is not None:
                 self._weight_sync_state.update.failed = True  # what was received by it may not have come through
             group.close()
+
+    def _weight_sync_joined(self) -> Communicator:
+        if self._weight_sync_group is None:
+            raise GroupError("there is no group: call init_weight_update_group() on all workers first")
+        return self._weight_sync_group
 
 
 class BroadcastSender:

@@ -38,20 +38,20 @@ class ColocateWorkerExtension(UpdateBracket):
         fit the model, and UpdateError where layers are packed. The weights are as they were then.
         """
         own = self.report_device_id()
-        handles = _of_device(own, ipc_handles)
+        handles = of_device(own, ipc_handles)
         update = self._weight_sync_state.update
         if update is None:
             self._weight_sync_refuse_alone(self.model_runner.get_model())
         else:
             for name in handles:
                 update.awaited(name)
-        tensors = {name: _opened(name, handle, self.device) for name, handle in handles.items()}
+        tensors = {name: opened_handle(name, handle, self.device) for name, handle in handles.items()}
         self._weight_sync_accept(tensors)
         synchronize(self.device)
         return len(tensors)
 
 
-def _of_device(own: str, ipc_handles: object) -> dict[str, object]:
+def of_device(own: str, ipc_handles: object) -> dict[str, object]:
     """The handles for one device, under names that messages can show."""
     if not isinstance(ipc_handles, dict) or own not in ipc_handles:
         devices = list(ipc_handles)[:SHOWN] if isinstance(ipc_handles, dict) else []
@@ -65,7 +65,8 @@ def _of_device(own: str, ipc_handles: object) -> dict[str, object]:
     return handles
 
 
-def _opened(name: str, handle: object, device: torch.device) -> torch.Tensor:
+def opened_handle(name: str, handle: object, device: torch.device) -> torch.Tensor:
+    """The tensor behind a handle. Raises HandleError with its name."""
     try:
         return open_handle(handle, device)
     except HandleError as error:

@@ -30,10 +30,11 @@ class Kept:
     _places: list[tuple[dict, str, int, torch.Size]] = field(default_factory=list)
     _whole: tuple[Announced, Plan | None] | None = None
     _alone: dict[tuple, Plan | None] = field(default_factory=dict)
+    kept: int = 0  # counts the models that plans were kept of: another one, or the same with its tensors elsewhere
 
     def whole(self, model: torch.nn.Module, vllm_config: object, announced: Announced) -> Plan | None:
         """The plan of an update of all weights. Raises ManifestError where the model can't take it."""
-        if not self._is_of(model) or self._whole is None or self._whole[0] != announced:
+        if not self.holds(model) or self._whole is None or self._whole[0] != announced:
             plan = accepted(model, vllm_config, announced)
             self._keep(model)
             self._whole = (announced, plan)
@@ -42,7 +43,7 @@ class Kept:
     def alone(self, model: torch.nn.Module, vllm_config: object, announced: Announced) -> Plan | None:
         """The plan of tensors outside an update. Raises ManifestError where the model can't take them."""
         key = tuple(announced.items())
-        if not self._is_of(model) or key not in self._alone:
+        if not self.holds(model) or key not in self._alone:
             plan = accepted(model, vllm_config, announced, whole=False)
             self._keep(model)
             if len(self._alone) >= MAX_ALONE:
@@ -50,8 +51,8 @@ class Kept:
             self._alone[key] = plan
         return self._alone[key]
 
-    def _is_of(self, model: torch.nn.Module) -> bool:
-        """Whether the model is the one that was looked at, and its tensors are where they were."""
+    def holds(self, model: torch.nn.Module) -> bool:
+        """Whether plans are kept of this model, and its tensors are where they were."""
         if self._model is None or self._model() is not model:
             return False
         for holder, name, address, shape in self._places:
@@ -62,8 +63,8 @@ class Kept:
 
     def _keep(self, model: torch.nn.Module) -> None:
         """Keep plans of this model. Those of another one, or from before its tensors moved, are dropped."""
-        if not self._is_of(model):
-            self._whole, self._alone = None, {}
+        if not self.holds(model):
+            self._whole, self._alone, self.kept = None, {}, self.kept + 1
             self._model, self._places = weakref.ref(model), [*_places(model)]
 
 

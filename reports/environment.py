@@ -63,6 +63,8 @@ def _ours(node: Node) -> Environment:
     ]
     for name in sorted(node["packages"].of(dict, "an object")) if "packages" in node else ():
         facts.append((name, node["packages"][name].optional_text()))
+    for name in sorted(node["cold_answers"].of(dict, "an object")) if "cold_answers" in node else ():
+        facts.append((f"cold engines of {name}", node["cold_answers"][name].optional_text()))
     suite = node["suite"] if "suite" in node else Node({}, node.file)
     facts.append(("suite", " ".join(filter(None, [suite["version"].optional_text(), suite["commit"].optional_text()]))))
     # A GPU run is about the GPUs: the processor beside them is a fact to show, not another machine.

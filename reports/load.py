@@ -19,6 +19,7 @@ from reports.pace import Pace
 __all__ = ["Outcome", "Run", "Timing", "UnusableInput", "labelled", "only", "parse", "read", "read_all"]
 
 SCHEMA = 1
+RUN = "run.json"
 MAX_BYTES = 64_000_000
 VERDICTS = ("pass", "fail", "waived", "unsupported", "not-applicable", "error")
 LEVELS = ("MUST", "SHOULD")
@@ -70,7 +71,7 @@ class Outcome:
         return self._told(f"clause: {self.text}" if self.text else "")
 
     def _told(self, clause: str) -> str:
-        waiver = ", ".join(filter(None, [self.waiver_reason, self.waiver_issue])) or "no reason given"
+        waiver = ", ".join(filter(None, [self.waiver_reason.removesuffix("."), self.waiver_issue])) or "no reason given"
         lines = [f"waived: {waiver}" if self.verdict == "waived" else "", clause]
         lines += ["" if self._says_its_cause else self.cause, self.detail]
         lines += [f"repeat: {self.repeat}" if self.repeat and self.verdict in ("fail", "error", "waived") else ""]
@@ -78,9 +79,13 @@ class Outcome:
 
     @property
     def _says_its_cause(self) -> bool:
-        """Whether the message has the cause in it, apart from the error's type and the name of the case."""
-        cause = ERROR_TYPE.sub("", self.cause)
-        return cause in self.detail or cause in CASE.sub("", self.detail)
+        """Whether the message has the cause in it, apart from the error's type and the name of the case.
+
+        A cause may be one sentence of what the message says in two lines, "expected: X" and "found: Y"; it may be cut.
+        """
+        cause, detail = ERROR_TYPE.sub("", self.cause), CASE.sub("", self.detail)
+        expected, found = (message.labelled(detail, label) for label in ("expected", "found"))
+        return cause in self.detail or cause in detail or f"expected {expected}, found {found}".startswith(cause)
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,10 @@ def _text(file: str) -> str:
     try:
         with open(file, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)
+    except IsADirectoryError:
+        run = Path(file) / RUN
+        there = f"{run} exists: name that" if run.exists() else f"{run} does not exist: did a run write there?"
+        raise UnusableInput(file, "", f"expected a file such as run.json, found a directory; {there}") from None
     except OSError as error:
         raise UnusableInput(file, "", f"cannot be read: {error.strerror}") from None
     if len(content) > MAX_BYTES:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from reports.load import Outcome, Run
+from reports.units import counted
 
 # The verdict of several cases is the first of these that any case has.
 ORDER = ("fail", "error", "waived", "pass", "unsupported", "not-applicable")
@@ -85,23 +86,28 @@ def headline(run: Run) -> tuple[str, str]:
     waived = [cell for cell in found.values() if any(outcome.verdict == "waived" for outcome in cell.outcomes)]
     if not run.outcomes:
         return "not-applicable", "No requirement was judged: this file holds timings only."
+    requirements = counted(len(found), "requirement")
     unsure_too = f"; {unsure} could not be judged" if unsure else ""
     waived_too = f"; {len(waived)} with waived failures" if waived else ""
     if failing:
-        said = f"{len(failing)} of {len(found)} requirements not met ({_levels(failing)})"
+        said = f"{len(failing)} of {requirements} not met ({_levels(failing)})"
         return "fail", f"{said}{unsure_too}{waived_too}; {met} met."
     if unsure:
         failed = waived_too or ", none failed"
-        return "error", f"{unsure} of {len(found)} requirements could not be judged; {met} met{failed}."
+        return "error", f"{unsure} of {requirements} could not be judged; {met} met{failed}."
     if waived:
         rest = f"; {others} not judged" if (others := len(found) - met - len(waived)) else ""
-        said = f"{len(waived)} of {len(found)} requirements not met, which is waived ({_levels(waived)})"
+        said = f"{len(waived)} of {requirements} not met, which is waived ({_levels(waived)})"
         return "waived", f"{said}; {met} met{rest}."
     if not met:
-        return "not-applicable", f"None of {len(found)} requirements could be judged here."
+        could = "The 1 requirement could not" if len(found) == 1 else f"None of {requirements} could"
+        return "not-applicable", f"{could} be judged here."
     lacking = len(found) - met
     rest = f"; {lacking} not judged (unsupported or not applicable)" if lacking else ""
-    return "pass", f"All {met} requirements that were judged are met{rest}."
+    judged = (
+        "The 1 requirement that was judged is met" if met == 1 else f"All {met} requirements that were judged are met"
+    )
+    return "pass", f"{judged}{rest}."
 
 
 def _levels(found: list[Cell]) -> str:

@@ -16,12 +16,14 @@ from suite.processes.call import DeadlineExceeded, Process, ProcessDied
 from suite.processes.launcher import Launcher
 from suite.session import verdicts
 from suite.session.needs import engines_of, index_of, trainer_of
+from suite.session.record import TOLERANCES
 from suite.session.state import selection_of, state_of
 from suite.stages import Stage
+from suite.stages.hardware import machine
 from suite.subjects import Subject
 
 FSDP_RANKS = 2
-SPARE_TRAINERS, CORES_A_SPARE = 6, 5  # kept ready at the most; one for so many cores
+SPARE_TRAINERS, SPARE_ENGINES, CORES_A_SPARE = 6, 2, 5  # kept ready at the most; one of a kind for so many cores
 SEEING_TRAINERS = 5  # started ahead at the most, of those that see GPUs in their own way
 POOL = pytest.StashKey[Pool]()
 ENDED = pytest.StashKey[set[str]]()  # tests, by their ids
@@ -41,7 +43,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def pool(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Pool]:
     """The engines of this run; those that the collected tests need are started ahead."""
     selection, state = selection_of(request.config), state_of(request.config)
-    pool = Pool(launcher, selection.stages, selection.subjects, state.announce, state.timeline)
+    tolerances = request.config.stash.setdefault(TOLERANCES, {})
+    pool = Pool(
+        launcher, selection.stages, selection.subjects, state.announce, state.timeline, tolerances, _spare_engines()
+    )
     request.session.stash[POOL] = pool
     items = _still_to_come(request.session)
     own = {item.nodeid: engines_of(item) for item in items}
@@ -53,6 +58,13 @@ def pool(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Pool]:
     pool.plan(own, references)
     yield pool
     pool.close()
+
+
+def _spare_engines() -> int:
+    """How many processes wait for an engine. Importing vLLM keeps what one GPU can do: GPUs have to be alike."""
+    found = machine()
+    alike = len({device.name for device in found.devices}) == 1
+    return min(SPARE_ENGINES, found.cpu_cores // CORES_A_SPARE) if alike else 0
 
 
 def _still_to_come(session: pytest.Session) -> list[pytest.Item]:
@@ -132,14 +144,19 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     if not all(_answers(pool, rank, "resources") for rank in trainer.processes):
         trainer.stop()
     host = selection_of(request.config).subjects[subject.host] if subject.host else None
-    lost = [
-        engine
-        for engine in engines
-        if not (_given_back(sync, engine, host) if host else _answers(pool, engine.process, "generate", [[1, 2, 3]], 1))
-    ]
+    lost = [engine for engine in engines if not _serves_on(sync, engine, host)]
     pool.done(request.node.nodeid)  # first, or one would be started again for this test
     for engine in lost:
         pool.discard(engine)
+
+
+def _serves_on(sync: Sync, engine: EngineHandle, host: Subject | None) -> bool:
+    """Whether a later test can have an engine, which lets go of what the trainer has handed over first."""
+    if not _answers(sync.pool, engine.process, "half", "forget"):
+        return False
+    if host:
+        return _given_back(sync, engine, host)
+    return _answers(sync.pool, engine.process, "generate", [[1, 2, 3]], 1)
 
 
 def _become(pool: Pool, engines: list[EngineHandle], subject: Subject) -> None:
@@ -178,7 +195,7 @@ def _given_back(sync: Sync, engine: EngineHandle, host: Subject) -> bool:
             own.update()
             own.expect_same_behaviour()
         own.expect_exact(own.seed)
-        own.expect_cold_answers(own.seed)
+        own.expect_own_answers()
     except Exception as error:  # whatever it was, no later test is to meet it
         why = f"is not as before {sync.subject.name} and is replaced: {type(error).__name__}"
         sync.pool.announce(f"{engine.process.name} {why}")

@@ -20,6 +20,7 @@ from suite.session.items import SELFTESTS, asked_for_nothing, case_of, examines,
 from suite.session.record import JUNIT, LOGS, Record
 from suite.session.selection import MissingStage
 from suite.session.state import Progress, State, keep, state_of
+from suite.session.taken import expect_taken
 from suite.stages import Stage
 from suite.subjects import Subject
 
@@ -97,9 +98,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
     """Drop what nothing was asked of, mark the rest, and bring those that share engines together."""
     idle = [item for item in items if asked_for_nothing(item)]
+    collected = [*items]
     config.hook.pytest_deselected(items=idle)
     items[:] = [item for item in items if item not in idle]
     for item in items:
@@ -109,9 +113,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for kind in selection.KINDS:
                 if environment.lacks_engine(kind) is None or environment.vllm() == (None, None):
                     item.add_marker(kind)
-    collected = {item.nodeid: index for index, item in enumerate(items)}
+    order = {item.nodeid: index for index, item in enumerate(items)}
     yield
-    items.sort(key=lambda item: (*place_of(item), collected[item.nodeid]))
+    if (chosen := state_of(config).selection) and not session.testsfailed:  # all files could be collected
+        left = any(map(examines, items))
+        with _no_items_where_refused(items):
+            expect_taken(config, chosen, collected, left)
+    items.sort(key=lambda item: (*place_of(item), order[item.nodeid]))
+
+
+@contextlib.contextmanager
+def _no_items_where_refused(items: list[pytest.Item]) -> Iterator[None]:
+    """Drop all tests where the command line is refused: so no run begins, and the artefacts of the last one stay."""
+    try:
+        yield
+    except pytest.UsageError:
+        items.clear()
+        raise
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:

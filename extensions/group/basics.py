@@ -1,7 +1,7 @@
 """What every part of a group needs."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Protocol, TypeVar
 
@@ -30,6 +30,9 @@ class Communicator(Protocol):
         Raises ValueError for a `src` that is no rank, and GroupError where the group has been given up. On
         CUDA devices the tensor is there once the stream, or `wait`, says so.
         """
+
+    def broadcast_all(self, tensors: Sequence[torch.Tensor], src: int) -> None:
+        """As `broadcast`, of several tensors in their order, which every rank hands over in one call like this."""
 
     def wait(self) -> None:
         """Wait until all broadcasts have ended. Raises GroupError where one can't: a rank is gone, or too slow."""

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -52,6 +52,10 @@ class GlooCommunicator:
             late = f"a broadcast has not ended within {self.timeout_s:g} s"
             self.abort(f"a broadcast failed ({first_line(error)})" if work.is_completed() else late)
             self._expect_whole()
+
+    def broadcast_all(self, tensors: Sequence[torch.Tensor], src: int) -> None:
+        for tensor in tensors:
+            self.broadcast(tensor, src)
 
     def _expect_whole(self) -> None:
         if self._lost:

@@ -5,6 +5,7 @@ import functools
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent import futures
 
 import torch
@@ -37,12 +38,20 @@ class NcclCommunicator:
         self._store = meeting.store  # rank 0 serves the others through it; last, or who keeps an error keeps the port
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
+        self._broadcast([tensor], src, stream or torch.cuda.current_stream(self.device))
+
+    def broadcast_all(self, tensors: Sequence[torch.Tensor], src: int) -> None:
+        self._broadcast(tensors, src, torch.cuda.current_stream(self.device))
+
+    def _broadcast(self, tensors: Sequence[torch.Tensor], src: int, stream: "torch.cuda.Stream") -> None:
         self._expect_whole()
         expect_rank(src, self.world_size)
-        expect_in_place(tensor, self.device)
-        stream, ended = stream or torch.cuda.current_stream(self.device), torch.cuda.Event(blocking=True)
+        for tensor in tensors:
+            expect_in_place(tensor, self.device)
+        places = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+        ended = torch.cuda.Event(blocking=True)
         with self._calling:
-            refusal = self._lost or self._refusal(tensor, src, stream)
+            refusal = self._lost or self._refusal(places, src, stream)
         if refusal:
             self._give_up(refusal)
             self._expect_whole()
@@ -66,11 +75,14 @@ class NcclCommunicator:
         if self._abort is not None:
             futures.wait([self._abort], ABORT_S)
 
-    def _refusal(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream") -> str:
-        """Hand a broadcast to NCCL, and say why it was not taken; empty where it was."""
+    def _refusal(self, places: Sequence[tuple[int, int]], src: int, stream: "torch.cuda.Stream") -> str:
+        """Hand broadcasts to NCCL, and say why they were not taken; empty where they were."""
         began_s = time.monotonic()
         try:
-            settled = self._comm.broadcast(tensor.data_ptr(), tensor.nbytes, src, stream.cuda_stream)
+            if len(places) == 1:
+                settled = self._comm.broadcast(*places[0], src, stream.cuda_stream)
+            else:
+                settled = self._comm.broadcast_all(places, src, stream.cuda_stream)
             while not settled and not self._lost:
                 waited_s = time.monotonic() - began_s
                 if waited_s > self.timeout_s:

@@ -6,6 +6,7 @@ block: where a rank is missing, nothing ends their making.
 
 import ctypes
 import os
+from collections.abc import Sequence
 
 SUCCESS, IN_PROGRESS = 0, 7
 INT8 = 0  # ncclInt8, which moves bytes
@@ -41,6 +42,8 @@ SIGNATURES = {
     "ncclBroadcast": [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
     ],
+    "ncclGroupStart": [],
+    "ncclGroupEnd": [],
     "ncclCommAbort": [ctypes.c_void_p],
 }  # fmt: skip
 SPLIT_SIGNATURE = [  # of ncclCommSplit, which NCCL has since 2.18
@@ -132,6 +135,15 @@ class Comm:
         name = "ncclBroadcast"
         result = self._library.call(name, pointer, pointer, nbytes, INT8, src, self._current, stream)
         return self._library.settled(name, result)
+
+    def broadcast_all(self, places: Sequence[tuple[int, int]], src: int, stream: int) -> bool:
+        """As `broadcast`, of memory in several places, (pointer, bytes) each, which NCCL moves by one kernel."""
+        self._library.settled("ncclGroupStart", self._library.call("ncclGroupStart"))
+        try:
+            taken = [self.broadcast(pointer, nbytes, src, stream) for pointer, nbytes in places]
+        finally:
+            ended = self._library.call("ncclGroupEnd")
+        return self._library.settled("ncclGroupEnd", ended) and all(taken)
 
     def abort(self) -> None:
         """End every call, and what runs on the device, without the other ranks. Nothing may be called afterwards."""

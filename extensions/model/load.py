@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extensions.model.regions import Region, memory_id, part
+from extensions.model.regions import Region, memory_id, part, region_of
 from extensions.model.twin import REPLACES, Fill, split, without_lora
 from extensions.model.views import View, resolve
 from extensions.plan import Plan
@@ -66,6 +66,15 @@ class Load(ABC):
             self._held |= tensors
         elif tensors:
             self._convert(tensors)
+
+    def place(self, name: str) -> torch.Tensor | None:
+        """The memory in the model that a tensor may be received into; None where it has to be given to `load`."""
+        return None
+
+    def written_past(self, names: Iterable[str]) -> None:
+        """These tensors are being received into their places, past `load`."""
+        self._touched = True
+        self._written(names)
 
     def _copied(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy what the plan copies. Returns what is left, which `load_weights` has to load."""
@@ -180,6 +189,33 @@ class Load(ABC):
 
 class DirectLoad(Load):
     """For models whose parameters are as loaded: unquantised dense models on GPUs."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: object, plan: Plan | None) -> None:
+        super().__init__(model, vllm_config, plan)
+        self._places: dict[str, torch.Tensor | None] = {}
+
+    def again(self) -> "DirectLoad | None":
+        """This load, for another update of the same tensors; None where it holds tensors of this one."""
+        if self._held or self._heads:
+            return None
+        self._touched = False
+        return self
+
+    def place(self, name: str) -> torch.Tensor | None:
+        """One part of one parameter, contiguous, that gets all elements of the tensor as they are."""
+        if name not in self._places:
+            self._places[name] = self._only_place(name)
+        return self._places[name]
+
+    def _only_place(self, name: str) -> torch.Tensor | None:
+        fills = self._plan.copied.get(name, ()) if self._plan is not None and name not in self._plan.aliases else ()
+        if len(fills) != 1:
+            return None
+        (fill,), (dtype, shape) = fills, self._plan.announced[name]
+        found = part(self._target(fill.into), fill.region)
+        whole = region_of(torch.empty(shape, dtype=dtype, device="meta"))
+        as_sent = found.dtype == dtype and fill.reads[0][1] == whole
+        return found if as_sent and found.is_contiguous() else None
 
     def begin(self) -> None:
         """Nothing is to be prepared."""

@@ -4,12 +4,15 @@ An engine that computes with the right tensors may still use wrong ones somewher
 cold-loaded engine's: greedy tokens, and their log-probabilities to the last bit. The prompts reach from a few tokens to
 the engine's longest position, since what is wrong in a table shows at the positions that look it up.
 
-A cold engine answers twice. How far it is from itself is the tolerance: 0.0 on every machine measured so far.
+A cold engine answers twice. Where another does not answer alike, a second cold engine is started, and answers too: each
+process may choose other kernels, as Triton's autotuning does. The tolerance is how far cold engines are from each
+other. An engine that compiles kernels for itself is compared with its own answers from before the first update.
 """
 
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +24,10 @@ TOKENS = 6  # of an answer
 
 @dataclass(frozen=True)
 class Cold:
-    """What a cold engine answered.
+    """What cold engines answered.
 
-    answers: {"tokens": [...], "logprobs": [...]} by prompt. apart: between log-probabilities of the same token, the
-    second time it was asked. steady: by prompt, the leading tokens that were the same both times.
+    answers: {"tokens": [...], "logprobs": [...]} by prompt, the first time. apart: how far log-probabilities of the
+    same token were from that at other times. steady: by prompt, the leading tokens that were the same every time.
     """
 
     answers: list[dict]
@@ -33,10 +36,15 @@ class Cold:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the cold engine answered the same both times, bit by bit."""
+        """Whether all answers were the same, bit by bit."""
         return self.apart == 0 and all(
             count == len(answer["tokens"]) for count, answer in zip(self.steady, self.answers, strict=True)
         )
+
+    @property
+    def how_far(self) -> str:
+        """How far the answers were apart, in words."""
+        return f"log-probabilities {self.apart:.3g} apart, {min(self.steady)} leading tokens the same"
 
 
 def prompts(vocabulary: int, longest: int) -> list[list[int]]:
@@ -52,12 +60,17 @@ def write(path: str, first: list[dict], second: list[dict]) -> None:
     write_whole(_path(path), lambda target: target.write_text(text))
 
 
-def read(path: str) -> Cold:
-    """What a cold engine answered that wrote it there."""
-    first, second = json.loads(_path(path).read_text())
-    steady = [_same(a["tokens"], b["tokens"]) for a, b in zip(first, second, strict=True)]
-    apart = max(map(_apart, first, second, steady), default=0.0)
-    return Cold(first, apart, steady)
+def read(paths: Sequence[str]) -> Cold:
+    """What cold engines answered that wrote it to these places."""
+    return cold([said for path in paths for said in json.loads(_path(path).read_text())])
+
+
+def cold(given: list[list[dict]]) -> Cold:
+    """The first of several answers to the same prompts, and how far the others are from it."""
+    first, *others = given
+    same = [[_same(a["tokens"], b["tokens"]) for a, b in zip(first, other, strict=True)] for other in others]
+    apart = [max(map(_apart, first, other, counts), default=0.0) for other, counts in zip(others, same, strict=True)]
+    return Cold(first, max(apart), [min(counts) for counts in zip(*same, strict=True)])
 
 
 def differing(found: list[dict], cold: Cold) -> list[str]:

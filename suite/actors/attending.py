@@ -81,7 +81,9 @@ class _Attending:
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._said) == self._engines, wait_s):
                 silent = self._engines - len(self._said)
-                raise LinkError(f"{silent} engines have not answered within {self._deadline_s:g} s")
+                raise LinkError(
+                    f"engines that have not answered within {self._deadline_s:g} s: {silent} of {self._engines}"
+                )
         return [self._said[index] for index in range(self._engines)]
 
     def _listen(self, index: int, line: Line) -> None:

@@ -5,7 +5,7 @@ position is that in the tensor as it was announced, whatever part of it a rank h
 parts add up to that of the whole, and those of an engine's fused and sharded weights to the trainer's.
 
 It is computed on the tensor's device, in wrapping int64 arithmetic, piece by piece: beside the tensor it takes less
-than PIECE_BYTES.
+than PIECE_BYTES of memory. On GPUs the pieces are larger: launching their kernels is what takes time.
 """
 
 import math
@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-PIECE_BYTES = 64 * 2**20
+PIECE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 TEMPORARIES = 4  # of int64, that a piece is computed with
-PIECE_ELEMENTS = PIECE_BYTES // (8 * TEMPORARIES)
+PIECE_ELEMENTS = {device: size // (8 * TEMPORARIES) for device, size in PIECE_BYTES.items()}
 MIXER = 0x9E3779B97F4A7C15 - 2**64  # odd, as a signed 64-bit integer: neighbours get weights far from each other
 
 
@@ -42,12 +42,13 @@ def added(checksums: Sequence[int]) -> int:
 
 
 def _pieces(tensor: torch.Tensor, offset: int, strides: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Parts of at most PIECE_ELEMENTS, with the position of each of their elements (int64, of the same shape)."""
+    """Parts as small as the device asks, with the position of each of their elements (int64, of the same shape)."""
     if tensor.numel() == 0:
         return
-    if tensor.numel() > PIECE_ELEMENTS:
+    most = PIECE_ELEMENTS[tensor.device.type]
+    if tensor.numel() > most:
         dim = max(range(tensor.ndim), key=lambda dim: (tensor.shape[dim] > 1, -dim))  # the outermost that can be cut
-        rows = max(1, PIECE_ELEMENTS // (tensor.numel() // tensor.shape[dim]))
+        rows = max(1, most // (tensor.numel() // tensor.shape[dim]))
         for start in range(0, tensor.shape[dim], rows):
             part = tensor.narrow(dim, start, min(rows, tensor.shape[dim] - start))
             yield from _pieces(part, offset + start * strides[dim], strides)

@@ -62,6 +62,10 @@ class Refused(RuntimeError):
     """An engine refused the update, or the trainer called it off; nothing, or not all, was sent."""
 
 
+class NotStarted(Refused):
+    """Nothing was sent, and both sides know it: the connections serve the next update."""
+
+
 class Line:
     """One side of the dialogue of one update, on one link.
 

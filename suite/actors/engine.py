@@ -6,6 +6,7 @@ import traceback
 from typing import Any
 
 from suite.actors import answers
+from suite.actors.cuda import cuda_is_initialised
 from suite.actors.dialogue import EngineSide
 from suite.actors.link import Link, Listener
 from suite.actors.probe import EXTENSION, PROBED
@@ -40,6 +41,13 @@ class Engine:
     _doubtful = False  # whether a call of vllm.LLM has failed, and left replies perhaps
     _calls = 0  # to all workers, so far
 
+    @staticmethod
+    def import_ahead() -> dict[str, bool]:
+        """Import what every engine needs, and say whether that initialised CUDA: {"cuda_is_initialised": ...}."""
+        from vllm import LLM, SamplingParams  # noqa: F401
+
+        return {"cuda_is_initialised": cuda_is_initialised()}
+
     def __init__(
         self,
         model: str,
@@ -51,6 +59,7 @@ class Engine:
     ) -> None:
         os.environ[EXTENSION] = subject["extension"]  # before the workers are made: they inherit it
         self._examine(subject)
+        self._cold: list[list[dict]] = []
         self._listener = Listener(link_path)
         self._links: list[Link] = []
         self._llm = self._make(
@@ -142,6 +151,10 @@ class Engine:
             for prompt in answers.prompts(config.get_vocab_size(), config.max_model_len)
         ]
 
+    def cold_answers(self) -> list[list[dict]]:
+        """Both of this engine's `answers` after its cold load. Empty where it has written down nothing then."""
+        return self._cold
+
     def tokens_per_s(self, prompts: list[list[int]], max_tokens: int) -> float:
         """Generated tokens per second of one batch."""
         started = time.monotonic()
@@ -157,7 +170,7 @@ class Engine:
         self._half.connect(address, port, rank_offset, world_size)
 
     def half(self, step: str, *args: Any) -> Any:
-        """Take a single step of an update: "begin", "end", "abort" or "state" of the subject's `EngineHalf`."""
+        """Take a single step: "begin", "end", "abort", "state" or "forget" of the subject's `EngineHalf`."""
         return getattr(self._half, step)(*args)
 
     def accept(self, trainer_ranks: int) -> None:
@@ -239,9 +252,9 @@ class Engine:
         """Write what this engine computes with and answers after its cold load; see `suite.actors.recording`."""
         first = self.answers()
         self.rpc("probe_record")
-        second = self.answers()
+        self._cold = [first, self.answers()]
         self.reset_prefix_cache()
-        answers.write(path, first, second)
+        answers.write(path, *self._cold)
         self.rpc("probe_settle", path)  # last: once its files are there, so are the answers
 
     def _expect_reset(self, found: object) -> None:

@@ -113,7 +113,7 @@ def unsteady_loads(vllm_config: object, weights: Collection[str]) -> Tensors:
 
     Both are held at once: what one had freed, the other would get at the same address.
     """
-    with _unset_is_nan():
+    with unset_is_nan():
         one = _loaded_again(vllm_config)
     other = _loaded_again(vllm_config)
     unsteady = unsteady_of(beside_of(one, weights), beside_of(other, weights))
@@ -150,7 +150,7 @@ def _apart(vllm_config: object) -> Iterator[object]:
 
 
 @contextmanager
-def _unset_is_nan() -> Iterator[None]:
+def unset_is_nan() -> Iterator[None]:
     """New memory is filled with NaN, integers with their largest."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

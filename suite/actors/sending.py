@@ -11,7 +11,7 @@ import torch
 from extensions.manifest import manifest_of
 from suite.actors import link
 from suite.actors.attending import send_attended
-from suite.actors.dialogue import CALLED_OFF, Refused, TrainerSide
+from suite.actors.dialogue import CALLED_OFF, NotStarted, Refused, TrainerSide
 from suite.subjects import Subject, from_plain
 from suite.subjects.protocol import TrainerHalf
 
@@ -28,8 +28,8 @@ class Trains(Protocol):
     def named_tensors(self, order: str, alter: dict[str, Any] | None) -> Named:
         """Whole tensors by name; all ranks gather them together."""
 
-    def named_layout(self, order: str, alter: dict[str, Any] | None) -> Named:
-        """The same without data."""
+    def manifest(self, order: str, alter: dict[str, Any] | None) -> list[dict]:
+        """What announces these tensors; nothing is gathered."""
 
 
 class Fault:
@@ -66,7 +66,7 @@ class Outgoing:
 
     def manifest(self) -> list[dict]:
         """[{"name", "dtype", "shape"}, ...], in the order of sending."""
-        manifest = manifest_of(self._held or self._trainer.named_layout(*self._how))
+        manifest = manifest_of(self._held) if self._held else self._trainer.manifest(*self._how)
         self.count = len(manifest)
         return manifest
 
@@ -142,11 +142,11 @@ class Sending:
         self._half.release()
         return {"started_s": started, "ended_s": time.monotonic(), "bytes_sent": sent, "tensors": tensors.count}
 
-    def release(self) -> None:
-        """Let go of what a failed update has left handed over. What the sender raises goes to the log."""
+    def forget(self) -> None:
+        """Let go of whatever keeps tensors. What the sender raises goes to the log."""
         try:
             if self._half is not None:
-                self._half.release()
+                self._half.forget()
         except Exception as error:
             print(f"a sender could not release what it held: {type(error).__name__}: {error}")
 
@@ -182,14 +182,14 @@ class Sending:
         return {"manifest": tensors.manifest(), **announced}
 
     def _agree(self, said: TrainerSide, fault: Fault, announcement: dict[str, Any], call_off: bool) -> None:
-        """Announce the update, and have all engines start it and all ranks send it, or none. Raises Refused."""
+        """Announce the update, and have all engines start it and all ranks send it, or none. Raises NotStarted."""
         refusals = said.announce(announcement)
         if call_off and said.lines and not refusals:
             refusals.append(CALLED_OFF)
         fault.strike("before")
         said.decide(go=not refusals)
         if not self._all_agree(not refusals):
-            raise Refused("; ".join(refusals) or "an engine refused another rank's update")
+            raise NotStarted("; ".join(refusals) or "an engine refused another rank's update")
 
     def _send(self, tensors: Outgoing, said: TrainerSide, fault: Fault) -> int:
         if not self._speaks:

@@ -15,6 +15,7 @@ import torch
 
 from extensions.devices import device_id
 from extensions.group import prepare
+from extensions.manifest import manifest_of
 from suite import models
 from suite.actors import checkpoint, checksum, memory, oracles
 from suite.actors.roofline import Roofline
@@ -55,8 +56,10 @@ class Trainer:
         prepare(self.device)
 
     def warm_up_computing(self) -> None:
-        """The same for what `load` needs."""
+        """The same for what `load` needs, and for computing: on a GPU its libraries are read from disk first."""
         importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+        square = torch.ones(16, 16, dtype=torch.bfloat16, device=self.device)
+        torch.nn.functional.softmax(square @ square, dim=-1).sum().item()
 
     def facts(self) -> dict[str, Any]:
         """What this rank runs on."""
@@ -69,7 +72,6 @@ class Trainer:
 
     def forget(self) -> None:
         """Let go of the weights, of what trains them, and of what updates and rooflines still hold."""
-        self._sending.release()
         self._roofline.forget()
         self._forget()
 
@@ -210,6 +212,14 @@ class Trainer:
         """What `named_tensors` gives, as tensors without data (meta): nothing is gathered."""
         return self._named(order, alter, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
+    def manifest(self, order: str = "checkpoint", alter: dict[str, Any] | None = None) -> list[dict]:
+        """What announces `named_tensors`. Without alterations it is made once: a trainer's layout stays as it is."""
+        if alter:
+            return manifest_of(self.named_layout(order, alter))
+        if order not in self._manifests:
+            self._manifests[order] = manifest_of(self.named_layout(order))
+        return self._manifests[order]
+
     def memory_mark(self) -> None:
         """Start measuring this rank's peak memory."""
         self._marked = memory.mark(self.device)
@@ -224,11 +234,13 @@ class Trainer:
 
     def _named(self, order: str, alter: dict[str, Any] | None, whole: Any) -> Iterator[tuple[str, torch.Tensor]]:
         parameters = self._parameters()
-        holder = {
-            name: parameter
-            for parameter, tensor in parameters.items()
-            for name, _ in self._views(parameter, torch.empty(tensor.shape, device="meta"))
-        }
+        if not self._holder:
+            self._holder = {
+                name: parameter
+                for parameter, tensor in parameters.items()
+                for name, _ in self._views(parameter, torch.empty(tensor.shape, device="meta"))
+            }
+        holder = self._holder
         alterations = checkpoint.Alterations.of(alter, list(holder))
         held, views = None, {}
         for name in checkpoint.ordered(list(holder), order):
@@ -270,12 +282,16 @@ class Trainer:
         return fully_shard(model, mesh=self._mesh)
 
     def _forget(self) -> None:
+        self._sending.forget()  # a sender may keep the tensors of the last update
         self._spec: models.ModelSpec | None = None
         self._model: torch.nn.Module | None = None
         self._tensors: dict[str, torch.Tensor] = {}
+        self._holder: dict[str, str] = {}  # which parameter holds each tensor of the checkpoint
+        self._manifests: dict[str, list[dict]] = {}  # by order
         self._optimizer: torch.optim.Optimizer | None = None
         gc.collect()
         if self.device.type == "cuda":
+            torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
     def _trained(self) -> torch.nn.Module:

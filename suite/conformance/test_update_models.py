@@ -22,10 +22,7 @@ def test_tied(sync: Sync, target: int) -> None:
         sync.load(seed)
         _expect_sent(sync, sync.update(), head=False)
         sync.expect_exact(seed)
-        for rank in _embedding_and_head(sync):
-            applied = f"an output layer that applies the embedding's {rank['rows']} rows"
-            found = f"{rank['equal']} of them on rank {rank['rank']}"
-            expect(rank["equal"] == rank["rows"], applied, found, sync.where)
+        _expect_applied(sync, "all")
         sync.expect_same_behaviour()
 
 
@@ -42,10 +39,7 @@ def test_untied(sync: Sync, target: int) -> None:
         sync.load(seed)
         _expect_sent(sync, sync.update(), head=True)
         sync.expect_exact(seed)
-        for rank in _embedding_and_head(sync):
-            applied = f"an output layer that applies none of the embedding's {rank['rows']} rows"
-            found = f"{rank['equal']} of them on rank {rank['rank']}"
-            expect(rank["equal"] == 0, applied, found, sync.where)
+        _expect_applied(sync, "none")
         sync.expect_same_behaviour()
 
 
@@ -76,9 +70,12 @@ def _expect_sent(sync: Sync, moved: Moved, head: bool) -> None:
         raise RuntimeError(f"expected an update of {expected}, found {moved.tensors} of {names} {sync.where}")
 
 
-def _embedding_and_head(sync: Sync) -> list[dict]:
-    """What every rank of the engine looks up and applies, see `probe_embedding_and_head`."""
-    return sync.call_engines("probe_embedding_and_head")[0]
+def _expect_applied(sync: Sync, which: str) -> None:
+    """On every rank the output layer applies all of the embedding's rows, or none; see `probe_embedding_and_head`."""
+    for rank in sync.call_engines("probe_embedding_and_head")[0]:
+        applied = f"an output layer that applies {which} of the embedding's {rank['rows']} rows"
+        found = f"{rank['equal']} of them on rank {rank['rank']}"
+        expect(rank["equal"] == (rank["rows"] if which == "all" else 0), applied, found, sync.where)
 
 
 def _expect_every_expert_and_router(sync: Sync, shapes: dict[str, list[int]]) -> None:

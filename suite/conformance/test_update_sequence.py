@@ -15,6 +15,7 @@ from suite.driver.trainers import Trainers
 from suite.models import TIED
 from suite.sequences.player import MALFORMED, UNKNOWN_DEVICE, Player, Step, parse
 from suite.sequences.trial import Trial
+from suite.session.options import SEQUENCES
 from suite.session.record import TRIED
 from suite.stages import GPU_OF_ONE_RANK
 
@@ -130,7 +131,8 @@ def test_sequence_with_sleep(playing: Callable[[], None]) -> None:
 
 def _played(player: Player, config: pytest.Config) -> Trial:
     """The sequence that the command line gives, or as many as it asks for: the same ones for the same seed."""
-    count, steps = config.getoption("sequences"), config.getoption("sequence_steps")
+    count = config.getoption("sequences") or SEQUENCES[player.sync.stage.kind]
+    steps = config.getoption("sequence_steps")
     trial = Trial(player, budget_s=count * steps * SECONDS_A_STEP)
     if given := config.getoption("play"):
         trial.begin()

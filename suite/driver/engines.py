@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from suite.models import MODELS
 from suite.processes.call import Process
 from suite.stages import Stage
 from suite.subjects import Subject
@@ -15,6 +16,7 @@ class EngineKey:
 
     seed: of the checkpoint that it cold-loads, None for dummy weights. options: further arguments of vllm.LLM.
     visible: its CUDA_VISIBLE_DEVICES where that is not its stage's; None for unset. copy: counts engines of a stage.
+    again: whether it only shows how far two cold engines of the same are apart.
     serves: whether it answers requests while it is updated.
     """
 
@@ -25,14 +27,28 @@ class EngineKey:
     options: tuple[tuple[str, object], ...] = ()
     visible: str | None = ""
     copy: int = 0
+    again: bool = False
     serves: bool = False
 
     def __str__(self) -> str:
         extra = [f"{name}={value}" for name, value in self.options]
         extra += [] if self.visible == "" else [f"CUDA_VISIBLE_DEVICES={self.visible}"]
         extra += [f"#{self.copy}"] if self.copy else []
+        extra += ["again"] if self.again else []
         extra += ["serving"] if self.serves else []
         return " ".join([self.model, self.stage, self.subject, f"seed={self.seed}", *extra])
+
+
+class PortTaken(Exception):
+    """An engine did not start since something else listens where it was to."""
+
+
+class NoReference(Exception):
+    """The engine to compare with did not start: nothing can be said of the subject."""
+
+    def __init__(self, key: EngineKey, error: Exception) -> None:
+        self.said = f"the engine to compare with, {key}, did not start: {getattr(error, 'said', error)}"
+        super().__init__(self.said)
 
 
 @dataclass
@@ -66,13 +82,30 @@ def seed_of(subject_index: int) -> int:
     return 0 if subject_index == 0 else 1
 
 
-def engine_options(stage: Stage) -> dict:
-    """Arguments of vllm.LLM that every engine of a stage gets."""
+# FlashInfer's kernels for gated delta nets are compiled when they are first used, and not every host has the package.
+OF_GPU_MODELS = {"qwen3_next": {"additional_config": {"gdn_prefill_backend": "triton"}}}
+
+
+def engine_options(stage: Stage, model: str) -> dict:
+    """Arguments of vllm.LLM that every engine of a stage and a model gets."""
     options = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": 16, "seed": 0, "enforce_eager": True}
     options["max_num_batched_tokens"] = 4096
     options["kv_cache_memory_bytes"] = (64 if stage.kind == "cpu" else 512) * 2**20
     if stage.kind == "gpu":
         options["gpu_memory_utilization"] = 0.05  # the cache's size is given; this is only what has to be free
+        options |= OF_GPU_MODELS.get(MODELS[model].architecture, {})
     if stage.pipeline_parallel_size > 1:
         options["pipeline_parallel_size"] = stage.pipeline_parallel_size
     return options
+
+
+def options_of(key: EngineKey, stage: Stage) -> dict:
+    """Arguments of vllm.LLM that an engine gets."""
+    return engine_options(stage, key.model) | ({"load_format": "dummy"} if key.seed is None else {}) | dict(key.options)
+
+
+def expect_on(devices: tuple[str, ...], facts: dict, name: str) -> None:
+    """Ordinals name devices to the engine; UUIDs decide whether they are the right ones."""
+    found = tuple(device["id"] for device in facts["devices"])
+    if found != devices:
+        raise RuntimeError(f"expected {name} on {devices}, found it on {found}: do NVML and CUDA agree on the order?")

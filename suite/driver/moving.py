@@ -4,6 +4,7 @@ import contextlib
 import time
 from dataclasses import dataclass
 
+from suite.actors.dialogue import NotStarted
 from suite.driver.expected import Differs
 from suite.driver.together import Together
 from suite.driver.trainers import TrainerFailed
@@ -138,12 +139,19 @@ class Moving(Together):
             self.disconnect()
             raise
         except (NoAnswer, RemoteError) as error:
-            self.disconnect()
+            if not self._not_started(calls):
+                self.disconnect()
             if lost := self._end_late(calls):
                 error.add_note(f"ended, since they did not come back: {', '.join(lost)}")
             if lost or isinstance(error, ProcessDied):
                 self.pool.patience.lost(self.subject.name, time.monotonic() - began_s, error.cause)
             raise
+
+    def _not_started(self, calls: list[Call]) -> bool:
+        """Whether an engine refused the update before anything was sent, and all have heard of it."""
+        ours = [call for call in calls if call.process in self.trainer.processes]
+        heard = [call for call in ours if getattr(call.error(), "kind", "") == NotStarted.__name__]
+        return heard == ours and all(call.done() for call in calls)
 
     def _end_late(self, calls: list[Call]) -> list[str]:
         """End what has not answered: the trainer first, which may be all that an engine waits for. Returns names."""

@@ -16,9 +16,11 @@ from pathlib import Path
 from suite import models
 from suite.actors.written import weights_path
 from suite.driver import variables
-from suite.driver.engines import EngineHandle, EngineKey, actor_of, engine_options
+from suite.driver.engines import EngineHandle, EngineKey, NoReference, PortTaken, actor_of, expect_on, options_of
 from suite.driver.patience import Patience
 from suite.driver.room import Room, engines_at_once
+from suite.driver.spares import Spares
+from suite.driver.variables import Variables
 from suite.processes.launcher import Launcher
 from suite.stages import Stage
 from suite.stages.hardware import gpu_memory_bytes
@@ -31,18 +33,6 @@ MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 POLL_S, RETRY_S = 0.1, 1.0
 
 
-class PortTaken(Exception):
-    """An engine did not start since something else listens where it was to."""
-
-
-class NoReference(Exception):
-    """The engine to compare with did not start: nothing can be said of the subject."""
-
-    def __init__(self, key: EngineKey, error: Exception) -> None:
-        self.said = f"the engine to compare with, {key}, did not start: {getattr(error, 'said', error)}"
-        super().__init__(self.said)
-
-
 class Pool:
     """Starts, lends and ends engines.
 
@@ -51,6 +41,8 @@ class Pool:
         stages, subjects: by name.
         announce: called with a line of text when an engine starts, is ready, or fails.
         timeline: puts down how long a block takes, "starting", "moving" or "judging", and what.
+        tolerances: gets how far cold engines are apart that answer differently, in words, by engine.
+        ahead: so many processes are kept that wait for an engine on GPUs (suite.driver.spares).
     """
 
     def __init__(
@@ -60,10 +52,15 @@ class Pool:
         subjects: dict[str, Subject],
         announce: Callable[[str], None],
         timeline: Callable[[str, str], AbstractContextManager[None]] = lambda what, name: nullcontext(),
+        tolerances: dict[str, str] | None = None,
+        ahead: int = 0,
     ) -> None:
         self.launcher, self._stages, self._subjects = launcher, stages, subjects
         self.announce, self.timeline = announce, timeline
+        self._tolerances = {} if tolerances is None else tolerances
         self.room = Room(stages, gpu_memory_bytes())
+        self._spares = Spares(launcher, variables.of_spare_engine(stages.values()), ahead, announce)
+        self._starts = max(MIN_STARTS, min(MAX_STARTS, len(os.sched_getaffinity(0)) // CORES_A_START))
         self._needs: Counter[EngineKey] = Counter()
         self._by_test: dict[str, list[EngineKey]] = {}
         self._started: dict[EngineKey, EngineHandle] = {}
@@ -94,8 +91,7 @@ class Pool:
         in_order = dict.fromkeys(key for test, keys in needs.items() for key in (*keys, *references.get(test, ())))
         self._records = set(in_order) - set(updated)
         self._needs = Counter({key: updated[key] or 1 for key in in_order})
-        starts = max(MIN_STARTS, min(MAX_STARTS, len(os.sched_getaffinity(0)) // CORES_A_START))
-        for index in range(starts):
+        for index in range(self._starts):
             threading.Thread(target=self._work, name=f"engine-starter-{index}", daemon=True).start()
 
     def get_all(self, keys: Sequence[EngineKey]) -> list[EngineHandle]:
@@ -177,11 +173,11 @@ class Pool:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """No engine starts or ends meanwhile: what is measured has the machine to itself."""
+        """No engine starts or ends meanwhile, and no spare process: what is measured has the machine to itself."""
         with self._changed:
             self._quiet = True
             deadline = time.monotonic() + START_DEADLINE_S
-            while (self._starting or self._stopping) and time.monotonic() < deadline:
+            while (self._starting or self._stopping or self._spares.importing) and time.monotonic() < deadline:
                 self._changed.wait(POLL_S)
         try:
             yield
@@ -211,14 +207,18 @@ class Pool:
 
         It is one of `among` if any fits: another subject's engine will do, also on another stage of the same layout.
         """
-        wanted = (key.model, self._layout(key.stage), key.options, seed)
+        wanted = (key.model, self._layout(key.stage), key.options, seed, key.again)
         for other in among:
-            if (other.model, self._layout(other.stage), other.options, other.seed) == wanted:
+            if (other.model, self._layout(other.stage), other.options, other.seed, other.again) == wanted:
                 return other
         return replace(key, seed=seed, visible="", copy=0, serves=False)
 
-    def oracle(self, key: EngineKey, seed: int) -> str:
-        """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has."""
+    def oracle(self, key: EngineKey, seed: int, again: bool = False) -> str:
+        """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has.
+
+        again: whether a second one is asked for, which is started for this alone.
+        """
+        key = replace(key, again=again)
         path = str(self.oracle_path(replace(key, seed=seed)))
         files = [weights_path(path, rank) for rank in range(self._stages[key.stage].engine_ranks)]
         reference = self.reference(key, seed, [*self._needs])
@@ -236,6 +236,13 @@ class Pool:
         with self._changed:
             self._wait_for((reference,), written)
         return path
+
+    def tolerate(self, key: EngineKey, how_far: str) -> None:
+        """Tell how far cold engines that compute as `key` does are apart, once."""
+        name = " ".join(map(str, [key.model, *self._layout(key.stage), *(f"{n}={v}" for n, v in key.options)]))
+        if self._tolerances.get(name) != how_far:
+            self._tolerances[name] = how_far
+            self.announce(f"cold engines of {name} answer differently, which is allowed: {how_far}")
 
     def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
         """The directory of a model's checkpoint, written when first asked for."""
@@ -258,6 +265,7 @@ class Pool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._spares.close()
 
     def _layout(self, stage: str) -> tuple[str, int, int]:
         found = self._stages[stage]
@@ -266,6 +274,7 @@ class Pool:
     def oracle_path(self, key: EngineKey) -> Path:
         """Where engines that compute as `key` does write what they compute with after a cold load."""
         parts = [key.model, *self._layout(key.stage), *(f"{n}={v}" for n, v in key.options), key.seed]
+        parts += ["again"] if key.again else []
         return self.launcher.directory / "oracles" / "-".join(map(str, parts))
 
     def _work(self) -> None:
@@ -312,8 +321,17 @@ class Pool:
                 if key is not None:
                     self._starting.add(key)
                     return key
+                self._fill_spares()
                 self._changed.wait(1.0)
             return None
+
+    def _fill_spares(self) -> None:
+        """Start a spare process, where that delays no engine that starts. Called with the lock held."""
+        # An engine that is there counts as one to come where a later test needs it: the one before may lose it.
+        if not self._quiet and len(self._starting) + self._spares.importing < self._starts:
+            there = {*self._starting, *self._started}
+            to_come = (key for key, n in self._needs.items() if n > (key in there) and key not in self._failed)
+            self._spares.fill(map(self._environment, to_come))
 
     def _choose(self) -> EngineKey | None:
         """In order, but for engines on other devices than one that has to wait for room."""
@@ -350,40 +368,33 @@ class Pool:
             return self._start(key)
 
     def _start(self, key: EngineKey) -> EngineHandle:
-        stage, subject = self._stages[key.stage], self._subjects[key.subject]
-        started = time.monotonic()
+        stage, subject, started = self._stages[key.stage], self._subjects[key.subject], time.monotonic()
         self.announce(f"engine {key}: starting")
         link_path = self.launcher.link_path()
-        options = engine_options(stage) | ({"load_format": "dummy"} if key.seed is None else {}) | dict(key.options)
         arguments = {
             "model": self.config(key.model) if key.seed is None else self.checkpoint(key.model, key.seed),
             "subject": subject.plain(),
             "link_path": link_path,
             "tensor_parallel_size": stage.tensor_parallel_size,
             "oracle_path": str(self.oracle_path(key)) if key.seed is not None else None,
-            "options": options,
+            "options": options_of(key, stage),
         }
-        env = variables.of_engine(stage, key.copy, options["enforce_eager"]) | subject.engine_environment()
-        if key.visible != "":
-            env["CUDA_VISIBLE_DEVICES"] = key.visible
-        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}" + ("-serving" if key.serves else "")
-        process = self.launcher.start(name, actor_of(key), arguments, env, START_DEADLINE_S)
+        of_its_kind = ("-again" if key.again else "") + ("-serving" if key.serves else "")
+        name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{of_its_kind}"
+        process = self._spares.start(name, actor_of(key), arguments, self._environment(key), START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
             if stage.kind == "gpu" and key.visible == "":
-                _expect_on(stage.devices_of_engine(key.copy), facts, name)
+                expect_on(stage.devices_of_engine(key.copy), facts, name)
         except Exception as error:
             process.stop()
-            log = process.tail(LOG_LINES).lower()
-            if any(sign in log for sign in PORT_TAKEN):
+            if any(sign in process.tail(LOG_LINES).lower() for sign in PORT_TAKEN):
                 raise PortTaken("a port that vLLM had found free was taken by another process") from error
             raise
         self.announce(f"engine {key}: ready after {time.monotonic() - started:.0f} s")
         return EngineHandle(key, process, link_path, stage.engine_ranks, subject.plain(), facts=facts)
 
-
-def _expect_on(devices: tuple[str, ...], facts: dict, name: str) -> None:
-    """Ordinals name devices to the engine; UUIDs decide whether they are the right ones."""
-    found = tuple(device["id"] for device in facts["devices"])
-    if found != devices:
-        raise RuntimeError(f"expected {name} on {devices}, found it on {found}: do NVML and CUDA agree on the order?")
+    def _environment(self, key: EngineKey) -> Variables:
+        stage, eager = self._stages[key.stage], options_of(key, self._stages[key.stage])["enforce_eager"]
+        env = variables.of_engine(stage, key.copy, eager) | self._subjects[key.subject].engine_environment()
+        return env if key.visible == "" else env | {"CUDA_VISIBLE_DEVICES": key.visible}

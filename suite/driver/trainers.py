@@ -70,7 +70,7 @@ class TrainerGroup:
         return cls(launcher, f"{name}-{stage.name}", world_size, device, list(stage.trainer_visible), stage)
 
     def expect_computing(self) -> None:
-        """Have the ranks import what `load` needs, which takes seconds, before anyone waits for it."""
+        """Have the ranks import what `load` needs and compute once, which takes seconds, before anyone waits for it."""
         for process in self.processes:
             process.prepare("warm_up_computing")
 

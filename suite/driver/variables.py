@@ -1,11 +1,19 @@
 """The environment variables of the processes that engines and trainers run in."""
 
 import os
+from collections.abc import Iterable
 
 from suite.stages import UPDATE_TIMEOUT_S, Stage
 
+Variables = dict[str, str | None]  # environment variables to set, or to remove (None), over pytest's own
 
-def of_trainer(device: str, visible: str | None, rank: int, stage: Stage | None) -> dict[str, str | None]:
+# The beginnings of the names that a process may still be given after it has imported vLLM. CUDA reads its variable when
+# it initialises, NCCL its own when a group is made, and vLLM the last one each time that it serialises. Any other may
+# have been read for good: by Python as it started, by torch (TORCHDYNAMO_DISABLE) or by vLLM as they were imported.
+READ_LATE = ("CUDA_VISIBLE_DEVICES", "NCCL_", "VLLM_ALLOW_INSECURE_SERIALIZATION")
+
+
+def of_trainer(device: str, visible: str | None, rank: int, stage: Stage | None) -> Variables:
     """What a rank of a trainer has in its environment.
 
     Args:
@@ -17,10 +25,10 @@ def of_trainer(device: str, visible: str | None, rank: int, stage: Stage | None)
     return _common("cpu" if device == "cpu" else "gpu", visible) | {"OMP_NUM_THREADS": "1"} | nccl
 
 
-def of_engine(stage: Stage, copy: int, eager: bool) -> dict[str, str | None]:
+def of_engine(stage: Stage, copy: int, eager: bool) -> Variables:
     """What an engine's process has in its environment. `copy` counts the engines of a stage that has several."""
     visible = stage.visible_to_engine(copy) if stage.kind == "gpu" else ""
-    engines: dict[str, str | None] = {
+    engines: Variables = {
         **_common(stage.kind, visible),
         **stage.nccl_environment(f"engine-{copy}"),
         "TOKENIZERS_PARALLELISM": "false",
@@ -41,7 +49,25 @@ def of_engine(stage: Stage, copy: int, eager: bool) -> dict[str, str | None]:
     }
 
 
-def _common(kind: str, visible: str | None) -> dict[str, str | None]:
+def of_spare_engine(stages: Iterable[Stage]) -> Variables:
+    """What a process has that waits for an engine: the variables of an eager engine on the first stage with GPUs.
+
+    Without GPUs there are none, which fit no engine: CPU engines leave no cores for a process that waits.
+    """
+    return next((of_engine(stage, 0, eager=True) for stage in stages if stage.kind == "gpu"), {})
+
+
+def late_changes(had: Variables, wanted: Variables) -> Variables | None:
+    """What a process that was started with `had` is still to be given, to have what one started with `wanted` has.
+
+    None where a variable differs that is not READ_LATE.
+    """
+    here = {name: os.environ.get(name) for name in (*had, *wanted)}
+    changes = {name: value for name, value in (here | wanted).items() if value != (here | had)[name]}
+    return changes if all(name.startswith(READ_LATE) for name in changes) else None
+
+
+def _common(kind: str, visible: str | None) -> Variables:
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": visible,

@@ -2,9 +2,9 @@
 
 from suite.models.catalogue import ARCHITECTURES, MODELS, TIED, ModelSpec, manifest, tensors
 from suite.models.files import fill, read_spec, save, write_checkpoint, write_config
-from suite.models.values import CHUNK_ELEMENTS, Shape, fill_values, values
+from suite.models.values import Shape, fill_values, values
 
 __all__ = [
-    "ARCHITECTURES", "CHUNK_ELEMENTS", "MODELS", "TIED", "ModelSpec", "Shape", "fill", "fill_values", "manifest",
+    "ARCHITECTURES", "MODELS", "TIED", "ModelSpec", "Shape", "fill", "fill_values", "manifest",
     "read_spec", "save", "tensors", "values", "write_checkpoint", "write_config",
 ]  # fmt: skip

@@ -143,7 +143,8 @@ PARTICULAR = {
     },
     "gpt_oss": {"attention_bias": True, "sliding_window": 64},
     "qwen3_next": {
-        "shared_expert_intermediate_size": 128, "full_attention_interval": 2, "linear_conv_kernel_dim": 4,
+        "layer_types": ["linear_attention", "full_attention"],  # said outright: releases derive others from an interval
+        "shared_expert_intermediate_size": 128, "linear_conv_kernel_dim": 4,
         "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     },
 }  # fmt: skip

@@ -25,7 +25,7 @@ def tensors(architecture: str, config: Config, layer: int) -> Named:
     yield "input_layernorm.weight", (hidden,)
     if architecture == "deepseek_v3":
         yield from _latent_attention(config)
-    elif architecture == "qwen3_next" and (layer + 1) % config["full_attention_interval"]:
+    elif architecture == "qwen3_next" and config["layer_types"][layer] == "linear_attention":
         yield from _recurrence(config)
     else:
         yield from _attention(architecture, config)

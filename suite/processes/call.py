@@ -20,6 +20,26 @@ class Process(ABC):
     name: str
     log_path: Path
     used_s: float  # when it was last called or answered, on the monotonic clock
+    imported: "Call"  # its imports, on their way; the result is what the class's import_ahead() returned
+
+    @abstractmethod
+    def begin(
+        self,
+        name: str,
+        kwargs: dict[str, Any] | None = None,
+        env: dict[str, str | None] | None = None,
+        deadline_s: float = 120,
+    ) -> None:
+        """Have the object built; returns at once. Called once, after Launcher.ahead. Raises TypeError as `submit` does.
+
+        A process that has ended is no error here: ready() raises.
+
+        Args:
+            name: for messages and for the log from now on.
+            kwargs: the constructor's arguments, plain data (suite.processes.wire).
+            env: environment variables to set, or to remove (None), after the imports and before the object is built.
+            deadline_s: how long what is left of the imports and the constructor may take, from now.
+        """
 
     @property
     @abstractmethod

@@ -1,7 +1,9 @@
 """What runs in a started process: builds one object and serves calls on it, one at a time.
 
 Started by suite.processes.process as ``python -m suite.processes.child FD``, FD being its end of a socket pair. The
-first frame names the class and its arguments; each later frame is a call. Every answer is a result or an error as text.
+first frame names the class, whose module is imported. The second is the task: the constructor's arguments, and the
+environment variables that change before it is called. Each later frame is a call. Every answer is a result or an error
+as text.
 When the other end goes away, the janitor ends this process; where there is no janitor, it ends itself, whatever it is
 doing.
 """
@@ -24,7 +26,7 @@ from suite.processes import wire
 from suite.processes.target import load
 
 STACKS_SIGNAL = signal.SIGUSR2  # makes this process write the stacks of its threads to its log
-READY = 0  # the call number of the constructor
+IMPORTED, READY = 0, 1  # the call numbers of the imports and of the constructor
 JANITOR_S = 3.0  # what the janitor gets, which needs this process alive to see what shared memory it has
 
 
@@ -45,11 +47,22 @@ class Server:
     """Holds the one object that is called."""
 
     def __init__(self) -> None:
+        self.cls: Any = None
         self.served: Any = None
 
-    def construct(self, target: str, kwargs: dict[str, Any]) -> Any:
-        """Build the object ("pkg.module:Class") and return its facts(), where it has them."""
-        self.served = load(target)(**kwargs)
+    def import_class(self, target: str) -> Any:
+        """Import the class ("pkg.module:Class") and return what its import_ahead() does, where it has one."""
+        cls = load(target)
+        imported = cls.import_ahead() if hasattr(cls, "import_ahead") else None
+        self.cls = cls
+        return imported
+
+    def construct(self, kwargs: dict[str, Any], env: dict[str, str | None]) -> Any:
+        """Set environment variables, or remove them (None), build the object and return its facts(), if any."""
+        for name in (name for name, value in env.items() if value is None):
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in env.items() if value is not None})
+        self.served = self.cls(**kwargs)
         return self.served.facts() if hasattr(self.served, "facts") else {}
 
     def call(self, method: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -63,18 +76,27 @@ class Server:
 
 
 def main() -> None:
-    """Serve until told to stop or until the other end is gone. Exits with 1 if the object could not be built."""
+    """Serve until told to stop or until the other end is gone. Exits with 1 if the object could not be built.
+
+    The process waits between its imports and its task as long as it is given none: see Launcher.ahead.
+    """
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
     os.register_at_fork(after_in_child=sock.close)
     wire.send(sock, {"call": None})  # says that this process listens, and knows STACKS_SIGNAL
-    task = wire.receive(sock)
+    target = wire.receive(sock)["target"]
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sock, requests), daemon=True).start()
     server = Server()
-    wire.send_encoded(sock, _answer(READY, server.construct, task["target"], task["kwargs"]))
+    wire.send_encoded(sock, _answer(IMPORTED, server.import_class, target))
+    if server.cls is None:
+        sys.exit(1)
+    task = requests.get()
+    if "kwargs" not in task:  # told to stop instead
+        return
+    wire.send_encoded(sock, _answer(READY, server.construct, task["kwargs"], task["env"]))
     if server.served is None:
         sys.exit(1)
     while (request := requests.get())["method"] is not None:

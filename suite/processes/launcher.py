@@ -24,6 +24,15 @@ class Launcher(ABC):
     processes: Sequence[Process]
 
     @abstractmethod
+    def ahead(self, name: str, target: str, env: dict[str, str | None] | None = None) -> Process:
+        """Start a process that imports what an object needs, and waits for Process.begin; returns at once.
+
+        Args:
+            name: for messages and for the log, until it begins.
+            target: the object's class, "pkg.module:Class". Its static import_ahead(), where it has one, is called.
+            env: environment variables to set, or to remove (None), over pytest's own.
+        """
+
     def start(
         self,
         name: str,
@@ -39,8 +48,15 @@ class Launcher(ABC):
             target: the object's class, "pkg.module:Class".
             kwargs: the constructor's arguments, plain data (suite.processes.wire).
             env: environment variables to set, or to remove (None), over pytest's own.
-            deadline_s: how long the constructor may take, from now.
+            deadline_s: how long imports and constructor may take, from now.
         """
+        process = self.ahead(name, target, env)
+        try:
+            process.begin(name, kwargs, deadline_s=deadline_s)
+        except TypeError:
+            process.stop(grace_s=0)
+            raise
+        return process
 
     @abstractmethod
     def free_port(self) -> int:

@@ -13,10 +13,9 @@ import tempfile
 import threading
 import uuid
 from pathlib import Path
-from typing import Any
 
 from suite import ROOT
-from suite.processes import janitor, wire
+from suite.processes import janitor
 from suite.processes.launcher import Launcher
 from suite.processes.process import LocalProcess
 
@@ -64,20 +63,12 @@ class LocalLauncher(Launcher):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start(
-        self,
-        name: str,
-        target: str,
-        kwargs: dict[str, Any] | None = None,
-        env: dict[str, str | None] | None = None,
-        deadline_s: float = 120,
-    ) -> LocalProcess:
-        task = wire.encode({"target": target, "kwargs": kwargs or {}})
+    def ahead(self, name: str, target: str, env: dict[str, str | None] | None = None) -> LocalProcess:
         with self._starting:
             if self._closed:
                 raise RuntimeError(f"{name} is not started: this launcher was closed, and ends what it has started")
-            process = LocalProcess(self, name, target, deadline_s)
-            process.start(task, env or {})
+            process = LocalProcess(self, name, target)
+            process.start(env or {})
             self.processes.append(process)
         with contextlib.suppress(OSError):  # without a janitor, close() does its work
             self.janitor.stdin.write(f"{process.pid}\n".encode())

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from suite import ROOT
 from suite.processes import janitor, wire
 from suite.processes.call import Call, Process, ProcessDied, RemoteError
-from suite.processes.child import READY, STACKS_SIGNAL
+from suite.processes.child import IMPORTED, READY, STACKS_SIGNAL
 
 if TYPE_CHECKING:
     from suite.processes.local import LocalLauncher
@@ -32,12 +32,12 @@ _TAIL_BYTES = 1 << 16
 class LocalProcess(Process):
     """A process that LocalLauncher started."""
 
-    def __init__(self, launcher: "LocalLauncher", name: str, target: str, deadline_s: float) -> None:
-        self.launcher, self.name, self.start_deadline_s = launcher, name, deadline_s
-        self.label = launcher.label(name)
-        self.log_path = launcher.logs / f"{self.label}.log"
+    def __init__(self, launcher: "LocalLauncher", name: str, target: str) -> None:
+        self.launcher, self.name, self.target = launcher, name, target
+        self.mark = launcher.label(name)  # /proc shows the environment that it was started with: it keeps this mark
+        self.log_path = launcher.logs / f"{self.mark}.log"
         self.pid = 0
-        self.used_s = time.monotonic()  # when it was last called or answered, on the monotonic clock
+        self.used_s = 0.0  # when it was last called or answered, on the monotonic clock; its imports do not count
         self._lock = threading.Lock()
         self._stopped = False
         self._gone = threading.Event()  # once it has been stopped, and what it left has been removed
@@ -45,29 +45,47 @@ class LocalProcess(Process):
         self._seen: set[int] = set()  # the ids of its processes, as far as they were seen
         self._memory: set[Path] = set()  # the shared memory that they held: a killed owner leaves no other trace
         self._listening = False  # whether it has said so, and knows STACKS_SIGNAL
-        self._constructed = Call(self, f"starting {target}", prepares=True)
-        self._pending = {READY: self._constructed}
+        self.imported = Call(self, f"importing {target}")
+        self._constructed: Call | None = None  # once it has begun
+        self._start_deadline_s = 0.0
+        self._pending = {IMPORTED: self.imported}
         self._numbers = itertools.count(READY + 1)
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
-    def start(self, task: bytes, env: dict[str, str | None]) -> None:
-        """Start the process and send it its encoded task. Called once, by its launcher."""
+    def start(self, env: dict[str, str | None]) -> None:
+        """Start the process and have it import what its object needs. Called once, by its launcher."""
         self._sock, theirs = socket.socketpair()
         log = _open_log(self.log_path)
         command = [sys.executable, "-m", "suite.processes.child", str(theirs.fileno())]
         with theirs:
             try:
                 self._popen = subprocess.Popen(
-                    command, cwd=ROOT, env=_environment(self.launcher, self.label, env), pass_fds=[theirs.fileno()],
+                    command, cwd=ROOT, env=_environment(self.launcher, self.mark, env), pass_fds=[theirs.fileno()],
                     start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 )  # fmt: skip
             finally:
                 os.close(log)
         self.pid = self._popen.pid
-        self._outgoing.put(task)
-        self._sender = threading.Thread(target=self._send, name=f"send-{self.label}", daemon=True)
+        self._outgoing.put(wire.encode({"target": self.target}))
+        self._sender = threading.Thread(target=self._send, name=f"send-{self.mark}", daemon=True)
         self._sender.start()
-        threading.Thread(target=self._receive, name=f"receive-{self.label}", daemon=True).start()
+        threading.Thread(target=self._receive, name=f"receive-{self.mark}", daemon=True).start()
+
+    def begin(
+        self,
+        name: str,
+        kwargs: dict[str, Any] | None = None,
+        env: dict[str, str | None] | None = None,
+        deadline_s: float = 120,
+    ) -> None:
+        task = wire.encode({"kwargs": kwargs or {}, "env": env or {}})
+        if name != self.name:
+            self.name = name
+            with contextlib.suppress(OSError):  # without a log there is nothing to rename
+                self.log_path = self.log_path.rename(self.launcher.logs / f"{self.launcher.label(name)}.log")
+        self._constructed = Call(self, f"starting {self.target}", prepares=True)
+        self._start_deadline_s = deadline_s
+        self._send_call(READY, self._constructed, task)
 
     @property
     def alive(self) -> bool:
@@ -75,7 +93,7 @@ class LocalProcess(Process):
 
     def ready(self, deadline_s: float | None = None) -> Any:
         self.used_s = time.monotonic()
-        left_s = self._constructed.started_at + self.start_deadline_s - time.monotonic()
+        left_s = self._constructed.started_at + self._start_deadline_s - time.monotonic()
         return self._constructed.result(max(0, left_s if deadline_s is None else min(left_s, deadline_s)))
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Call:
@@ -91,16 +109,18 @@ class LocalProcess(Process):
         return next((earlier.what for earlier in before if earlier.prepares), "")
 
     def _submit(self, call: Call, method: str, args: tuple, kwargs: dict[str, Any]) -> Call:
-        self.used_s = call.started_at
         number = next(self._numbers)
-        request = wire.encode({"call": number, "method": method, "args": args, "kwargs": kwargs})
+        self._send_call(number, call, wire.encode({"call": number, "method": method, "args": args, "kwargs": kwargs}))
+        return call
+
+    def _send_call(self, number: int, call: Call, request: bytes) -> None:
+        self.used_s = call.started_at
         with self._lock:
             if self._ended is None:
                 self._pending[number] = call
                 self._outgoing.put(request)
-                return call
+                return
         call.finish(error=self._died(call))
-        return call
 
     def call(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
         return self.submit(method, *args, **kwargs).result(deadline_s)
@@ -124,7 +144,7 @@ class LocalProcess(Process):
         deadline = time.monotonic() + min(grace_s, 1)
         while not self.alive and self._members() and time.monotonic() < deadline:
             time.sleep(0.1)  # its descendants clean up after it
-        janitor.end_process(self.launcher.id, self.label, self.pid, self._seen, self._memory, self.launcher.kept)
+        janitor.end_process(self.launcher.id, self.mark, self.pid, self._seen, self._memory, self.launcher.kept)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(janitor.END_DEADLINE_S)
         self._fail_pending()
@@ -150,7 +170,7 @@ class LocalProcess(Process):
         self._memory |= janitor.shared_memory_of(members)
 
     def _members(self) -> set[int]:
-        return janitor.members(self.launcher.id, self.label, [self.pid])
+        return janitor.members(self.launcher.id, self.mark, [self.pid])
 
     def _send(self) -> None:
         with contextlib.suppress(OSError):  # the receiving side notices too, and says so
@@ -178,18 +198,19 @@ class LocalProcess(Process):
 
     def _take(self, answer: dict[str, Any]) -> None:
         self._listening = True
-        self.used_s = time.monotonic()
+        self.used_s = time.monotonic() if self._constructed else 0.0
         with self._lock:
             call = self._pending.pop(answer["call"], None)
         if call is None:
             return
-        if call is self._constructed:
+        starts = call in (self.imported, self._constructed)
+        if starts:
             self._look()
         if "error" not in answer:
             call.finish(answer["result"])
             return
         error = RemoteError(self, answer["error"])
-        if call is self._constructed:
+        if starts:
             error.add_note(f"The log ends with:\n{self.tail()}")
         call.finish(error=error)
 
@@ -210,8 +231,9 @@ class LocalProcess(Process):
         return f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
 
     def _died(self, call: Call) -> Exception:
-        if isinstance(self._constructed.error(), RemoteError):
-            return self._constructed.error()
+        for start in filter(None, (self.imported, self._constructed)):
+            if isinstance(start.error(), RemoteError):
+                return start.error()
         after = f"{call.elapsed_s():.1f} s after the call"
         said = f"process {self.name} {self._ended}; no answer to {call.what}, {after}"
         return ProcessDied(said, self, f"{self._ended}; no answer to {call.what}")
@@ -230,11 +252,22 @@ def _environment(launcher: "LocalLauncher", label: str, changes: dict[str, str |
         ),  # would be below TMPDIR, and lost with it
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in search if path)),
         "PYTHONUNBUFFERED": "1",
+        **_bytecode(launcher),
         "PYTHONFAULTHANDLER": "1",
         "PYTEST_CURRENT_TEST": None,
     }
     wanted = {**os.environ, **own, **changes}
     return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _bytecode(launcher: "LocalLauncher") -> dict[str, str | None]:
+    """Where bytecode goes, where none may be written beside the sources: else every process compiles all it imports.
+
+    Seen on a GPU host with PYTHONDONTWRITEBYTECODE=1, where every import of vLLM took 24 s.
+    """
+    if not sys.dont_write_bytecode:
+        return {}
+    return {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPYCACHEPREFIX": str(launcher.directory / "bytecode")}
 
 
 def _open_log(path: Path) -> int:

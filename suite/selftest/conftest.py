@@ -1,14 +1,18 @@
-"""Counts the examples that property tests try, lays out bait for what unpickles, and opens an engine's socket."""
+"""What selftests share: a process with vLLM's models, bait for what unpickles, an engine's socket; counts examples."""
 
 import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from suite.actors.link import Listener
 from suite.selftest.strangers import Bait
+
+if TYPE_CHECKING:
+    from suite.selftest.vllm_models import Held
 
 PASSING = re.compile(r"(\d+) passing")  # in what Hypothesis says of each of its phases
 TRIED = pytest.StashKey[dict[str, int]]()
@@ -28,6 +32,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(
             f"{len(tried)} property tests tried {sum(tried.values())} examples (Hypothesis profile {profile})"
         )
+
+
+@pytest.fixture(scope="session")
+def held(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Held]":
+    """A process that has imported vLLM, which takes seconds; every test builds its model in it anew."""
+    from suite.selftest.vllm_models import holding
+
+    with holding(tmp_path_factory.mktemp("models")) as held:
+        yield held
 
 
 @pytest.fixture

@@ -107,6 +107,25 @@ class Echo:
         return [name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")]
 
 
+class Ahead(Echo):
+    """Says what its environment was when it was imported ahead, and when it was built."""
+
+    imported_with: str | None = None
+
+    @staticmethod
+    def import_ahead() -> str:
+        print("imported ahead")
+        Ahead.imported_with = os.environ.get("WS_LATE")
+        return "imported"
+
+    def __init__(self, greeting: str = "hello") -> None:
+        super().__init__(greeting)
+        self._built_with = [os.environ.get("WS_LATE"), os.environ.get("WS_REMOVED")]
+
+    def facts(self) -> dict[str, Any]:
+        return {"greeting": self._greeting, "imported_with": self.imported_with, "built_with": self._built_with}
+
+
 class Leaky:
     """Has a descendant with shared memory that nobody unlinks, as an engine's worker has."""
 

@@ -16,7 +16,7 @@ def said(**change: list) -> dict:
 def cold(tmp_path: Path, second: dict) -> answers.Cold:
     path = str(tmp_path / "oracles" / "one")
     answers.write(path, [said(), said()], [said(), second])
-    return answers.read(path)
+    return answers.read([path])
 
 
 def test_prompts_reach_the_longest_position_and_are_the_same_always():
@@ -50,6 +50,15 @@ def test_how_far_a_cold_engine_is_from_itself_is_the_tolerance(tmp_path: Path):
     assert (drifting.apart, drifting.is_exact) == (0.25, False)
     assert answers.differing([said(logprobs=[-0.75, -1.0, -1.5]), said()], drifting) == []
     assert answers.differing([said(logprobs=[-0.76, -1.0, -1.5]), said()], drifting) != []
+
+
+def test_how_far_cold_engines_are_from_each_other_is_the_tolerance(tmp_path: Path):
+    for name, logprobs in (("one", [-0.5, -1.0, -1.5]), ("other", [-0.5, -1.0, -1.75])):
+        answers.write(str(tmp_path / name), [said(logprobs=logprobs)], [said(logprobs=logprobs)])
+    both = answers.read([str(tmp_path / "one"), str(tmp_path / "other")])
+    assert (both.apart, both.is_exact, answers.read([str(tmp_path / "other")]).is_exact) == (0.25, False, True)
+    assert answers.differing([said(logprobs=[-0.5, -1.25, -1.5])], both) == []
+    assert answers.differing([said(logprobs=[-0.5, -1.26, -1.5])], both) != []
 
 
 def test_where_a_cold_engine_chose_otherwise_itself_nothing_is_asked(tmp_path: Path):

@@ -1,6 +1,5 @@
 """A positional checksum changes with each bit and each place, adds up from parts, and takes little memory."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +26,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 @pytest.fixture(params=[False, True], ids=["at once", "in pieces"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
-        monkeypatch.setattr(checksum, "PIECE_ELEMENTS", 7)
+        monkeypatch.setitem(checksum.PIECE_ELEMENTS, "cpu", 7)
 
 
 IN_PIECES = pytest.mark.usefixtures("pieces")
@@ -108,8 +107,8 @@ def test_elements_of_sixteen_bytes_are_refused():
 
 
 def test_a_piece_takes_less_than_it_may(monkeypatch: pytest.MonkeyPatch):
-    assert checksum.PIECE_ELEMENTS * 8 * checksum.TEMPORARIES == 64 * 2**20
-    monkeypatch.setattr(checksum, "PIECE_ELEMENTS", 100)
+    assert checksum.PIECE_ELEMENTS["cpu"] * 8 * checksum.TEMPORARIES == 64 * 2**20
+    monkeypatch.setitem(checksum.PIECE_ELEMENTS, "cpu", 100)
     sizes = [piece.numel() for piece, _ in checksum._pieces(random(30, 70), 0, [70, 1])]
     assert max(sizes) <= 100
     assert sum(sizes) == 30 * 70
@@ -186,25 +185,12 @@ def of_checkpoint(model: str, seed: int) -> dict[str, int]:
     return {name: checksum.checksum(models.values(name, shape, seed, torch.bfloat16)) for name, shape in shapes}
 
 
-class Summed(vllm_models.Models):
-    """Runs in a process of its own, with vLLM."""
-
-    def checksums(self) -> dict[str, int]:
-        return arrived.checksums_of(self._model, self._config, models.manifest(self._spec))
-
-
-@pytest.fixture(scope="module")
-def summed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vllm_models.Held]:
-    with vllm_models.holding(tmp_path_factory.mktemp("summed"), f"{__name__}:Summed") as held:
-        yield held
-
-
 @pytest.mark.skipif(vllm_models.NO_ENGINE is not None, reason=str(vllm_models.NO_ENGINE))
 @pytest.mark.parametrize("name", ["qwen3-tied-tiny", "llama-tiny"])
-def test_a_live_model_has_the_checksums_of_its_checkpoint_and_of_an_update(summed: vllm_models.Held, name: str):
-    summed.build(name, 0)
-    assert summed.checksums() == of_checkpoint(name, 0)
-    summed.begin(1)
-    summed.send()
-    summed.end()
-    assert summed.checksums() == of_checkpoint(name, 1)
+def test_a_live_model_has_the_checksums_of_its_checkpoint_and_of_an_update(held: vllm_models.Held, name: str):
+    held.build(name, 0)
+    assert held.checksums() == of_checkpoint(name, 0)
+    held.begin(1)
+    held.send()
+    held.end()
+    assert held.checksums() == of_checkpoint(name, 1)

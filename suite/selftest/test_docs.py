@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -13,8 +14,10 @@ from extensions.manifest import manifest_of
 from reports.__main__ import main as reports
 from reports.results import results_markdown
 from suite import ROOT
+from suite.conformance import test_update
 from suite.conformance.__main__ import page as requirements
 from suite.selftest import fakes
+from suite.selftest.mutants import registry, states
 from suite.subjects import load, subject_from
 
 README = (ROOT / "README.md").read_text()
@@ -151,3 +154,29 @@ def test_a_command_of_reports_runs(command: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     assert reports(shlex.split(command)) in (0, 1)
     assert capsys.readouterr().out.startswith(("Worse", "Nothing worse"))
+
+
+# ---- the examples of a requirement and its mutant
+
+
+@pytest.fixture
+def added() -> dict[str, object]:
+    """What the code of docs/adding.md makes, each block in the file for which the page writes it."""
+    blocks = re.findall(r"^ {3}```python\n(.*?)^ {3}```", (ROOT / "docs" / "adding.md").read_text(), re.DOTALL | re.M)
+    made: dict[str, object] = {}
+    for file, code in zip((test_update, states), blocks, strict=True):
+        exec(textwrap.dedent(code), names := {**vars(file)})
+        made |= {name: value for name, value in names.items() if name not in vars(file)}
+    yield made
+    for registered in (registry.MUTANTS, registry.CLASSES):
+        del registered["ZeroesWhatComesAgain"]
+
+
+def test_the_requirement_that_is_added_is_one_and_its_mutant_fails_it(added: dict[str, object]):
+    clause, mutant = added["test_again"].requirement, registry.MUTANTS["ZeroesWhatComesAgain"]
+    assert (clause.id, mutant.requirement, mutant.cpu) == ("update.again", "update.again", "cpu-tp1")
+    broken, ones, twos = object.__new__(added["ZeroesWhatComesAgain"]), torch.ones(2), torch.full((2,), 2.0)
+    loaded = []
+    for tensor in (ones, twos, twos):
+        broken._mutant_load(lambda name, tensor: loaded.append(tensor.tolist()), "weight", tensor)
+    assert loaded == [[1, 1], [2, 2], [0, 0]]

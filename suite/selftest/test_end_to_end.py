@@ -16,7 +16,7 @@ import pytest
 
 from suite import ROOT
 from suite.processes import janitor
-from suite.selftest.test_plugin import hear_ctrl_c
+from suite.selftest.runs import hear_ctrl_c
 from suite.session import environment
 
 JUDGING_S, STARTING_S, ENDING_S = 300, 150, 30

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from suite.actors import answers
+from suite.driver import expecting
 from suite.driver.expected import Differs, expect
 from suite.driver.expecting import LOGPROB_TOLERANCE, Expecting
 from suite.driver.together import MAX_TOKENS
@@ -66,10 +67,10 @@ WRONG = [
     (
         lambda e: e.expect_exact(1),
         RIGHT | {"others": 1, "first": ["rope.cos_sin_cache: 1 of 8 elements differ"]},
-        "0 weights and 1 other tensors that differ on rank 0: rope.cos_sin_cache: 1 of 8",
+        "0 weights and 1 other tensor that differs on rank 0: rope.cos_sin_cache: 1 of 8",
     ),
     (lambda e: e.expect_equal_to("", "as before"), RIGHT | {"others": 2}, "0 weights and 2 other tensors that differ"),
-    (lambda e: e.expect_zero(), RIGHT | {"differing": 1}, "1 weights that differ on rank 0"),
+    (lambda e: e.expect_zero(), RIGHT | {"differing": 1}, "1 weight that differs on rank 0"),
     (lambda e: e.expect_all_different(1), RIGHT | {"differing": 2}, "1 equal"),
     (lambda e: e.expect_moved_from(1), RIGHT | {"differing": 2}, "1 of 3 as before"),
     (lambda e: e.expect_equal_to("", "the weights from before"), RIGHT | {"differing": 3}, "3 weights that differ"),
@@ -97,9 +98,13 @@ def asked(tmp_path: Path) -> Engines:
     engines = Engines()
     cold = [{"tokens": [1, 2], "logprobs": [-1.0, -2.0]}]
     engines.said = []
-    engines.pool = SimpleNamespace(oracle=lambda key, seed: str(tmp_path / f"{seed}"), announce=engines.said.append)
-    answers.write(str(tmp_path / "1"), cold, cold)
-    answers.write(str(tmp_path / "2"), cold, [cold[0] | {"logprobs": [-1.0, -2.5]}])
+    engines.pool = SimpleNamespace(
+        oracle=lambda key, seed, again=False: str(tmp_path / f"{seed}{again}"),
+        tolerate=lambda key, how_far: engines.said.append(how_far),
+    )
+    for name in ("1False", "1True", "2True"):
+        answers.write(str(tmp_path / name), cold, cold)
+    answers.write(str(tmp_path / "2False"), cold, [cold[0] | {"logprobs": [-1.0, -2.5]}])
     engines.found = [dict(cold[0])]
     engines.engines[0].process = SimpleNamespace(call=lambda method, deadline_s: engines.found)
     return engines
@@ -113,13 +118,33 @@ def test_answers_are_a_cold_engines_bit_by_bit(asked: Engines):
     assert asked.said == []
 
 
+def test_an_engine_is_compared_with_its_own_answers_from_before(asked: Engines):
+    before = [dict(asked.found[0])]
+    answering = {"answers": asked.found, "cold_answers": [before, before]}
+    asked.engines[0].process = SimpleNamespace(call=lambda method, deadline_s: answering[method])
+    asked.expect_own_answers()
+    asked.found[0]["logprobs"] = [-1.0, -2.0000001]
+    with pytest.raises(Differs, match=r"the answers from before any update, within 0\nfound: 1 other answers"):
+        asked.expect_own_answers()
+
+
 def test_where_a_cold_engine_differs_from_itself_the_report_says_so(asked: Engines):
     asked.found[0]["logprobs"] = [-1.0, -2.4]
     asked.expect_cold_answers(2)
-    assert "differ, which is allowed: log-probabilities 0.5 apart" in asked.said[0]
+    assert asked.said == ["log-probabilities 0.5 apart, 2 leading tokens the same"]
     asked.found[0]["logprobs"] = [-1.0, -2.6]
     with pytest.raises(Differs, match=r"within 0\.5"):
         asked.expect_cold_answers(2)
+
+
+def test_where_two_cold_engines_differ_that_is_the_tolerance(asked: Engines, tmp_path: Path):
+    asked.found[0]["logprobs"] = [-1.25, -2.0]
+    with pytest.raises(Differs, match="within 0"):
+        asked.expect_cold_answers(1)
+    other = [{"tokens": [1, 2], "logprobs": [-1.5, -2.0]}]
+    answers.write(str(tmp_path / "1True"), other, other)
+    asked.expect_cold_answers(1)
+    assert asked.said == ["log-probabilities 0.5 apart, 2 leading tokens the same"]
 
 
 def test_answers_are_a_cold_engines_where_the_trainer_does_not_compute_with_the_model(asked: Engines):
@@ -141,11 +166,12 @@ def test_what_an_answer_leaves_where_it_was_has_to_stay_there():
         engines.expect_at(steady)
 
 
-def test_a_checksum_that_is_not_the_trainers_is_told_by_its_name():
+def test_a_checksum_that_is_not_the_trainers_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch):
     found = {"a": 1, "b": 2}
     engines = Engines()
     engines.trainer = SimpleNamespace(call=lambda method: [{"a": 1, "b": 2}])
-    engines.call_engines = lambda method, manifest: [[found]]
+    monkeypatch.setattr(expecting, "gather", lambda calls, deadline_s: calls)
+    engines.engines[0].process = SimpleNamespace(submit=lambda rpc, method, manifest: [found])
     engines.expect_sent()
     found["b"] = 3
     with pytest.raises(Differs, match=r"1 of 2 others in .*\['b'\]"):

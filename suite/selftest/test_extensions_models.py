@@ -1,6 +1,5 @@
 """Updates of vLLM's own models without an engine: they are exact, and one that fails is made good by the next."""
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from suite import models
 from suite.models import TIED
 from suite.processes.call import RemoteError
-from suite.selftest.vllm_models import NO_ENGINE, Held, holding
+from suite.selftest.vllm_models import NO_ENGINE, Held
 
 NAMES = [name for name, spec in models.MODELS.items() if spec.purpose == "tiny"]
 # Copies past the loaders, derived tensors, views, a head that is repeated: architectures, and what is changed of them.
@@ -19,12 +18,6 @@ OF_THEIR_OWN = [
 FAILING = [TIED, "qwen3-moe-tiny"]  # dense and of experts, which are packed in different ways
 
 pytestmark = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
-
-
-@pytest.fixture(scope="module")
-def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Held]:
-    with holding(tmp_path_factory.mktemp("models")) as held:
-        yield held
 
 
 @pytest.fixture(params=FAILING)

@@ -36,10 +36,12 @@ class FakeNccl:
         self._child: object = None  # where the handle of the child goes
         self.made = nccl_binding.IN_PROGRESS  # what making a communicator returns
         self.seen: list[tuple] = []
+        self.grouped = nccl_binding.SUCCESS  # what the end of a group returns
         self.aborted = threading.Event()
         answers = {
             "ncclGetUniqueId": self._unique_id, "ncclCommInitRankConfig": self._init,
             "ncclCommGetAsyncError": self._state, "ncclBroadcast": self._broadcast, "ncclCommAbort": self._abort,
+            "ncclGroupStart": lambda: self._group("start"), "ncclGroupEnd": lambda: self._group("end"),
         } | ({"ncclCommSplit": self._split} if splits else {})  # fmt: skip
         functions = {name: self._function(name, answer) for name, answer in answers.items()}
         self.library = SimpleNamespace(**functions, ncclGetErrorString=text, ncclGetLastError=text)
@@ -75,6 +77,10 @@ class FakeNccl:
     def _broadcast(self, *arguments: int) -> int:
         self.seen.append(arguments)
         return self.states.pop(0)
+
+    def _group(self, what: str) -> int:
+        self.seen.append((what,))
+        return self.grouped if what == "end" else nccl_binding.SUCCESS
 
     def _abort(self, comm: int) -> int:
         self.seen.append(("abort", comm))
@@ -131,6 +137,29 @@ def test_a_broadcast_is_of_bytes_in_place(fake: FakeNccl):
     assert fake.seen[-1] == (2**40, 2**40, 2**35, 0, 1, HANDLE, 77)
     assert not comm.settled()
     assert comm.settled()
+
+
+def test_several_broadcasts_go_to_nccl_in_one_group(fake: FakeNccl):
+    comm = Comm(Library(fake.library), 2, 0, ID)
+    fake.states = [nccl_binding.SUCCESS] * 3
+    assert comm.broadcast_all([(1, 10), (2, 20)], 1, 77)
+    one, other = ((pointer, pointer, nbytes, 0, 1, HANDLE, 77) for pointer, nbytes in ((1, 10), (2, 20)))
+    assert fake.seen[1:] == [("start",), one, other, ("end",)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "grouped", "says"),
+    [
+        ([nccl_binding.SUCCESS, FAILED], nccl_binding.SUCCESS, "ncclBroadcast failed"),
+        ([nccl_binding.SUCCESS] * 2, FAILED, "ncclGroupEnd failed"),
+    ],
+)
+def test_a_group_that_fails_is_ended_all_the_same(fake: FakeNccl, answers: list[int], grouped: int, says: str):
+    comm = Comm(Library(fake.library), 2, 0, ID)
+    fake.states, fake.grouped = [*answers, FAILED], grouped
+    with pytest.raises(NcclError, match=says):
+        comm.broadcast_all([(1, 10), (2, 20)], 1, 77)
+    assert fake.seen[-1] == ("end",)
 
 
 def test_a_failure_is_in_nccls_words(fake: FakeNccl):

@@ -17,7 +17,7 @@ from extensions.plan import Plan, PlanError, plan_of
 from suite import models
 from suite.models import TIED
 from suite.selftest.properties import examples
-from suite.selftest.vllm_models import NO_ENGINE, Held, holding
+from suite.selftest.vllm_models import NO_ENGINE, Held
 
 Named = Iterable[tuple[str, torch.Tensor]]
 HALF, WHOLE = torch.bfloat16, torch.float32
@@ -411,12 +411,6 @@ def test_elements_are_counted_by_the_number_of_regions_that_they_lie_in(data: st
 vllm = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
 NAMES = [TIED, "qwen3-untied-tiny", "llama-tiny", "qwen3-moe-tiny"]
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Held]:
-    with holding(tmp_path_factory.mktemp("plans")) as held:
-        yield held
 
 
 @vllm

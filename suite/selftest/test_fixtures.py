@@ -7,7 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from suite import fixtures
-from suite.selftest.test_plugin import CONFTEST, ONE_CASE, examine
+from suite.selftest.runs import CONFTEST, ONE_CASE, examine
+from suite.session import needs
+from suite.session.selection import Selection
+from suite.stages import Stage
 from suite.subjects import SUBJECTS
 
 NOTING = (
@@ -179,4 +182,28 @@ def test_an_engine_is_given_back_that_answers_right_with_either_checkpoint(monke
     sync = SimpleNamespace(pool=None, trainer=None, subject=SimpleNamespace(name="mutant"), stage=None, model="")
     assert fixtures._given_back(sync, SimpleNamespace(become=lambda host: None), SUBJECTS["broadcast"])
     assert did.count("expect_same_behaviour") == 2
-    assert (did.count("update"), did.count("expect_exact")) == (2, 1)
+    assert (did.count("update"), did.count("expect_exact"), did.count("expect_own_answers")) == (2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("others", "second"),
+    [
+        ((), ("cpu-tp1", 1)),
+        ((("cpu-many", 1),), ("cpu-tp1", 1)),
+        ((("cpu-many", 1), ("cpu-tp2", 2)), ("cpu-tp2", 0)),
+        ((("gpu-split", 2),), ("cpu-tp1", 1)),
+        ((("cpu-unfit", 2),), ("cpu-tp1", 1)),
+    ],
+)
+def test_the_second_engine_is_of_another_tensor_parallel_size_where_its_subject_has_one(
+    monkeypatch: pytest.MonkeyPatch, others: tuple[tuple[str, int], ...], second: tuple[str, int]
+):
+    stages = {name: Stage(name, name[:3], size, 1, True) for name, size in (("cpu-tp1", 1), *others)}
+    subject = SUBJECTS["colocate"]
+    monkeypatch.setattr(type(subject), "unfit", lambda _, stage: "unfit" if stage.name == "cpu-unfit" else "")
+    params = {"subject": subject, "stage": stages["cpu-tp1"], "model": "qwen3-tied-tiny"}
+    item = SimpleNamespace(
+        callspec=SimpleNamespace(params=params), fixturenames=["fanout"], config=None, get_closest_marker=lambda _: None
+    )
+    monkeypatch.setattr(needs, "selection_of", lambda _: Selection({subject.name: subject}, stages))
+    assert [(key.stage, key.copy) for key in needs.engines_of(item)] == [("cpu-tp1", 0), second]

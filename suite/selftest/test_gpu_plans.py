@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -11,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from suite import ROOT
+from suite.selftest.runs import preloaded
 
-DEADLINE_S = 60
 TRAINERS = "trainers"  # in a plan: those that see GPUs in their own way, as "CUDA_VISIBLE_DEVICES device"
 PLANNING = """
 import json
@@ -51,12 +49,12 @@ def plan_of(gpus: int) -> dict[str, list[str]]:
         env["PATH"] = f"{directory}{os.pathsep}{env['PATH']}"
         env["PLAN"] = str(directory / "plan.json")
         env["PYTHONPATH"] = os.pathsep.join([str(directory), str(ROOT), env.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "planning",
-             "-p", "no:cacheprovider", f"--report={directory / 'report'}"],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=DEADLINE_S,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        arguments = [
+            "-m", "gpu", "--collect-only", "-q", "-p", "planning", "-p", "no:cacheprovider",
+            f"--report={directory / 'report'}",
+        ]  # fmt: skip
+        code, output = preloaded().run(ROOT, arguments, directory / "output.txt", env)
+        assert code == 0, output
         return json.loads((directory / "plan.json").read_text())
 
 

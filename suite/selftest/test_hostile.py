@@ -21,7 +21,7 @@ from extensions.manifest import ManifestError, manifest_of
 from extensions.segments import SharedSegment
 from suite.actors import link
 from suite.actors.dialogue import ANNOUNCE, BEGUN, CALL_OFF, ENDED, GO, READY, REFUSED, Cancelled
-from suite.actors.engine import Engine, WorkerError
+from suite.actors.engine import Engine, StaleCache, WorkerError
 from suite.actors.link import GREETING, LinkError, Listener
 from suite.actors.probe import Probe
 from suite.processes.call import SuiteFault
@@ -162,6 +162,20 @@ def test_what_follows_a_greeting_is_refused_in_time(
         assert worker.model.calls == []
         assert untouched(worker)
     serve(engine, socket_path, segment, worker)
+
+
+def test_a_prefix_cache_that_keeps_the_old_weights_keys_is_no_success(
+    engine: Engined, socket_path: str, segment: SharedSegment
+):
+    engine._llm.reset_prefix_cache = lambda: False
+    trainer = link.connect(socket_path, DEADLINE_S)
+    engine.accept(1)
+    for message in ({BEGUN: True}, {ANNOUNCE: announcement(segment)}, {GO: True}):
+        trainer.send(message, DEADLINE_S)
+    with pytest.raises(StaleCache, match=r"expected reset_prefix_cache\(\) to answer True, found False"):
+        engine.update(DEADLINE_S)
+    assert [next(iter(trainer.receive(DEADLINE_S))) for _ in range(2)] == [READY, REFUSED]
+    trainer.close()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from suite import models
 from suite.models import MODELS
+from suite.models.values import CHUNK_ELEMENTS
 
 pytestmark = pytest.mark.selftest
 
@@ -104,8 +105,8 @@ def test_bfloat16_is_the_rounding_of_float32():
 
 
 def test_a_shard_holds_the_bits_of_the_whole(monkeypatch):
-    monkeypatch.setattr(models, "CHUNK_ELEMENTS", 100)
     whole = models.values("a.weight", (40, 32), 1, "bfloat16")
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 100)
     shard = torch.empty(10, 32, dtype=torch.bfloat16)
     models.fill_values(shard, "a.weight", (40, 32), 1, start=20 * 32)
     assert torch.equal(shard, whole[20:30])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from suite import ROOT, models
 from suite.conformance.requirements import catalogue
 from suite.models import own
-from suite.selftest.test_plugin import ONE_CASE, examine
+from suite.selftest.runs import ONE_CASE, examine
 from suite.session import selection
 
 CONFIG = {

@@ -58,6 +58,23 @@ def test_a_failure_is_raised_also_where_no_spare_trainer_starts(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    ("of_the_trainer", "kept"),
+    [(["NotStarted"], True), (["Refused"], False), (["NotStarted", "Refused"], False), ([None], False)],
+)
+def test_connections_serve_on_only_where_all_know_that_nothing_was_sent(of_the_trainer: list[str | None], kept: bool):
+    pool, engine, trainer = SimpleNamespace(patience=Patience()), Process("engine"), Trainer()
+    trainer.processes = [Process(f"rank {rank}") for rank in range(len(of_the_trainer))]
+    handle = SimpleNamespace(key=SimpleNamespace(seed=0), process=engine)
+    moving = Moving(pool, trainer, [handle], SimpleNamespace(name="subject"), SimpleNamespace(name="stage"), TIED)
+    calls = [Call(process, "update()") for process in (engine, *trainer.processes)]
+    for call, kind in zip(calls, ["ManifestError", *of_the_trainer], strict=True):
+        call.finish(**({"error": RemoteError(call.process, SAID | {"kind": kind})} if kind else {"result": {}}))
+    with pytest.raises(RemoteError):
+        moving._gathered(calls, 5.0)
+    assert moving.trainer.connected == ((1,) if kept else ())
+
+
+@pytest.mark.parametrize(
     ("model", "asked"),
     [
         (TIED, ("load", "checkpoint of qwen3-tied-tiny 1 float32", "float32")),

@@ -317,7 +317,7 @@ sys.exit({ended})
 @pytest.mark.parametrize(
     ("entries", "ended", "code", "said"),
     [
-        ([CONTROL, entry(ONE.name, "fail", RIGHT)], 1, 0, "1 of 1 mutants killed"),
+        ([CONTROL, entry(ONE.name, "fail", RIGHT)], 1, 0, "1 of 1 mutant killed"),
         ([CONTROL, entry(ONE.name, "pass")], 0, 1, "! LoadsNothing: SURVIVED"),
         ([CONTROL, entry(ONE.name, "fail", RIGHT)], 2, 2, "pytest ended with 2"),
         (None, 1, 2, "pytest ended with 1"),

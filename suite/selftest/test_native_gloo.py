@@ -2,8 +2,8 @@
 
 import configparser
 import re
-import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +14,7 @@ from suite import ROOT
 from suite.actors.engine import Engine, WorkerError
 from suite.actors.watch import WorkerDied
 from suite.selftest.fakes import fake_module
+from suite.selftest.runs import preloaded
 from suite.subjects import native_gloo
 
 Info, Update = TypeVar("Info"), TypeVar("Update")
@@ -128,17 +129,15 @@ def test_a_worker_that_is_made_registers_the_engine_once(monkeypatch: pytest.Mon
     assert native_gloo.SUBJECT.engine_arguments() == {"weight_transfer_config": {"backend": native_gloo.BACKEND}}
 
 
-def test_the_cases_of_the_subject_take_its_models():
-    command = ["-m", "cpu", "--subject=broadcast", "--subject=native-gloo", "--stage=cpu-tp1", "--collect-only", "-q"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *command],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    cases = {line.partition("::")[2] for line in done.stdout.splitlines()}
+def test_the_cases_of_the_subject_take_its_models(tmp_path: Path):
+    chosen = ["-m", "cpu", "--subject=broadcast", "--subject=native-gloo", "--stage=cpu-tp1"]
+    arguments = [*chosen, "--collect-only", "-q", "-p", "no:cacheprovider"]
+    _, output = preloaded().run(ROOT, arguments, tmp_path / "output.txt")
+    cases = {line.partition("::")[2] for line in output.splitlines()}
     assert {
         "test_exact[broadcast-cpu-tp1-qwen3-tied-tiny]", "test_exact[native-gloo-cpu-tp1-qwen3-untied-tiny]",
         "test_tied[native-gloo-cpu-tp1-qwen3-tied-tiny]", "test_update[broadcast-cpu-tp1-qwen3-1m]",
-    } <= cases, done.stdout + done.stderr  # fmt: skip
+    } <= cases, output  # fmt: skip
     assert not {case for case in cases if case.startswith("test_update[native-gloo")}
 
 

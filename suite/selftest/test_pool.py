@@ -82,7 +82,7 @@ class Started:
 
     def of(self, key: EngineKey, again: int = 0) -> Engine:
         """The engine of a key, once it has been started, and started again."""
-        label = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}"
+        label = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{'-again' if key.again else ''}"
         eventually(lambda: self._labels().count(label) > again, f"{label} among {self._labels()}")
         return [engine for engine in self.engines if engine.label == label][again]
 
@@ -434,6 +434,31 @@ def test_an_oracle_is_there_when_all_its_ranks_have_written(pool: Pool, started:
     assert reference.stopped.wait(SOON_S), "expected a reference that no test updates to end once it has written"
 
 
+def test_a_second_oracle_is_an_engine_of_its_own(pool: Pool, started: Started):
+    plan(pool, [A], [B])
+    for key in (A, B):
+        started.of(key).write(0)
+        started.of(key).let()
+    asked = Asked(pool.oracle, A, 1, True)
+    second = started.of(replace(A, seed=1, again=True))
+    assert asked.waits()
+    assert second.arguments["oracle_path"] != started.of(B).arguments["oracle_path"]
+    second.write(0)
+    second.let()
+    assert asked() == second.arguments["oracle_path"]
+    assert second.stopped.wait(SOON_S), "expected it to end once it has written"
+    assert pool.oracle(A, 1, again=True) == asked()
+
+
+def test_how_far_cold_engines_are_apart_is_told_once(pool: Pool):
+    told: list[str] = []
+    pool.announce, pool._tolerances = told.append, {}
+    for how_far in ("0.5 apart", "0.5 apart", "0.75 apart"):
+        pool.tolerate(A, how_far)
+    assert [line.partition("which is allowed: ")[2] for line in told] == ["0.5 apart", "0.75 apart"]
+    assert pool._tolerances == {f"{MODEL} cpu 1 1": "0.75 apart"}
+
+
 def test_an_oracle_that_fails_to_start_reaches_the_test(pool: Pool, started: Started):
     plan(pool)
     asked = Asked(pool.oracle, A, 1)
@@ -501,7 +526,7 @@ def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started,
 @pytest.fixture
 def on_gpus(pool: Pool, started: Started, monkeypatch: pytest.MonkeyPatch) -> Pool:
     """Engines on GPUs, each where its stage says; two of `gpu-pair` share GPU-2 with that stage's trainer."""
-    monkeypatch.setattr(module, "_expect_on", lambda *_: None)
+    monkeypatch.setattr(module, "expect_on", lambda *_: None)
     pair = Stage("gpu-pair", "gpu", 1, 1, True, ("GPU-2", "GPU-2"), ("GPU-2",), ("2", "2"), ("2",), engines=2)
     monkeypatch.setattr(pool, "_stages", pool._stages | {"gpu-pair": pair})
     monkeypatch.setattr(pool.room, "_stages", pool._stages)

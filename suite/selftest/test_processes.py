@@ -83,6 +83,21 @@ def test_calls_are_served_one_at_a_time_in_order(echo: Process):
     assert [result[0][0] for result in gather(calls, deadline_s=10)] == list(range(20))
 
 
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_where_no_bytecode_may_be_written_beside_the_sources_it_goes_to_the_runs_folder(
+    shared_launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch, forbidden: bool
+):
+    monkeypatch.setattr(sys, "dont_write_bytecode", forbidden)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    process = shared_launcher.start("bytecode", ECHO)
+    wanted = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": None}
+    if forbidden:
+        bytecode = shared_launcher.directory / "bytecode"
+        wanted = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPYCACHEPREFIX": str(bytecode)}
+    assert {name: process.call("environment", name, deadline_s=20) for name in wanted} == wanted
+    assert not forbidden or any(bytecode.rglob("*.pyc"))
+
+
 def test_environment_is_pytests_own_with_changes(shared_launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WS_KEPT", "kept")
     monkeypatch.setenv("WS_REMOVED", "removed")
@@ -97,6 +112,81 @@ def test_output_goes_to_the_log_from_the_start(echo: Process):
     assert "constructing with hello" in echo.tail()
     assert "printed by the object\nprinted by the object\nwritten past python" in echo.tail()
     assert echo.tail(lines=1) == "written past python"
+
+
+# ---- started ahead
+
+AHEAD = "suite.selftest.targets:Ahead"
+
+
+@pytest.fixture
+def waiting(launcher: LocalLauncher) -> Process:
+    """A process that has imported what its object needs."""
+    process = launcher.ahead("spare", AHEAD, {"WS_LATE": "early", "WS_REMOVED": "here"})
+    assert process.imported.result(20) == "imported"
+    return process
+
+
+def test_a_process_that_waits_is_given_its_variables_before_its_object_is_built(waiting: Process):
+    waiting.begin("worker", {"greeting": "good day"}, {"WS_LATE": "late", "WS_REMOVED": None})
+    expected = {"greeting": "good day", "imported_with": "early", "built_with": ["late", None]}
+    assert waiting.ready(20) == expected
+    assert waiting.call("environment", "WS_LATE", deadline_s=5) == "late"
+
+
+def test_a_process_has_the_log_and_the_name_of_what_it_became(launcher: LocalLauncher, waiting: Process):
+    other = launcher.ahead("spare", AHEAD)
+    assert (other.name, other.log_path.name) == ("spare", "spare.2.log")
+    assert waiting.used_s == 0, "expected a test that fails not to show the logs of processes that wait"
+    for process, log in ((waiting, "worker.log"), (other, "worker.2.log")):
+        process.begin("worker")
+        process.ready(20)
+        with pytest.raises(RemoteError, match=rf"in process worker: (.|\n)*{log}") as failed:
+            process.call("fail", "no such weight", deadline_s=5)
+        assert failed.value.process == "worker"
+        assert process.tail().startswith("imported ahead\nconstructing with hello")
+    assert sorted(path.name for path in launcher.logs.iterdir()) == ["worker.2.log", "worker.log"]
+    assert waiting.used_s > 0
+
+
+def test_a_process_that_has_died_as_it_waited_says_so(waiting: Process):
+    os.kill(waiting.pid, signal.SIGKILL)
+    waiting._popen.wait(5)
+    waiting.begin("worker")
+    with pytest.raises(ProcessDied, match=r"process worker was killed by SIGKILL; no answer to starting .*:Ahead"):
+        waiting.ready(20)
+
+
+def test_a_process_that_dies_as_it_begins_says_so(waiting: Process):
+    os.kill(waiting.pid, signal.SIGSTOP)
+    waiting.begin("worker")
+    os.kill(waiting.pid, signal.SIGKILL)
+    with pytest.raises(ProcessDied, match=r"process worker was killed by SIGKILL; no answer to starting .*:Ahead"):
+        waiting.ready(20)
+
+
+def test_a_process_that_waits_ends_when_it_is_stopped(waiting: Process):
+    began = time.monotonic()
+    waiting.stop(grace_s=10)
+    assert (waiting.alive, waiting._popen.returncode) == (False, 0), "expected it to end by itself, as it was told"
+    assert time.monotonic() - began < 8
+    waiting.begin("worker")
+    with pytest.raises(ProcessDied, match="process worker was stopped"):
+        waiting.ready(5)
+
+
+def test_what_descends_from_a_process_that_was_started_ahead_ends_with_it(waiting: Process):
+    waiting.begin("worker")
+    descendants = waiting.call("grandchildren", True, deadline_s=20)
+    os.kill(waiting.pid, signal.SIGKILL)
+    waiting.stop(grace_s=0)
+    assert [pid for pid in descendants if running(pid)] == []
+
+
+def test_arguments_that_are_not_plain_leave_no_process(launcher: LocalLauncher):
+    with pytest.raises(TypeError, match=r"value\['kwargs'\]\['greeting'\], found builtins.object"):
+        launcher.start("worker", ECHO, {"greeting": object()})
+    assert [process.alive for process in launcher.processes] == [False]
 
 
 # ---- failures
@@ -139,6 +229,12 @@ def test_a_failing_constructor_says_why(launcher: LocalLauncher):
 def test_a_missing_class_says_so(launcher: LocalLauncher, target: str):
     with pytest.raises(RemoteError, match=r"no_such_module|NoSuchClass"):
         launcher.start("missing", target).ready(20)
+    early = launcher.ahead("early", target)
+    with pytest.raises(RemoteError, match=r"no_such_module|NoSuchClass"):
+        early.imported.result(20)
+    early.begin("late")
+    with pytest.raises(RemoteError, match=r"no_such_module|NoSuchClass"):
+        early.ready(20)
 
 
 def test_a_constructor_has_a_deadline(launcher: LocalLauncher):
@@ -390,7 +486,9 @@ from suite.processes.local import LocalLauncher
 
 launcher = LocalLauncher(Path(sys.argv[1]))
 stuck, busy = (launcher.start(name, "suite.selftest.targets:Echo") for name in ("stuck", "busy"))
-pids = [stuck.pid, busy.pid, launcher.janitor.pid, *busy.call("grandchildren", True, deadline_s=20)]
+waiting = launcher.ahead("waiting", "suite.selftest.targets:Ahead")
+waiting.imported.result(20)
+pids = [stuck.pid, busy.pid, waiting.pid, launcher.janitor.pid, *busy.call("grandchildren", True, deadline_s=20)]
 memory = [busy.call(kind, deadline_s=20) for kind in ("shared_memory", "semaphore")]
 memory += [*busy.call("torch_shared_memory", deadline_s=60)]
 stuck.submit("sleep_in_native_code", 600, True)
@@ -421,7 +519,9 @@ launcher.janitor.kill()
 process = launcher.start("lonely", "suite.selftest.targets:Echo")
 process.ready(20)
 process.submit("sleep_in_native_code", 600, False)
-print(process.pid, launcher.directory, flush=True)
+waiting = launcher.ahead("waiting", "suite.selftest.targets:Ahead")
+waiting.imported.result(20)
+print(process.pid, waiting.pid, launcher.directory, flush=True)
 time.sleep(600)
 """
 
@@ -429,11 +529,11 @@ time.sleep(600)
 def test_processes_end_without_a_janitor_too(tmp_path: Path):
     command = [sys.executable, "-c", LONELY, str(tmp_path)]
     host = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True)
-    pid, directory = host.stdout.readline().split()
+    *pids, directory = host.stdout.readline().split()
     host.kill()
     host.wait(5)
     shutil.rmtree(directory)
-    wait_until_gone([int(pid)], [], Path(directory))
+    wait_until_gone([*map(int, pids)], [], Path(directory))
 
 
 STUCK = """

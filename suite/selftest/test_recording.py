@@ -145,7 +145,7 @@ def test_a_snapshot_has_all_that_it_is_compared_with(tmp_path: Path, cold: str):
 
 
 def test_memory_that_is_not_set_is_told_from_memory_that_is():
-    with recording._unset_is_nan():
+    with recording.unset_is_nan():
         assert torch.empty(3).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 

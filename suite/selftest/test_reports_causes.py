@@ -58,6 +58,23 @@ def test_a_cause_of_the_messages_own_words_is_not_said_twice():
     assert told(failing(cause, "it broke in {}")).count(cause) == 1
 
 
+@pytest.mark.parametrize("found", ["no prefix", "weights " * 50])
+def test_what_was_expected_and_found_is_told_in_lines_and_not_in_a_sentence_too(found):
+    found = found.strip()
+    cause = f"expected one prefix, found {found}"[:300]
+    made = failing(cause, f"expected: one prefix\nfound: {found} [subject=a stage=b]\nwhere: {{}}")
+    assert "expected one prefix" not in told(made)
+    assert "expected: one prefix found: " in told(made)
+    assert "expected one prefix" in told(failing(cause, f"expected: two prefixes\nfound: {found}\nwhere: {{}}"))
+
+
+def test_a_reason_that_is_a_sentence_is_joined_to_its_thread():
+    made = failing(None, "broke", "waived")
+    for entry in made["conformance"]:
+        entry |= {"waiver_reason": "Nothing is written.", "waiver_issue": "https://example.org/7"}
+    assert "waived: Nothing is written, https://example.org/7" in told(made)
+
+
 def test_other_causes_subjects_and_verdicts_stay_apart():
     made = failing(CAUSE)
     for entry in failing(CAUSE, subject="colocate")["conformance"]:

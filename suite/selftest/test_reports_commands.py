@@ -354,6 +354,20 @@ def test_a_waived_failure_counts_as_met_in_no_headline(tmp_path, files, capsys, 
     assert met == re.search(r"(?:; |All )(\d+)(?: requirements that were judged are)? met", headline)[1]
 
 
+@pytest.mark.parametrize(
+    ("verdict", "headline"),
+    [
+        ("pass", "✓ The 1 requirement that was judged is met."),
+        ("fail", "✗ 1 of 1 requirement not met (1 MUST, 0 SHOULD); 0 met."),
+        ("error", "! 1 of 1 requirement could not be judged; 0 met, none failed."),
+        ("not-applicable", "- The 1 requirement could not be judged here."),
+    ],
+)
+def test_the_headline_of_one_requirement_is_in_the_singular(verdict, headline):
+    outcome = data.outcome("update.exact", "broadcast", "cpu-tp1", "qwen3-1m", verdict, "wrong")
+    assert headline in reports.render_text({**RUN, "conformance": [outcome]})
+
+
 def test_a_version_with_waived_failures_stands_in_the_trend(tmp_path, files, capsys):
     main(
         [

@@ -121,10 +121,18 @@ def test_a_huge_file_is_refused_without_reading_it_all(tmp_path):
         read(file)
 
 
-@pytest.mark.parametrize("name", ["missing.json", "."])
-def test_what_is_no_file_is_refused(tmp_path, name):
+def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(UnusableInput, match="cannot be read"):
-        read(tmp_path / name)
+        read(tmp_path / "missing.json")
+
+
+def test_for_a_directory_the_message_names_its_run(tmp_path):
+    run = tmp_path / "run.json"
+    with pytest.raises(UnusableInput, match=f"expected a file such as run.json, .* {run} does not exist"):
+        read(tmp_path)
+    data.write(RUN, run)
+    with pytest.raises(UnusableInput, match=f"expected a file such as run.json, .* {run} exists: name that"):
+        read(tmp_path)
 
 
 @examples(0.6)

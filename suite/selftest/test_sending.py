@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from extensions.manifest import manifest_of
 from suite.actors import sending
-from suite.actors.dialogue import CALLED_OFF, Cancelled, EngineSide, NotAnnounced, Refused, TrainersHalfFailed
+from suite.actors.dialogue import CALLED_OFF, Cancelled, EngineSide, NotAnnounced, NotStarted, TrainersHalfFailed
 from suite.actors.link import Link, LinkError
 from suite.actors.roofline import Roofline
 from suite.actors.sending import Fault, Outgoing, Sending
@@ -35,8 +36,8 @@ class Trainer:
             self.gathered += 1
             yield name, torch.ones(2)
 
-    def named_layout(self, order: str, alter: dict | None) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, torch.empty(2, device="meta")) for name in NAMES)
+    def manifest(self, order: str, alter: dict | None) -> list[dict]:
+        return manifest_of((name, torch.empty(2, device="meta")) for name in NAMES)
 
 
 class Half(TrainerHalf):
@@ -123,7 +124,7 @@ def test_an_update_is_announced_sent_and_released(rank: tuple[Sending, EngineSid
 def test_an_update_that_is_called_off_is_refused_on_both_sides(rank: tuple[Sending, EngineSide]):
     heard: list = []
     serving = engine(rank[1], heard)
-    with pytest.raises(Refused, match=CALLED_OFF):
+    with pytest.raises(NotStarted, match=CALLED_OFF):
         rank[0].update(DEADLINE_S, call_off=True)
     serving.join(DEADLINE_S)
     assert isinstance(heard[-1], Cancelled)

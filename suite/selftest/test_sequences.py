@@ -85,6 +85,7 @@ def test_what_passes_is_counted():
     assert trial.failure(60) is None
     assert trial.counts() == {"sequences": 2, "left out": 0, "steps": 5, "generate": 2, "nested": 1, "update": 2}
     assert str(trial) == "2 sequences of 5 steps in all, passed"
+    assert str(played(Player(), ())) == "1 sequence of 1 step in all, passed"
 
 
 def test_no_sequence_begins_after_the_time_is_over_and_that_is_said():
@@ -92,7 +93,7 @@ def test_no_sequence_begins_after_the_time_is_over_and_that_is_said():
     trial = played(player, (GENERATE,), budget_s=-1)
     assert player.taken == []
     assert trial.counts() == {"sequences": 0, "left out": 1, "steps": 0}
-    assert "1 more were left out since the time was over" in str(trial)
+    assert "1 more left out since the time was over" in str(trial)
 
 
 def test_a_failure_comes_with_the_shortest_sequence_and_ends_the_trial(capsys):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from suite.stages import STAGES, available_stages, hardware, unavailable
+from suite.stages import STAGES, Stage, available_stages, hardware, unavailable
 from suite.stages.hardware import Device, Machine, parse_listing, visible_devices
 
 pytestmark = pytest.mark.selftest
@@ -81,8 +81,20 @@ def test_every_rank_has_a_device_and_only_colocated_ones_share():
 
 def test_reasons_say_what_is_needed_what_is_there_and_why():
     reasons = unavailable(machine_of(1, cores=1, note="CUDA_VISIBLE_DEVICES='1' shows 1 of the 2 devices"))
-    assert reasons["cpu-tp2"] == "needs 2 CPU cores, one for each rank; this process may use 1"
+    assert (
+        reasons["cpu-tp2"] == "needs 2 CPU cores, one for the engine's and the trainer's rank; this process may use 1"
+    )
     assert reasons["gpu-split"] == ("needs 2 whole GPUs, found 1 (CUDA_VISIBLE_DEVICES='1' shows 1 of the 2 devices)")
+
+
+@pytest.mark.parametrize(
+    ("colocated", "needed"), [(True, "3 CPU cores, one for the engine's and"), (False, "5 CPU cores, one for each")]
+)
+def test_a_cpu_stage_needs_cores_for_the_trainers_ranks(monkeypatch, colocated, needed):
+    stage = Stage("cpu-dp3", "cpu", tensor_parallel_size=2, trainer_world_size=3, colocated=colocated)
+    monkeypatch.setattr("suite.stages.STAGES", (stage,))
+    assert unavailable(machine_of(0, cores=2))["cpu-dp3"].startswith(f"needs {needed}")
+    assert unavailable(machine_of(0, cores=5)) == {}
 
 
 def test_slices_hold_a_stage_of_one_device():

@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 
 from reports.__main__ import main
 from suite import ROOT
-from suite.selftest.test_plugin import CONFTEST, Finished, examine
+from suite.selftest.runs import CONFTEST, Finished, examine
 from suite.session import environment
 from suite.session.waivers import Case, Ledger, Waiver, read
 
@@ -64,7 +64,7 @@ def test_a_waived_failure_does_not_fail_the_run_and_is_no_pass(waived: Finished)
     assert waived.verdicts == {EXACT_TP1: "pass", EXACT_TP2: "waived", ZEROED_TP1: "pass", ZEROED_TP2: "pass"}
     assert "~ 1 of 2 requirements not met, which is waived (1 MUST, 0 SHOULD); 1 met." in waived.output
     assert "~ waived 1 (cpu-tp2), ✓ pass 1" in waived.output
-    assert "waivers.toml: waivers 1, for this vLLM and device 1, used 1\n" in waived.output
+    assert "waivers.toml: 1 waiver, 1 for this vLLM and device, 1 used\n" in waived.output
 
 
 def test_pytest_counts_it_as_waived(waived: Finished):
@@ -223,7 +223,7 @@ def test_a_waiver_that_is_not_needed_fails_the_run_and_is_named(stale: Finished)
 
 
 def test_only_what_applies_here_is_complained_of(stale: Finished):
-    counts = f"waivers.toml: waivers {1 + len(WRONG) + len(LEFT_IN_PEACE)}, for this vLLM and device 13, used 1, "
+    counts = f"waivers.toml: {1 + len(WRONG) + len(LEFT_IN_PEACE)} waivers, 13 for this vLLM and device, 1 used, "
     assert f"{counts}{len(WRONG)} to correct or remove: with these no run exits with 0\n" in stale.output
 
 
@@ -364,7 +364,7 @@ def test_a_file_that_cannot_be_collected_is_not_taken_for_one_that_matches_nothi
 def test_without_vllm_no_waiver_applies(tmp_path: Path):
     conftest = CONFTEST + "\nenvironment.vllm = lambda: (None, None)\n"
     finished = examine_with(tmp_path, UNNEEDED, JUDGED, conftest=conftest)
-    assert "waivers 1, for this vLLM and device 0, used 0" in finished.output
+    assert "1 waiver, 0 for this vLLM and device, 0 used" in finished.output
 
 
 def test_a_file_without_waivers_changes_nothing(tmp_path: Path):

@@ -14,6 +14,7 @@ from extensions.model import loading
 from extensions.model.weights import effective_weights
 from extensions.plan import plan_of
 from suite import models
+from suite.actors import arrived
 from suite.architectures.live import Live, Worker, configured, digest, join, loaded
 from suite.architectures.running import VARIABLES
 from suite.processes.call import Process
@@ -37,11 +38,11 @@ class Held:
 
 
 @contextlib.contextmanager
-def holding(directory: Path, target: str = f"{__name__}:Models") -> Iterator[Held]:
+def holding(directory: Path) -> Iterator[Held]:
     """Start such a process, and end it. Logs and checkpoints go to `directory`."""
     with LocalLauncher(directory / "logs") as launcher:
         arguments = {"directory": str(directory), "port": free_port()}
-        process = launcher.start("models", target, arguments, VARIABLES, STARTING_S)
+        process = launcher.start("models", f"{__name__}:Models", arguments, VARIABLES, STARTING_S)
         process.ready()
         yield Held(process)
 
@@ -98,6 +99,10 @@ class Models:
             for index, layer in enumerate(self._model.model.layers):
                 digests[f"answer of layer {index}"] = digest(layer.mlp(hidden.view(TOKENS, -1)))
         return digests
+
+    def checksums(self) -> dict[str, int]:
+        """Of every tensor of the checkpoint, as the parameters have it."""
+        return arrived.checksums_of(self._model, self._config, models.manifest(self._spec))
 
     def plan(self, changes: dict[str, list | None]) -> dict[str, Any]:
         """The plan of an update to this model's checkpoint, with other shapes under some names; None leaves one out.

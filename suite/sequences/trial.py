@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from reports.units import counted
 from suite.processes.call import DeadlineExceeded, ProcessDied
 from suite.sequences.player import Player, Sequence, Step, text
 from suite.session.verdicts import FAILURES
@@ -48,9 +49,10 @@ class Trial:
             self.error, self._idle = error, True
 
     def __str__(self) -> str:
-        cut = f"; {self.left_out} more were left out since the time was over" if self.left_out else ""
+        cut = f"; {self.left_out} more left out since the time was over" if self.left_out else ""
         return (
-            f"{self.played} sequences of {self._player.steps} steps in all, {'failed' if self.error else 'passed'}{cut}"
+            f"{counted(self.played, 'sequence')} of {counted(self._player.steps, 'step')} in all,"
+            f" {'failed' if self.error else 'passed'}{cut}"
         )
 
     def counts(self) -> dict[str, int]:
@@ -71,7 +73,7 @@ class Trial:
         try:
             shorter = next(filter(None, (again.fails(steps) for _ in range(REPLAYS))), None)
             if shorter is None:
-                came_before = f"{self.played - 1} sequences, {self._player.steps} steps in all"
+                came_before = f"{counted(self.played - 1, 'sequence')}, {counted(self._player.steps, 'step')} in all"
                 how = f"played again {REPLAYS} times, it passed: what the engine had seen before counts ({came_before})"
                 return _failed(self.error, self._sequence, how)
             shorter = shrink(again.fails, shorter)
@@ -79,7 +81,7 @@ class Trial:
             shorter, how = again.shortest or steps, str(error)
         else:
             how = f"the shortest of {again.tried} that were tried"
-        how += f"; it failed first after {len(self._sequence)} steps of sequence {self.played}"
+        how += f"; it failed first after {counted(len(self._sequence), 'step')} of sequence {self.played}"
         return _failed(again.error or self.error, (self._player.start, *shorter), how)
 
 

@@ -50,12 +50,17 @@ def case_of(item: pytest.Item) -> Case | None:
 
 
 def place_of(item: pytest.Item) -> tuple[int, ...]:
-    """Selftests first, then what needs no stage, while engines start; then phase by phase, stage and model."""
+    """Selftests first, then what needs no stage, while engines start; then phase by phase, stage and model.
+
+    What measures comes by model: an engine ends, and gives its memory back, while one of another stage is measured.
+    Stages come in reverse then: where they share no GPU, the largest engine starts beside the last measurement.
+    """
     if is_selftest(item):
         return (0, 0, 0, 0)
     names, examined = names_of(item), state_of(item.config).selection
     stages = [None, *examined.stages, *examined.missing] if examined else []
-    return (1, _phase(item), _index(stages, names["stage"]), _index([*MODELS], names["model"]))
+    phase, stage, model = _phase(item), _index(stages, names["stage"]), _index([*MODELS], names["model"])
+    return (1, phase, model, -stage) if phase == len(PHASES) else (1, phase, stage, model)
 
 
 def _phase(item: pytest.Item) -> int:

@@ -31,7 +31,8 @@ def take(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRepo
         report.sections += [*_logs(state, progress), *([_clause(item, judgement)] if examines(item) else [])]
     if judgement.verdict == verdicts.WAIVED:  # to pytest, what it knows as an expected failure
         report.outcome, report.waived = "skipped", True
-        report.wasxfail = f"waived: {progress.waiver.reason} ({progress.waiver.issue})\n{judgement.detail}"
+        reason = progress.waiver.reason.removesuffix(".")
+        report.wasxfail = f"waived: {reason} ({progress.waiver.issue})\n{judgement.detail}"
     if call.when == "teardown" and state.record and examines(item):
         _put_down(item, state, progress)
 

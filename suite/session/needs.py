@@ -37,7 +37,7 @@ def engines_of(item: pytest.Item) -> list[EngineKey]:
     if needs:
         return needs.kwargs["engines"](key, params)
     if "fanout" in names:
-        return _two_engines(key, stage, selection)
+        return _two_engines(key, stage, subject, selection)
     return [key] if names & {"sync", "sharded"} else []
 
 
@@ -69,9 +69,14 @@ def _serving(key: EngineKey, subject: Subject, stage: Stage, selection: Selectio
     return replace(key, subject=owner.name, seed=seed, serves=True)
 
 
-def _two_engines(key: EngineKey, stage: Stage, selection: Selection) -> list[EngineKey]:
-    """On CPUs this stage's engine and one of another tensor-parallel size; elsewhere two where the stage says so."""
-    others = [s for s in selection.stages.values() if s.kind == stage.kind == "cpu" and s.name != stage.name]
-    if others:
-        return [key, replace(key, stage=others[0].name)]
+def _two_engines(key: EngineKey, stage: Stage, subject: Subject, selection: Selection) -> list[EngineKey]:
+    """On CPUs this stage's engine and one of another tensor-parallel size, where the subject has such a stage.
+
+    Elsewhere two of this stage, where it has room for them: always on CPUs, and on GPUs where the stage says so.
+    """
+    size = stage.tensor_parallel_size
+    others = [s for s in selection.stages.values() if s.kind == stage.kind == "cpu" and s.tensor_parallel_size != size]
+    for other in others:
+        if not subject.unfit(other):
+            return [key, replace(key, stage=other.name)]
     return [key, replace(key, copy=1)] if stage.kind == "cpu" or stage.engines > 1 else [key]

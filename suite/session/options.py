@@ -17,11 +17,11 @@ MARKERS = (
     "ends_engine: leaves an engine that no other test can use; comes after all that judge",
     "models(cpu=[...], gpu=[...]): the models that a test takes, by the kind or the name of the stage",
 )
-SEQUENCES, SEQUENCE_STEPS = 4, 20
+SEQUENCES, SEQUENCE_STEPS = {"cpu": 4, "gpu": 2}, 20  # of each subject and stage, by the stage's kind
 # What decides how a case is judged, and what it is where nothing was said. Subject, stage and model stand in the test's
 # id, but the other subjects and stages have their part: in which checkpoint an engine starts from, and in a second one.
 DECIDING: dict[str, object] = {
-    "--subject": [], "--extension": [], "--model": [], "--stage": [], "--waivers": None, "--sequences": SEQUENCES,
+    "--subject": [], "--extension": [], "--model": [], "--stage": [], "--waivers": None, "--sequences": None,
     "--sequence-steps": SEQUENCE_STEPS, "--play": None, "--hypothesis-seed": None,
 }  # fmt: skip
 
@@ -43,8 +43,8 @@ def add(parser: pytest.Parser) -> None:
         "--waivers", default=None, metavar="FILE", help="TOML file of known failures, which do not fail the run"
     )
     group.addoption(
-        "--sequences", type=int, default=SEQUENCES, metavar="N",
-        help=f"update.sequence: play so many sequences (default: {SEQUENCES})",
+        "--sequences", type=int, default=None, metavar="N",
+        help=f"update.sequence: play so many sequences (default: {SEQUENCES['cpu']}, on GPUs {SEQUENCES['gpu']})",
     )  # fmt: skip
     group.addoption(
         "--sequence-steps", type=int, default=SEQUENCE_STEPS, metavar="N",

@@ -20,6 +20,7 @@ from suite.session import environment
 
 TRIED = pytest.StashKey[dict[str, int]]()  # what a test has tried and how often
 PACES = pytest.StashKey[dict[str, dict[str, Any]]]()  # by stage: the host's pace, once an engine has measured it
+TOLERANCES = pytest.StashKey[dict[str, str]]()  # by engine: how far cold ones answer apart, where they do
 RUN, JUNIT, PAGE, LOGS = "run.json", "junit.xml", "report.html", "logs"
 
 
@@ -91,6 +92,8 @@ class Record:
         ours |= {"stale_waivers": self.stale_waivers} if self.stale_waivers else {}
         paces = self.config.stash.get(PACES, {})
         gathered = self._fixed["environment"] | ({"pace": paces} if paces else {})
+        tolerances = self.config.stash.get(TOLERANCES, {})
+        gathered |= {"cold_answers": dict(tolerances)} if tolerances else {}
         return {**document, "schema": SCHEMA, "environment": gathered, **ours}
 
     def write(self) -> dict[str, Any]:

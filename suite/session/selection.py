@@ -213,6 +213,16 @@ def _models(definition: pytest.Item) -> Models:
     return wanted
 
 
+def models_of(definition: pytest.Item, stage: Stage | MissingStage) -> list[str]:
+    """The models of the catalogue that a test names for a stage, and a user's own where it takes any."""
+    requirement = requirement_of(definition)
+    if requirement and requirement.on not in ("both", stage.kind):
+        return []
+    named = [*_of_kind(_models(definition), stage)]
+    own_ones = [name for name, spec in models.MODELS.items() if spec.layout is not None]
+    return [*named, *own_ones] if models.TIED in named else named
+
+
 def _of_kind(wanted: Models, stage: Stage | None) -> Sequence[str]:
     if isinstance(wanted, Mapping):
         return (

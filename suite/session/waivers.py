@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from reports.units import counted
 from suite.conformance.requirements import catalogue
 from suite.session.verdicts import ERROR, NOT_APPLICABLE, PASS, UNSUPPORTED, WAIVED
 
@@ -193,7 +194,8 @@ class Ledger:
     def __str__(self) -> str:
         used = sum(WAIVED in self._verdicts(waiver) for waiver in self.waivers)
         stale = f", {len(self.stale())} to correct or remove: with these no run exits with 0" if self.stale() else ""
-        return f"{self.file}: waivers {self.read}, for this vLLM and device {len(self.waivers)}, used {used}{stale}"
+        here = f"{len(self.waivers)} for this vLLM and device"
+        return f"{self.file}: {counted(self.read, 'waiver')}, {here}, {used} used{stale}"
 
     def stale(self) -> dict[Waiver, str]:
         """What is wrong with a waiver that the file should no longer have as it is; final once the run has ended.

@@ -38,13 +38,16 @@ class Stage:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
-    def gpus(self) -> int:
-        """How many GPUs the stage takes."""
-        if self.kind == "cpu":
-            return 0
+    def places(self) -> int:
+        """How many GPUs the stage takes, or CPU cores: one for each rank, or for an engine's and a trainer's rank."""
         if self.colocated:
             return max(self.engine_ranks, self.trainer_world_size)
         return self.engines * self.engine_ranks + self.trainer_world_size
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs the stage takes."""
+        return 0 if self.kind == "cpu" else self.places
 
     def nccl_environment(self, process: str) -> dict[str, str]:
         """What NCCL reads in the environment of a trainer's or an engine's process, by whatever name tells them apart.
@@ -94,8 +97,9 @@ def unavailable(machine: Machine) -> dict[str, str]:
 
 def _lacking(stage: Stage, machine: Machine) -> str:
     if stage.kind == "cpu":
-        needed, found = stage.tensor_parallel_size, machine.cpu_cores
-        return "" if found >= needed else f"needs {needed} CPU cores, one for each rank; this process may use {found}"
+        needed, found = stage.places, machine.cpu_cores
+        each = "for the engine's and the trainer's rank" if stage.colocated else "for each rank"
+        return "" if found >= needed else f"needs {needed} CPU cores, one {each}; this process may use {found}"
     usable = _usable(stage, machine)
     if stage.hosts_apart and len(usable) > 1:
         return "stands in for gpu-split on a machine of one GPU; CUDA_VISIBLE_DEVICES=0 makes this one such"

@@ -91,6 +91,9 @@ class EngineHalf:
         if self.subject.can("abort_update"):
             self.engine.rpc("abort_update")
 
+    def forget(self) -> None:
+        """Let go of whatever of the trainer's memory an update has left open: the trainer may give that memory up."""
+
     def state(self) -> list[str]:
         """What every worker says of its weights: "ready", "updating", "inconsistent"; nothing where they can't tell."""
         return self.engine.rpc("update_state") if self.subject.can("update_state") else []
@@ -125,6 +128,10 @@ class TrainerHalf:
 
     def release(self) -> None:
         """Let go of what an update held. Called when all engines have ended or refused it."""
+
+    def forget(self) -> None:
+        """Let go of whatever keeps tensors, between updates: the trainer gives up its weights."""
+        self.release()
 
     def abort(self, reason: str) -> None:
         """End a send() that runs in another thread, where that can be done: it raises within 2 s then."""

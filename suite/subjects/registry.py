@@ -3,19 +3,25 @@
 from functools import cache
 from importlib import metadata
 
-from suite.subjects import broadcast, example, handles, native_gloo, native_ipc, native_nccl
+from suite.subjects import broadcast, example, handles, native_gloo, native_ipc, native_nccl, planned
 from suite.subjects.adapting import expect_known_forms
 from suite.subjects.protocol import Subject, load
 
 ENTRY_POINTS = "weight_sync_subjects"  # the group of the entry points by which packages bring subjects
-KINDS: tuple[type[Subject], ...] = (broadcast.Broadcast, handles.Handles)
+KINDS: tuple[type[Subject], ...] = (planned.Planned, planned.PlannedHandles, broadcast.Broadcast, handles.Handles)
 
 # Examined where nobody says which.
 SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (broadcast.SUBJECT, handles.SUBJECT)}
 # Examined where --subject names them.
 NAMED: dict[str, Subject] = {
     subject.name: subject
-    for subject in (*example.SUBJECTS, native_gloo.SUBJECT, native_ipc.SUBJECT, *native_nccl.SUBJECTS)
+    for subject in (
+        *example.SUBJECTS,
+        native_gloo.SUBJECT,
+        native_ipc.SUBJECT,
+        *native_nccl.SUBJECTS,
+        *planned.SUBJECTS,
+    )
 }
 
 

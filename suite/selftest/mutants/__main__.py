@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import TextIO
 
+from reports.units import counted
 from suite import ROOT
 from suite.selftest.mutants import Mutant, verdicts
 from suite.session.record import RUN
@@ -133,9 +134,10 @@ def _tell(
     counts = summary["counts"]
     print(f"\n{verdicts.table(outcomes)}\n")
     print(
-        f"{counts['killed']} of {counts['mutants']} mutants killed, by {counts['requirements']} requirements;"
-        f" {counts['survived']} survived, {counts['error']} errors;"
-        f" {counts['controls passed']} of {counts['controls']} controls passed"
+        f"{counts['killed']} of {counted(counts['mutants'], 'mutant')} killed,"
+        f" by {counted(counts['requirements'], 'requirement')};"
+        f" {counts['survived']} survived, {counted(counts['error'], 'error')};"
+        f" {counts['controls passed']} of {counted(counts['controls'], 'control')} passed"
     )
     return _write(summary | {"left_out": away}, report / "mutants.json")
 

@@ -1,0 +1,120 @@
+"""Weights by handles that are opened once: one call to the workers an update, and one copy, where the weights belong.
+
+    plan_update(manifest)                    once for a manifest, as in `extensions.planned`
+    copy_update(digest, opened, handles)     every update: copies the trainer's tensors to where they belong
+
+A trainer that updates its weights in place has them at the same addresses in every update. So `KeptHandleSender` makes
+handles once, and calls them by a name of their own, `opened`. It makes others, under another name, once any of the
+tensors is somewhere else. A worker keeps the tensors that it has opened until it gets handles of another name.
+"""
+
+import secrets
+from collections.abc import Iterable
+
+import torch
+
+from extensions.agreed import Agreed, PlansUpdates, places_of
+from extensions.bracket import Update, UpdateError
+from extensions.colocate import ColocateWorkerExtension, HandleSender, of_device, opened_handle
+from extensions.devices import synchronize
+
+Where = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+class PlannedColocateWorkerExtension(PlansUpdates, ColocateWorkerExtension):
+    """Copies a whole update by one call; give it to vLLM as `worker_extension_cls`."""
+
+    weight_sync_sender = "extensions.planned_colocate:KeptHandleSender"
+    _weight_sync_opened: tuple[str, dict[str, torch.Tensor]] = ("", {})
+
+    def copy_update(self, digest: str, opened: str, ipc_handles: dict[str, dict[str, object]]) -> int:
+        """Copy and load the update that was agreed on. Returns its tensors' number.
+
+        opened: the name of the handles. ipc_handles: `{device id: {checkpoint name: handle}}`, as
+        `update_weights_from_ipc_handles` takes them; empty where this worker has opened those of this name. The model
+        computes with the new weights when this returns, and the sender's tensors may change.
+
+        Raises UpdateError without a plan of this digest, where the model's tensors have moved since it was made, where
+        handles of this name have not been opened, and where they are not those of the plan; ManifestError and
+        HandleError as `update_weights_from_ipc_handles`. Nothing was touched then.
+        """
+        agreed = self._weight_sync_require_agreed(digest)
+        tensors = self._weight_sync_open_handles(opened, ipc_handles)
+        _require_announced(agreed, tensors)
+
+        def copy(update: Update, names: list[str]) -> None:
+            places = places_of(update, names)
+            if places:
+                torch._foreach_copy_([*places.values()], [tensors[name] for name in places])
+            if rest := {name: tensors[name] for name in names if name not in places}:
+                update.take(rest)
+
+        return self._weight_sync_move(agreed, copy)
+
+    def close_handles(self) -> None:
+        """Let go of the trainer's memory."""
+        self._weight_sync_opened = ("", {})
+
+    def _weight_sync_open_handles(self, opened: str, ipc_handles: dict) -> dict[str, torch.Tensor]:
+        name, tensors = self._weight_sync_opened
+        if opened == name and opened:
+            return tensors
+        own = self.report_device_id()
+        if not ipc_handles:
+            raise UpdateError(f"device {own} was sent no handles, and has opened none called {opened!r:.40}; send them")
+        handles = of_device(own, ipc_handles)
+        self.close_handles()  # first: memory that the sender has given back stays taken as long as it is open here
+        tensors = {name: opened_handle(name, handle, self.device) for name, handle in handles.items()}
+        self._weight_sync_opened = (opened, tensors)
+        return tensors
+
+
+class KeptHandleSender(HandleSender):
+    """The trainer's half. It keeps the tensors of the last update, and their handles, until others come."""
+
+    def __init__(self, device: "torch.device | str") -> None:
+        """As HandleSender."""
+        super().__init__(device)
+        self.opened = ""  # the name of the handles that were made last
+        self.made: dict[str, dict[str, dict]] = {}  # those handles
+        self._where: dict[str, Where] = {}
+
+    def handles(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, dict]]:
+        """As HandleSender; `opened` is their name then. They are the same as before where the tensors are.
+
+        Tensors that are not contiguous are copied, so that their handles are new every time.
+        """
+        named = list(named_tensors)
+        if self._device.type == "cuda":
+            where = {name: _where(tensor) for name, tensor in named}
+            if where == self._where and all(tensor.is_contiguous() for _, tensor in named):
+                synchronize(self._device)
+                return self.made
+            made = super().handles(named)
+        else:
+            where, made = {}, super().handles(named)  # the values are copied into shared memory every time
+        if made != self.made or where != self._where:
+            self.opened = secrets.token_hex(16)
+        self.made, self._where = made, where
+        return made
+
+    def release(self) -> None:
+        """Let go of tensors and shared memory. Workers have to be sent new handles after that."""
+        self.made, self._where, self.opened = {}, {}, ""
+        super().release()
+
+
+def _where(tensor: torch.Tensor) -> Where:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+def _require_announced(agreed: Agreed, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise UpdateError where what was opened is not what was planned."""
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if found != agreed.announced:
+        wrong = [n for n in {*found, *agreed.announced} if found.get(n) != agreed.announced.get(n)]
+        raise UpdateError(
+            f"{len(wrong)} tensors are not those of the plan, first {min(wrong)}: planned as"
+            f" {agreed.announced.get(min(wrong))}, found {found.get(min(wrong))}; nothing was touched"
+        )

@@ -1,0 +1,297 @@
+"""Planned updates go straight to where the plan says, and whatever does not fit them touches nothing."""
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from extensions import agreed, bracket, kept
+from extensions.agreed import batches, digest_of
+from extensions.bracket import UpdateError
+from extensions.group import GroupError
+from extensions.manifest import ManifestError, manifest_of, parse
+from extensions.model import load as loads
+from extensions.model.load import DirectLoad
+from extensions.planned import PlannedSender, PlannedWorkerExtension
+from extensions.planned_colocate import KeptHandleSender, PlannedColocateWorkerExtension
+from suite.selftest.test_extensions_load import NEW, Live, plan_for
+
+CPU = torch.device("cpu")
+MANIFEST = manifest_of(NEW.items())
+
+
+class Wire:
+    """A group's two ends in one thread: what rank 0 has sent waits for the worker."""
+
+    def __init__(self) -> None:
+        self.device, self.sent, self.aborted = CPU, [], ""
+        self.into: list[torch.Tensor] = []
+
+    def sender(self) -> PlannedSender:
+        made = object.__new__(PlannedSender)
+        made._group = SimpleNamespace(
+            device=CPU, wait=lambda: None, abort=self.abort,
+            broadcast_all=lambda tensors, src: self.sent.append([tensor.clone() for tensor in tensors]),
+        )  # fmt: skip
+        return made
+
+    def broadcast_all(self, tensors: list[torch.Tensor], src: int) -> None:
+        if not self.sent:
+            raise GroupError("rank 0 is gone")
+        self.into += tensors
+        for mine, theirs in zip(tensors, self.sent.pop(0), strict=True):
+            mine.copy_(theirs)
+
+    def wait(self) -> None: ...
+
+    def abort(self, reason: str) -> None:
+        self.aborted = reason
+
+
+class Worker(PlannedColocateWorkerExtension, PlannedWorkerExtension):
+    """As much of vLLM's worker as the extensions touch."""
+
+    rank, device, vllm_config = 0, CPU, None
+
+    def __init__(self) -> None:
+        self.model = Live()
+        self.model_runner = SimpleNamespace(get_model=lambda: self.model)
+        self.wire = self._weight_sync_group = Wire()
+
+
+def accepted(model: Live, _: object, announced: dict, whole: bool = True) -> Any:
+    if whole and announced != parse(MANIFEST):
+        raise ManifestError("the update does not fit the model")
+    return plan_for(model)
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
+    monkeypatch.setattr(loads, "configured", lambda config: contextlib.nullcontext())
+    monkeypatch.setattr(kept, "accepted", accepted)
+    monkeypatch.setattr(bracket, "processed_layers", lambda model: [])
+    for module in (agreed, bracket):
+        monkeypatch.setattr(module, "new_load", DirectLoad)
+    return Worker()
+
+
+def changed(by: float) -> dict[str, torch.Tensor]:
+    return {name: tensor + by for name, tensor in NEW.items()}
+
+
+def expect_loaded(model: Live, tensors: dict[str, torch.Tensor]) -> None:
+    expected = Live()
+    expected.load_weights(tensors.items())
+    for found, wanted in ((model.inner.rows, expected.inner.rows), (model.scale, expected.scale)):
+        assert torch.equal(found, wanted)
+    assert torch.equal(model.shown, expected.shown), "expected views to be renewed"
+
+
+def untouched(worker: Worker) -> bool:
+    return not worker.model.inner.rows.any() and not worker.model.scale.any() and worker.update_state() == "ready"
+
+
+def test_what_is_copied_as_it_is_is_received_in_place_and_the_rest_beside(worker: Worker):
+    digest = worker.plan_update(MANIFEST)
+    rows = worker.model.inner.rows
+    for by in (0, 1, 2):
+        worker.wire.into.clear()
+        assert worker.wire.sender().send(changed(by).items(), MANIFEST) == sum(t.nbytes for t in NEW.values())
+        assert worker.receive_update(digest) == len(NEW)
+        expect_loaded(worker.model, changed(by))
+        addresses = [tensor.data_ptr() for tensor in worker.wire.into[1:]]
+        assert addresses[:2] == [rows[:3].data_ptr(), rows[3:].data_ptr()]
+        assert addresses[2] != worker.model.scale.data_ptr(), "load_weights does more than copy it"
+    assert worker.update_state() == "ready"
+
+
+def test_the_sender_makes_the_manifest_itself_where_none_is_given(worker: Worker):
+    digest, sender = worker.plan_update(MANIFEST), worker.wire.sender()
+    for by in (0, 1):
+        sender.send(changed(by).items())
+        worker.receive_update(digest)
+    expect_loaded(worker.model, changed(1))
+
+
+def test_another_update_than_was_planned_touches_nothing_and_keeps_no_sender_waiting(worker: Worker):
+    digest = worker.plan_update(MANIFEST)
+    other = {"upper": NEW["upper"]}
+    worker.wire.sender().send(other.items())
+    with pytest.raises(UpdateError, match=f"expected the update {digest[:12]}, the sender sends "):
+        worker.receive_update(digest)
+    assert untouched(worker)
+    assert "the sender sends" in worker.wire.aborted
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_an_update_that_was_not_planned_touches_nothing(worker: Worker, planned: bool):
+    if planned:
+        worker.plan_update(MANIFEST)
+    found = "found none" if not planned else "found [0-9a-f]{12}"
+    with pytest.raises(UpdateError, match=rf"expected the plan abcdef, {found}: call plan_update"):
+        worker.receive_update("abcdef")
+    assert untouched(worker)
+    assert worker.wire.aborted
+
+
+def test_a_plan_from_before_the_models_tensors_moved_is_void(worker: Worker):
+    digest = worker.plan_update(MANIFEST)
+    worker.wire.sender().send(NEW.items(), MANIFEST)
+    worker.receive_update(digest)
+    old = worker.model.inner.rows
+    worker.model.inner.rows = torch.nn.Parameter(old.data.clone(), requires_grad=False)
+    worker.begin_update(MANIFEST)  # which plans anew
+    worker.abort_update()
+    worker.wire.sender().send(changed(1).items(), MANIFEST)
+    with pytest.raises(UpdateError, match="have moved since the update was planned: call plan_update"):
+        worker.receive_update(digest)
+    for rows in (old, worker.model.inner.rows):
+        assert torch.equal(rows[:3], NEW["upper"])
+    worker.wire.sent.clear()
+    assert worker.plan_update(MANIFEST) == digest
+    worker.wire.sender().send(changed(1).items(), MANIFEST)
+    worker.receive_update(digest)
+    assert torch.equal(worker.model.inner.rows[:3], changed(1)["upper"])
+
+
+def test_a_broadcast_that_breaks_off_leaves_an_inconsistent_model(worker: Worker):
+    digest = worker.plan_update(MANIFEST)
+    worker.wire.sender().send(NEW.items(), MANIFEST)
+    del worker.wire.sent[1:]
+    with pytest.raises(GroupError, match="rank 0 is gone"):
+        worker.receive_update(digest)
+    assert worker.update_state() == "inconsistent"
+    worker.wire.sender().send(NEW.items(), MANIFEST)
+    worker.receive_update(digest)
+    assert worker.update_state() == "ready"
+    expect_loaded(worker.model, NEW)
+
+
+def test_a_sender_with_another_tensor_than_announced_gives_the_group_up(worker: Worker):
+    for wrong in (NEW | {"lower": NEW["lower"].float()}, {"upper": NEW["upper"]}):
+        with pytest.raises(ValueError, match=r"expected lower as in the manifest, found (lower float32|nothing)"):
+            worker.wire.sender().send(wrong.items(), MANIFEST)
+        assert "another tensor than lower" in worker.wire.aborted
+
+
+def test_a_manifest_that_does_not_fit_leaves_what_was_planned(worker: Worker):
+    digest = worker.plan_update(MANIFEST)
+    with pytest.raises(ManifestError):
+        worker.plan_update(MANIFEST[:1])
+    worker.wire.sender().send(NEW.items(), MANIFEST)
+    worker.receive_update(digest)
+    expect_loaded(worker.model, NEW)
+
+
+def test_an_update_under_way_is_not_disturbed(worker: Worker):
+    digest = worker.plan_update(MANIFEST)
+    worker.begin_update(MANIFEST)
+    for call in (lambda: worker.plan_update(MANIFEST), lambda: worker.receive_update(digest)):
+        with pytest.raises(UpdateError, match="an update is under way"):
+            call()
+    assert worker.update_state() == "updating"
+
+
+def test_tensors_alone_are_received_by_one_call(worker: Worker):
+    alone = {"upper": NEW["upper"]}
+    worker.wire.sender().send(alone.items())
+    assert worker.receive_alone(manifest_of(alone.items())) == 1
+    assert torch.equal(worker.model.inner.rows[:3], NEW["upper"])
+    assert not worker.model.inner.rows[3:].any()
+
+
+def test_large_updates_are_cut_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch, worker: Worker):
+    announced = parse(MANIFEST)
+    sizes = [tensor.nbytes for tensor in NEW.values()]
+    assert [*batches(announced, sum(sizes))] == [[*NEW]]
+    assert [*batches(announced, sizes[0])] == [[name] for name in NEW]
+    assert [*batches(announced, 1)] == [[name] for name in NEW]
+    for module in ("extensions.agreed", "extensions.planned"):
+        monkeypatch.setattr(f"{module}.GROUP_BYTES", sizes[0])
+    digest = worker.plan_update(MANIFEST)
+    worker.wire.sender().send(NEW.items(), MANIFEST)
+    assert len(worker.wire.sent) == 1 + len(NEW)
+    worker.receive_update(digest)
+    expect_loaded(worker.model, NEW)
+
+
+def test_a_digest_tells_names_dtypes_shapes_and_their_order():
+    entry = {"name": "a", "dtype": "bfloat16", "shape": [2, 3]}
+    changes = [{"name": "b"}, {"dtype": "float16"}, {"shape": [3, 2]}]
+    two = [entry, entry | {"name": "z"}]
+    manifests = [[entry], *([entry | change] for change in changes), two, two[::-1]]
+    assert len({digest_of(parse(manifest)) for manifest in manifests}) == len(manifests)
+
+
+# ---- by handles
+
+
+def copied(worker: Worker, sender: KeptHandleSender, digest: str, tensors: dict[str, torch.Tensor], known: str) -> str:
+    """One update; the worker is sent the handles unless it has those that are called `known`."""
+    handles = sender.handles(tensors.items())
+    worker.copy_update(digest, sender.opened, {} if sender.opened == known else handles)
+    return sender.opened
+
+
+def test_handles_are_opened_once(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+    digest, sender, opened = worker.plan_update(MANIFEST), KeptHandleSender(CPU), ""
+    for by in (0, 1, 2):
+        opened = copied(worker, sender, digest, changed(by), opened)
+        expect_loaded(worker.model, changed(by))
+        monkeypatch.setattr("extensions.planned_colocate.opened_handle", None)  # no later update opens any
+    sender.release()
+
+
+def test_handles_that_were_released_are_never_read_again(worker: Worker):
+    digest, sender = worker.plan_update(MANIFEST), KeptHandleSender(CPU)
+    first = copied(worker, sender, digest, NEW, "")
+    sender.release()
+    assert sender.opened == ""
+    second = copied(worker, sender, digest, changed(1), first)
+    assert second != first
+    expect_loaded(worker.model, changed(1))
+    with pytest.raises(UpdateError, match=f"has opened none called '{first}'"):
+        worker.copy_update(digest, first, {})
+    expect_loaded(worker.model, changed(1))
+    sender.release()
+
+
+def test_handles_of_other_tensors_than_planned_touch_nothing(worker: Worker):
+    digest, sender = worker.plan_update(MANIFEST), KeptHandleSender(CPU)
+    for wrong in ({"upper": NEW["upper"]}, NEW | {"lower": NEW["lower"].float()}):
+        with pytest.raises(UpdateError, match=r"1 tensors are not those of the plan|2 tensors are not"):
+            copied(worker, sender, digest, wrong, "")
+        assert untouched(worker)
+    sender.release()
+
+
+def test_without_a_name_nothing_that_was_opened_is_used(worker: Worker):
+    digest = worker.plan_update(MANIFEST)
+    with pytest.raises(UpdateError, match="was sent no handles, and has opened none called ''"):
+        worker.copy_update(digest, "", {})
+    assert untouched(worker)
+
+
+def test_on_a_gpu_handles_are_new_once_a_tensor_is_elsewhere(monkeypatch: pytest.MonkeyPatch):
+    made: list[list[str]] = []
+
+    def handles(self: KeptHandleSender, named: Any) -> dict:
+        made.append([name for name, _ in named])
+        return {"GPU-1": {name: {"at": tensor.data_ptr()} for name, tensor in named}}
+
+    monkeypatch.setattr("extensions.colocate.HandleSender.handles", handles)
+    monkeypatch.setattr("extensions.planned_colocate.synchronize", lambda device: None)
+    sender, tensors = KeptHandleSender("cuda"), dict(NEW)
+    first = (sender.handles(tensors.items()), sender.opened)
+    assert (sender.handles(tensors.items()), sender.opened) == first
+    assert len(made) == 1
+    tensors["lower"] = tensors["lower"].clone()
+    assert sender.handles(tensors.items()) != first[0]
+    assert sender.opened not in ("", first[1])
+    again = sender.opened
+    tensors["lower"] = tensors["lower"].t()  # not contiguous: the sender copies it, every time
+    opened = {sender.handles(tensors.items()) and sender.opened for _ in range(2)}
+    assert again not in opened
+    assert len(made) == 4

@@ -1,0 +1,84 @@
+"""Whether a collected test takes each subject, stage and model that the command line names."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from suite.session import selection
+from suite.session.items import examines, names_of, params_of
+from suite.session.selection import MissingStage, Selection
+from suite.stages import Stage
+
+NAMED = 6  # takers that a message names
+
+
+def expect_taken(config: pytest.Config, chosen: Selection, items: Sequence[pytest.Item], left: bool) -> None:
+    """Raise pytest.UsageError for the first value that none of these tests takes.
+
+    items: all that were collected. left: whether -k, -m and their like leave any of them that judges or measures. Where
+    the command line names single tests, nothing is expected: a case repeats with all options of its run.
+    """
+    examining = [item for item in items if examines(item)]
+    if not examining or any("::" in argument for argument in config.args):
+        return
+    asked = _kinds_asked(config.getoption("markexpr"))
+    taken = {value for item in examining if _kind(item) in (None, *asked) for value in _taken(item)} if left else set()
+    for option, value, given in _given(config, chosen):
+        if (option, value) not in taken:
+            takers = [_called(item) for item in examining if (option, value) in _could_take(item, chosen)]
+            raise pytest.UsageError(_message(config, given, option, [*dict.fromkeys(takers)]))
+
+
+def _given(config: pytest.Config, chosen: Selection) -> Iterator[tuple[str, str, str]]:
+    """(what it is, its name, how the command line has it) of every value that was given."""
+    for given, name in zip(config.getoption("model"), chosen.models, strict=True):
+        yield "model", name, f"--model={given}"
+    for name in config.getoption("stage"):
+        yield "stage", name, f"--stage={name}"
+    for name in config.getoption("subject"):
+        yield "subject", name, f"--subject={name}"
+    for given in config.getoption("extension"):
+        yield "subject", given.rpartition(":")[2], f"--extension={given}"
+
+
+def _kinds_asked(markers: str) -> tuple[str, ...]:
+    asked = tuple(kind for kind in selection.KINDS if re.search(rf"\b{kind}\b", markers))
+    return asked if asked and "not " not in markers else selection.KINDS
+
+
+def _kind(item: pytest.Item) -> str | None:
+    return getattr(params_of(item).get("stage"), "kind", None)
+
+
+def _taken(item: pytest.Item) -> set[tuple[str, str]]:
+    """What a test takes. On a stage that the machine cannot hold it has no model, and would take those it names."""
+    taken = {(what, name) for what, name in names_of(item).items() if name}
+    if isinstance(stage := params_of(item).get("stage"), MissingStage) and "model" in item.fixturenames:
+        taken |= {("model", model) for model in selection.models_of(item, stage)}
+    return taken
+
+
+def _could_take(item: pytest.Item, chosen: Selection) -> set[tuple[str, str]]:
+    """What a test takes on any stage, whether it was asked for or not."""
+    stages: list[Stage | MissingStage] = [*chosen.everywhere] if "model" in item.fixturenames else []
+    return _taken(item) | {("model", model) for stage in stages for model in selection.models_of(item, stage)}
+
+
+def _called(item: pytest.Item) -> str:
+    requirement = selection.requirement_of(item)
+    return requirement.id if requirement else item.originalname
+
+
+def _message(config: pytest.Config, given: str, option: str, takers: list[str]) -> str:
+    narrowing = {"-k": config.option.keyword, "-m": config.option.markexpr}
+    narrowed = " and ".join(f"{short} {said!r}" for short, said in narrowing.items() if said)
+    more = f" and {len(takers) - NAMED} more" if len(takers) > NAMED else ""
+    by = f"It is taken by {', '.join(takers[:NAMED])}{more}" if takers else "None of the collected tests names it"
+    by_path = config.args_source == pytest.Config.ArgsSource.ARGS
+    tries = [f"leave out {narrowed}"] if narrowed and takers else []
+    tries += ["name no path of tests"] if by_path and not takers else []
+    return (
+        f"{given}: expected a test that takes this {option}, found none{narrowed and f' with {narrowed}'}. {by}."
+        f" Try: {' or '.join([*tries, f'choose another {option}'])}."
+    )
