@@ -52,7 +52,7 @@ class Spares:
                 self._announce(f"{NAME}: could not be started ({type(error).__name__}: {error})")
 
     def start(self, name: str, target: str, arguments: dict[str, Any], env: Variables, deadline_s: float) -> Process:
-        """Start an engine, as Launcher.start: in a process that waits for one, where that has the class and takes `env`."""
+        """Start an engine, as Launcher.start: in a process that waits, where one has the class and takes `env`."""
         with self._lock:
             ready = next((process for process in self._waiting if process.imported.done() and not _lost(process)), None)
             changes = variables.late_changes(self._env, env)
