@@ -10,8 +10,8 @@ from typing import Any
 
 from suite.actors.engine import Engine, continuation, greedy
 
-ASKED_FOR_S, POLL_S = 20.0, 0.005  # for requests to give tokens; between two looks at them
-STILL_S = 0.1  # without a token: then a paused engine has none on its way
+ASKED_FOR_S, POLL_S = 20.0, 0.002  # for requests to give tokens; between two looks at them
+STILL_S = 0.03  # without a token: then a paused engine has none on its way; an update takes longer
 
 
 class ServingEngine(Engine):
@@ -42,15 +42,17 @@ class ServingEngine(Engine):
         with self._watch.waiting():
             served.wait_until(lambda: all(request.times_s for request in served.requests), "each give a token")
             served.pause_generation(mode=running["mode"], clear_cache=running["clear_cache"])
-            served.mark()
             held = not running["clear_cache"] and served.reset_prefix_cache() is False
         try:
             half = self.update(*args)
             if running["version"]:
                 self.set_version(running["version"])
-        finally:
-            self._resume()
-        return half | {"pause_s": served.pause_s(), "cache_is_held": held}
+        except Exception as error:
+            self._go_on_after(error)
+            raise
+        with self._watch.waiting():
+            served.resume_generation()
+            return half | {"pause_s": served.pause_s(), "cache_is_held": held}
 
     def set_version(self, version: str) -> bool:
         """Say which version the weights are; False where this vLLM does not say it of tokens."""
@@ -73,12 +75,15 @@ class ServingEngine(Engine):
             served.wait_until(lambda: all(request.ended for request in served.requests), "end")
         return [request.plain() for request in served.requests]
 
-    def _resume(self) -> None:
-        """Go on with what was paused; not with weights of which the extension says that they are inconsistent."""
-        if "inconsistent" in self._half.state():
-            self._llm.pause_generation(mode="abort")
-        with self._watch.waiting():
-            self._llm.resume_generation()
+    def _go_on_after(self, failure: Exception) -> None:
+        """Resume what was paused, without the requests where the extension says that its weights are inconsistent."""
+        try:
+            if "inconsistent" in self._half.state():
+                self._llm.pause_generation(mode="abort")
+            with self._watch.waiting():
+                self._llm.resume_generation()
+        except Exception as error:
+            failure.add_note(f"nor could generation be resumed: {type(error).__name__}: {error}")
 
 
 @dataclass
@@ -162,17 +167,13 @@ class Served:
             follow = self._follow(request, {"prompt_token_ids": prompt}, params)
             asyncio.run_coroutine_threadsafe(follow, self._loop)
 
-    def mark(self) -> None:
-        """Put down for each request how many tokens it has, once no more come."""
-        while time.monotonic() - max(request.times_s[-1] for request in self.requests) < STILL_S:
+    def resume_generation(self) -> None:
+        """As AsyncLLM's. Puts down first how many tokens each request has, once no more are on their way."""
+        while time.monotonic() - self._last_s() < STILL_S:
             time.sleep(POLL_S)
         for request in self.requests:
             request.before = request.tokens
-        self._paused_s = max(request.times_s[-1] for request in self.requests)
-
-    def resume_generation(self) -> None:
-        """As AsyncLLM's."""
-        self._resumed_s = time.monotonic()
+        self._paused_s, self._resumed_s = self._last_s(), time.monotonic()
         self._wait(self.llm_engine.resume_generation())
 
     def pause_s(self) -> float | None:
@@ -191,8 +192,11 @@ class Served:
                 raise TimeoutError(f"expected the requests to {doing} within {ASKED_FOR_S:g} s, found {states}")
             time.sleep(POLL_S)
 
+    def _last_s(self) -> float:
+        return max((request.times_s[-1] for request in self.requests if request.times_s), default=0.0)
+
     def _times_after(self) -> list[float]:
-        return [at for request in self.requests for at in request.times_s[-1:] if at > self._resumed_s]
+        return [at for request in self.requests for at in request.times_s if at > self._resumed_s]
 
     async def _made(self, arguments: dict) -> Any:
         from vllm import AsyncEngineArgs

@@ -11,6 +11,7 @@ from suite.session import verdicts
 
 DEADLINE_S = 30.0
 REQUESTS = 16
+MODELS = {stage: [TIED] for stage in ("cpu-tp1", "gpu-split", "gpu-shared", "gpu-colocate-tp1")}  # an engine each
 
 pytestmark = pytest.mark.needs(serving=True)
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.needs(serving=True)
     because="Asynchronous training updates engines that are never idle; a request that is lost or that mixes weights "
     "unseen spoils what is learnt from it.",
     seen_in=("vllm#32103", "vllm#34992", "torchforge#251", "miles#2589"),
-    models=[TIED],
+    models=MODELS,
 )
 def test_paused(sync: Sync, mode: str) -> None:
     target, prompts = _from_its_own(sync), sync.prompts(REQUESTS)
@@ -44,7 +45,7 @@ def test_paused(sync: Sync, mode: str) -> None:
     "answers False, and the reset that the extension documents, no prefix of the old weights is used.",
     because="A reset that answers False has reset nothing, and goes on as if it had.",
     seen_in=("SkyRL#1824", "vllm#28827", "nemo-rl#3839"),
-    models=[TIED],
+    models=MODELS,
 )
 def test_held_prefix(sync: Sync) -> None:
     _from_its_own(sync)
@@ -67,7 +68,7 @@ def test_held_prefix(sync: Sync) -> None:
     "the extension says that its weights are inconsistent.",
     because="Whoever asked is waiting: a request that goes on with half an update ends as if nothing had happened.",
     seen_in=("vllm#57854", "torchforge#251"),
-    models=[TIED],
+    models=MODELS,
 )
 def test_refused_while_running(sync: Sync) -> None:
     target, prompts = _from_its_own(sync), sync.prompts(REQUESTS)
@@ -91,7 +92,7 @@ def test_refused_while_running(sync: Sync) -> None:
     "set when the token was computed.",
     because="Who learns from a request corrects for the age of the weights, by the version that is said.",
     seen_in=("vllm#54443", "vllm#49040"),
-    models=[TIED],
+    models=MODELS,
 )
 def test_versions_of_tokens(sync: Sync) -> None:
     _from_its_own(sync)

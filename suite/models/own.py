@@ -29,6 +29,7 @@ NAMES = "names tensors of the catalogue's model, which a model of --model DIR ne
 LEFT_OUT = {
     "cache.prefix": COMPUTES, "update.trained": COMPUTES, "update.tied": NAMES, "update.sequence": NAMES,
     "update.dtype": NAMES, "update.nonfinite": NAMES, "sent.strides": NAMES, "sent.mixed_dtypes": NAMES,
+    "inflight.update": COMPUTES, "inflight.prefix": COMPUTES, "inflight.refused": COMPUTES,
 }  # fmt: skip
 
 

@@ -11,8 +11,14 @@ import pytest
 from suite.actors import serving
 from suite.actors.engine import Engine, StaleCache
 from suite.actors.serving import Served, ServingEngine
+from suite.driver.engines import EngineKey, seed_of
 from suite.driver.expected import Differs
 from suite.driver.running import RUNNING_TOKENS, Running
+from suite.models import TIED
+from suite.session import needs
+from suite.stages import STAGES
+from suite.subjects import SUBJECTS
+from suite.subjects.registry import NAMED
 
 pytestmark = pytest.mark.selftest
 
@@ -114,6 +120,20 @@ def test_after_a_failed_update_requests_go_on_unless_weights_are_inconsistent(
     assert {request["reason"] for request in engine.requests()} == {reason}
 
 
+def test_a_failed_update_is_told_where_the_engine_can_not_go_on(engine: ServingEngine, monkeypatch: pytest.MonkeyPatch):
+    def fails(self: Engine) -> None:
+        raise ValueError("ghost")
+
+    def dead() -> list[str]:
+        raise OSError("gone")
+
+    monkeypatch.setattr(Engine, "update", fails)
+    engine._half = SimpleNamespace(state=dead)
+    with pytest.raises(ValueError, match="ghost") as raised:
+        engine.update_running(updating("keep"))
+    assert raised.value.__notes__ == ["nor could generation be resumed: OSError: gone"]
+
+
 def test_a_cache_that_requests_hold_is_reset_with_them(engine: ServingEngine, counting: Counting):
     engine.reset_prefix_cache()
     assert counting.resets == [{"running": False}]
@@ -155,6 +175,30 @@ def test_requests_that_hang_are_told(engine: ServingEngine, counting: Counting, 
     with pytest.raises(TimeoutError, match=r"expected the requests to end within 0.1 s, found \['0 tokens'\]"):
         engine.requests()
     counting.goes_on.set()
+
+
+# ---- whose engine it is
+
+
+def owner(name: str, examined: list[str]) -> EngineKey:
+    """The engine of a subject's case that needs one that serves."""
+    every, (stage,) = SUBJECTS | NAMED, [stage for stage in STAGES if stage.name == "cpu-tp1"]
+    selection = SimpleNamespace(subjects={other: every[other] for other in examined})
+    key = EngineKey(TIED, stage.name, name, seed_of(examined.index(name)))
+    return needs._serving(key, every[name], stage, selection)
+
+
+@pytest.mark.parametrize(
+    ("name", "examined", "owned_by", "seed"),
+    [
+        ("broadcast", ["broadcast", "colocate"], "broadcast", 0),
+        ("colocate", ["broadcast", "colocate"], "broadcast", 0),
+        ("colocate", ["colocate"], "colocate", 0),
+        ("native-gloo", ["broadcast", "native-gloo"], "native-gloo", 1),
+    ],
+)
+def test_subjects_whose_engines_start_alike_share_one(name: str, examined: list[str], owned_by: str, seed: int):
+    assert owner(name, examined) == EngineKey(TIED, "cpu-tp1", owned_by, seed, serves=True)
 
 
 # ---- what a test expects of them
