@@ -12,6 +12,7 @@ from typing import Any
 
 from suite import ROOT
 from suite.architectures import checkpoints
+from suite.architectures.pictures.sitecustomize import let_torchvision_be_imported
 from suite.models.own import UnknownModel
 
 STAGES = {"cpu-tp1": "TP 1", "cpu-tp2": "TP 2"}
@@ -48,6 +49,7 @@ def judge(names: Sequence[str], stages: Sequence[str], logs: Path) -> dict[str, 
 
     A run that does not end in time is killed, and what it has judged counts.
     """
+    let_torchvision_be_imported()
     (logs / "run.json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="ws-architectures-") as directory:
         found: dict[str, Row] = {}

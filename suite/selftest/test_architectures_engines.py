@@ -64,7 +64,7 @@ def test_the_worst_verdict_of_a_model_and_stage_is_its_outcome(entries: list[dic
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Has the suite say that GPT-2 is exact with one rank; returns its command lines."""
+    """Has the suite say that GPT-2 is exact with one rank. Holds its command line, after a list of "torchvision"."""
     words: list[list[str]] = []
 
     def run(given: list[str], **how: Any) -> subprocess.CompletedProcess:
@@ -78,10 +78,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return subprocess.CompletedProcess(given, 1)
 
     def write(name: str, seed: int, path: Path) -> Path:
+        assert words == [["torchvision"]]
         if name == "Mamba2":
             raise UnknownModel("transformers does not know it")
         return _write_one_tensor(path)
 
+    monkeypatch.setattr(engines, "let_torchvision_be_imported", lambda: words.append(["torchvision"]))
     monkeypatch.setattr(engines.subprocess, "run", run)
     monkeypatch.setattr(engines.checkpoints, "write", write)
     return words
@@ -102,7 +104,7 @@ def test_one_run_judges_all_that_can_be_written(ran: list[list[str]], tmp_path: 
     assert found["Mamba2"]["cpu-tp2"] == (engines.NOT_RUN, "transformers does not know it")
     ended = "the run ended with exit status 1 without judging it"
     assert found["GPT-2"] == {"cpu-tp1": (engines.EXACT, ""), "cpu-tp2": (engines.NOT_RUN, ended)}
-    (words,) = ran
+    _, words = ran
     given = [word for word in words if word.startswith(("--stage", "--subject", "--model"))]
     assert given[:4] == ["--stage=cpu-tp1", "--stage=cpu-tp2", "--subject=broadcast", "--subject=colocate"]
     assert [Path(word).name for word in given[4:]] == ["gpt-2"]
