@@ -31,7 +31,6 @@ KINDS = {
     "LFM2": "convolutions between attention layers",
     "Mamba2": "state spaces, without attention",
     "Nemotron-H": "state spaces beside attention",
-    "Qwen3-VL": "a vision encoder",
 }
 EXACT, REFUSED, WRONG, NOT_RUN = "exact", "refused", "wrong", "not run"
 OUTCOMES = (EXACT, REFUSED, WRONG, NOT_RUN)

@@ -5,16 +5,18 @@ from collections.abc import Mapping
 from suite.architectures.engines import KINDS, OUTCOMES, STAGES, Row
 from suite.architectures.table import escaped
 
-INTRODUCTION = """\
+HEADING = """\
 # Models on real engines
 
 Written by `tox run -e models -- --engines --write docs/models-engines.md`, with {distribution} {version} and
 transformers {transformers}. Do not edit this page.
-
+"""
+INTRODUCTION = """\
 Architectures of [models](models.md) that differ in kind, each on engines of its own with one and with two ranks on a
 CPU. The suite judges `update.exact` and `update.behaviour` with both reference subjects, broadcast and colocate: after
 an update and after the update back, all that an engine computes with, and what it answers, equal those of an engine
-that loaded the same checkpoint, bit by bit. The second checkpoint differs in every element.
+that loaded the same checkpoint, bit by bit. The second checkpoint differs in every element. Qwen3-VL is left
+out: vLLM starts no engine of a vision-language model without a tokenizer, and these checkpoints have no tokenizer.
 
 | outcome | meaning |
 | --- | --- |
@@ -29,16 +31,16 @@ HEAD = "| model | kind |"
 def page(found: Mapping[str, Row], versions: Mapping[str, str], kept: str = "") -> str:
     """The page, in Markdown, with the rows of the page `kept` for what is not in `found`.
 
-    Rows that were found with other versions are dropped, since the page names one.
+    Rows that were found with other versions are dropped, since the page names one, and those of no kind.
     """
-    introduction = INTRODUCTION.format(**versions)
-    rows = _rows(kept) if kept.startswith(introduction) else {}
+    heading = HEADING.format(**versions)
+    rows = {name: row for name, row in _rows(kept).items() if name in KINDS and kept.startswith(heading)}
     for name, row in found.items():
         cells = [told(*row[stage]) for stage in STAGES]
         rows[name] = f"| {' | '.join([name, KINDS.get(name, ''), *cells])} |"
     ordered = [rows[name] for name in [*KINDS, *(name for name in rows if name not in KINDS)] if name in rows]
     head = [f"{HEAD} {' | '.join(STAGES.values())} |", "| --- | --- |" + " --- |" * len(STAGES)]
-    return "\n".join([introduction, _counted(ordered), "", *head, *ordered]) + "\n"
+    return "\n".join([heading, INTRODUCTION, _counted(ordered), "", *head, *ordered]) + "\n"
 
 
 def told(outcome: str, why: str) -> str:
