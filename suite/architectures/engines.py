@@ -30,7 +30,6 @@ KINDS = {
     "GPT-NeoX": "q, k and v of every head in turn",
     "LFM2": "convolutions between attention layers",
     "Mamba2": "state spaces, without attention",
-    "Nemotron-H": "state spaces beside attention",
 }
 EXACT, REFUSED, WRONG, NOT_RUN = "exact", "refused", "wrong", "not run"
 OUTCOMES = (EXACT, REFUSED, WRONG, NOT_RUN)
