@@ -18,16 +18,17 @@ def write_both(name: str, directory: Path) -> list[Path]:
 
     Raises UnknownModel where transformers cannot build the model.
     """
+    return [write(name, seed, directory / str(seed)) for seed in SEEDS]
+
+
+def write(name: str, seed: int, path: Path) -> Path:
+    """Write the checkpoint of a seed into the directory `path`, with its config.json; raises as `write_both`."""
     config, layout = CONFIGS[name], layout_for(name)
-    written = []
-    for seed in SEEDS:
-        path = directory / str(seed)
-        path.mkdir(parents=True)
-        said = {"architectures": [layout.architecture], "torch_dtype": "bfloat16", **config}
-        (path / "config.json").write_text(json.dumps(said, indent=2) + "\n")
-        save_file(tensors_of(layout, seed), path / "model.safetensors", metadata={"format": "pt"})
-        written.append(path)
-    return written
+    path.mkdir(parents=True, exist_ok=True)
+    said = {"architectures": [layout.architecture], "torch_dtype": "bfloat16", **config}
+    (path / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+    save_file(tensors_of(layout, seed), path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def layout_for(name: str) -> Layout:

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from suite.architectures.pictures.sitecustomize import let_torchvision_be_imported
 from suite.processes.local import free_port
 
 DEADLINE_S = 300
@@ -57,22 +58,9 @@ def run(names: list[str], jobs: int, logs: Path) -> Iterator[tuple[Task, dict[st
 def _import_vllm() -> None:
     """Before the first fork, or every process would do it."""
     os.environ.update(VARIABLES)
-    _let_torchvision_be_imported()
+    let_torchvision_be_imported()
     for name in ("vllm.engine.arg_utils", "vllm.model_executor.model_loader"):
         importlib.import_module(name)
-
-
-def _let_torchvision_be_imported() -> None:
-    """One that is built for CUDA lacks its operators beside a torch for CPUs, and names two of them when imported."""
-    import torch
-
-    try:
-        importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        return
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def _start(task: Task, logs: Path) -> tuple[Connection, multiprocessing.Process]:

@@ -95,9 +95,9 @@ def page(rows: list[Row], versions: dict[str, str]) -> str:
     lines = [INTRODUCTION.format(**versions), f"{len(rows)} architectures: {counts}.", ""]
     lines += ["| model | update | tensors sent | compared | layerwise reload |", "| --- | --- | --- | --- | --- |"]
     for found in rows:
-        told = found.outcome + (f": {_escaped(found.why)}" if found.why else "")
+        told = found.outcome + (f": {escaped(found.why)}" if found.why else "")
         counted = f"{found.sent or ''} | {found.compared or ''}"
-        lines.append(f"| {found.name} | {told} | {counted} | {_escaped(found.reload)} |")
+        lines.append(f"| {found.name} | {told} | {counted} | {escaped(found.reload)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -105,5 +105,6 @@ def _count(rows: list[Row], outcome: str) -> int:
     return sum(found.outcome == outcome for found in rows)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text that can stand in a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;")
