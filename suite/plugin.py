@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import signal
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 from suite.models import MODELS, own
 from suite.processes.launcher import Launcher
 from suite.processes.local import LocalLauncher
-from suite.session import environment, judging, options, selection, verdicts
+from suite.session import ending, environment, judging, options, selection, verdicts
 from suite.session.items import SELFTESTS, asked_for_nothing, case_of, examines, is_selftest, params_of, place_of
 from suite.session.record import JUNIT, LOGS, Record
 from suite.session.selection import MissingStage
@@ -45,9 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         directory = Path(config.getoption("report") or config.rootpath / "reports" / "latest").resolve()
         state.record = Record(directory, config)
         config.option.xmlpath = config.option.xmlpath or str(directory / JUNIT)
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _end)
+    ending.listen()
 
 
 @pytest.hookimpl(trylast=True)
@@ -68,10 +64,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if launcher := state_of(config).launcher:
         launcher.close()
-
-
-def _end(number: int, _: object) -> None:
-    pytest.exit(f"ended by {signal.Signals(number).name}", returncode=pytest.ExitCode.INTERRUPTED)
 
 
 def _selftests_only(config: pytest.Config) -> bool:
@@ -120,6 +112,7 @@ def pytest_collection_modifyitems(
         with _no_items_where_refused(items):
             expect_taken(config, chosen, collected, left)
     items.sort(key=lambda item: (*place_of(item), order[item.nodeid]))
+    ending.end_if_told()
 
 
 @contextlib.contextmanager
@@ -176,6 +169,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Conf
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """End what cannot be judged before any fixture starts a process for it."""
+    ending.end_if_told()
     state_of(item.config).progress[item.nodeid] = Progress()
     if not examines(item):
         return

@@ -547,6 +547,34 @@ def test_a_signal_that_does_not_interrupt_the_wait_of_the_main_thread_is_heard(
     assert finished.code == 2
 
 
+SWALLOWED = """
+import contextlib
+import os
+import signal
+
+@judged()
+def test_first(subject, stage, model):
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+        time.sleep(30)
+
+@judged("update.zeroed")
+def test_second(subject, stage, model):
+    pass
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_something_swallows_ends_the_run_at_the_next_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.setenv("SIGNAL", name)
+    finished = examine(tmp_path, SWALLOWED, *ONE_CASE)
+    assert finished.code == 2
+    assert f"ended by {name}" in finished.output
+    assert [test.partition("[")[0] for test in finished.verdicts] == ["test_first"]
+
+
 @pytest.mark.parametrize("after_s", [0.05, 0.3, 0.6, 0.9, 1.3, 2.0])
 def test_ctrl_c_at_any_moment_leaves_a_report_or_none_and_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_s: float
