@@ -18,7 +18,7 @@ MODELS = dict.fromkeys(GPU_OF_ONE_RANK, (TIED,))
     "at its address from before the update: parameters, buffers, and whatever else keeps its address between answers. "
     "With its own checkpoint's weights again, it answers as before any update, bit by bit.",
     because="A graph replays addresses: a tensor that was replaced leaves it computing with the old one. Two engines "
-    "that compile choose kernels by their speed, and may answer 0.001 apart: so each is compared with itself.",
+    "that compile, each for itself, were seen 0.001 apart in a log-probability: so each is compared with itself.",
     seen_in=("vllm#41670", "vllm#48941"),
     on="gpu",
     models=MODELS,
