@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -16,22 +16,23 @@ from extensions.plan import Plan
 from extensions.tensors import dtype_name
 
 GROUP_BYTES = 512 * 2**20  # of tensors that are moved together
+DIGEST_BYTES = 32
 
 
 @dataclass
 class Agreed:
     """An update that a worker has planned.
 
-    kept: which of the worker's kept plans it is of. load: kept for the next update where it holds nothing of the last.
-    batches: the names in their order, cut at GROUP_BYTES.
+    kept: which of the worker's kept plans it is of. batches: the names in their order, cut at GROUP_BYTES.
+    load: kept for the next update where it holds nothing of the last.
     """
 
     digest: bytes
     announced: Announced
     plan: Plan | None
     kept: int
+    batches: list[list[str]]
     load: Load | None = None
-    batches: list[list[str]] = field(default_factory=list)
 
 
 class PlansUpdates(UpdateBracket):
@@ -50,7 +51,7 @@ class PlansUpdates(UpdateBracket):
         plans = self._weight_sync_plans()
         plan = plans.whole(self.model_runner.get_model(), self.vllm_config, announced)
         cut = [*batches(announced, GROUP_BYTES)]
-        self._weight_sync_agreed = Agreed(digest_of(announced), announced, plan, plans.kept, batches=cut)
+        self._weight_sync_agreed = Agreed(digest_of(announced), announced, plan, plans.kept, cut)
         return self._weight_sync_agreed.digest.hex()
 
     def _weight_sync_require_agreed(self, digest: str) -> Agreed:

@@ -149,6 +149,7 @@ class UpdateBracket:
         return all_zero(self.model_runner.get_model())
 
     def _weight_sync_require_none(self) -> None:
+        """Raise UpdateError where an update is under way."""
         if self._weight_sync_state.update is not None:
             raise UpdateError("an update is under way: call end_update() or abort_update() first; nothing was touched")
 

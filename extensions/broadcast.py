@@ -70,6 +70,7 @@ class WorkerExtension(UpdateBracket):
             group.close()
 
     def _weight_sync_joined(self) -> Communicator:
+        """The group that was joined. Raises GroupError where there is none."""
         if self._weight_sync_group is None:
             raise GroupError("there is no group: call init_weight_update_group() on all workers first")
         return self._weight_sync_group

@@ -14,14 +14,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from extensions.agreed import GROUP_BYTES, PlansUpdates, batches, digest_of, places_of
+from extensions.agreed import DIGEST_BYTES, GROUP_BYTES, PlansUpdates, batches, digest_of, places_of
 from extensions.bracket import Update, UpdateError
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.group import Communicator
 from extensions.manifest import Announced, Manifest, manifest_of, parse
 from extensions.tensors import dtype_name
-
-DIGEST_BYTES = 32
 
 
 class PlannedWorkerExtension(PlansUpdates, WorkerExtension):

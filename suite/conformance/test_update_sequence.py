@@ -131,8 +131,8 @@ def test_sequence_with_sleep(playing: Callable[[], None]) -> None:
 
 def _played(player: Player, config: pytest.Config) -> Trial:
     """The sequence that the command line gives, or as many as it asks for: the same ones for the same seed."""
-    count = config.getoption("sequences") or SEQUENCES[player.sync.stage.kind]
-    steps = config.getoption("sequence_steps")
+    count, steps = config.getoption("sequences"), config.getoption("sequence_steps")
+    count = SEQUENCES[player.sync.stage.kind] if count is None else count
     trial = Trial(player, budget_s=count * steps * SECONDS_A_STEP)
     if given := config.getoption("play"):
         trial.begin()

@@ -75,23 +75,18 @@ class Expecting(Together):
         for engine in self.engines:
             cold = answers.read([self.pool.oracle(engine.key, seed)])
             found = engine.process.call("answers", deadline_s=self.call_deadline_s)
-            differing = answers.differing(found, cold)
-            if differing:
+            if answers.differing(found, cold):
                 cold = answers.read([self.pool.oracle(engine.key, seed, again) for again in (False, True)])
-                differing = answers.differing(found, cold)
             if not cold.is_exact:
                 self.pool.tolerate(engine.key, cold.how_far)
-            expected = f"the answers of an engine cold-loaded from checkpoint {seed}, within {cold.apart:.3g}"
-            expect(not differing, expected, f"{len(differing)} other answers: {'; '.join(differing)}", self.where)
+            self._expect_alike(found, cold, f"the answers of an engine cold-loaded from checkpoint {seed}")
 
     def expect_own_answers(self) -> None:
         """Tokens and log-probabilities are, bit by bit, those that the engine gave before any update."""
         for engine in self.engines:
             cold = answers.cold(engine.process.call("cold_answers", deadline_s=self.call_deadline_s))
             found = engine.process.call("answers", deadline_s=self.call_deadline_s)
-            differing = answers.differing(found, cold)
-            expected = f"the answers from before any update, within {cold.apart:.3g}"
-            expect(not differing, expected, f"{len(differing)} other answers: {'; '.join(differing)}", self.where)
+            self._expect_alike(found, cold, "the answers from before any update")
 
     def expect_zero(self) -> None:
         """Every effective weight element of every rank is zero, and there are some."""
@@ -188,6 +183,11 @@ class Expecting(Together):
         apart = max((abs(a - b) for a, b in pairs), default=0.0)
         within = f"log-probabilities after {prompt}: the trainer's within {LOGPROB_TOLERANCE}"
         expect(apart <= LOGPROB_TOLERANCE, within, f"{apart:.3f} apart", self.where)
+
+    def _expect_alike(self, found: list[dict], cold: answers.Cold, whose: str) -> None:
+        differing = answers.differing(found, cold)
+        some = f"{len(differing)} other answers: {'; '.join(differing)}"
+        expect(not differing, f"{whose}, within {cold.apart:.3g}", some, self.where)
 
     def _expect_none(self, results: list[dict], expected: str) -> None:
         for result in results:
