@@ -107,6 +107,16 @@ def test_what_is_copied_as_it_is_is_received_in_place_and_the_rest_beside(worker
     assert worker.update_state() == "ready"
 
 
+def test_a_load_is_used_again_as_if_it_were_new_unless_it_holds_tensors(worker: Worker):
+    load = DirectLoad(worker.model, None, plan_for(worker.model))
+    load.load(NEW)
+    assert not load.abort()
+    assert load.again() is load
+    assert load.abort(), "expected nothing to be touched yet"
+    load._heads["lm_head.weight"] = NEW["upper"]
+    assert load.again() is None
+
+
 def test_the_sender_makes_the_manifest_itself_where_none_is_given(worker: Worker):
     digest, sender = worker.plan_update(MANIFEST), worker.wire.sender()
     for by in (0, 1):

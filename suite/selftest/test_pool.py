@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from reports.load import parse
 from suite.driver import pool as module
 from suite.driver import room, variables
 from suite.driver.engines import EngineHandle, EngineKey
 from suite.driver.pool import Pool
 from suite.models import MODELS, TIED
+from suite.selftest.runs import ONE_CASE, examine
 from suite.session.verdicts import ERROR, judge
 from suite.stages import Stage
 from suite.subjects import SUBJECTS
@@ -457,6 +459,21 @@ def test_how_far_cold_engines_are_apart_is_told_once(pool: Pool):
         pool.tolerate(A, how_far)
     assert [line.partition("which is allowed: ")[2] for line in told] == ["0.5 apart", "0.75 apart"]
     assert pool._tolerances == {f"{MODEL} cpu 1 1": "0.75 apart"}
+
+
+TOLD = """
+from suite.session.record import TOLERANCES
+
+@judged()
+def test_first(subject, stage, model, pytestconfig):
+    pytestconfig.stash.setdefault(TOLERANCES, {})["tiny cpu 1 1"] = "0.5 apart"
+"""
+
+
+def test_how_far_cold_engines_are_apart_stands_in_the_run_and_its_report(tmp_path: Path):
+    document = examine(tmp_path, TOLD, *ONE_CASE).document
+    assert document["environment"]["cold_answers"] == {"tiny cpu 1 1": "0.5 apart"}
+    assert ("cold engines of tiny cpu 1 1", "0.5 apart") in parse(document, "run").environment.facts
 
 
 def test_an_oracle_that_fails_to_start_reaches_the_test(pool: Pool, started: Started):
