@@ -214,12 +214,9 @@ class Pool:
         return replace(key, seed=seed, visible="", copy=0, serves=False)
 
     def oracle(self, key: EngineKey, seed: int, again: bool = False) -> str:
-        """Where an engine that cold-loaded this checkpoint has written what it computes with, once it has.
-
-        again: whether a second one is asked for, which is started for this alone.
-        """
-        key = replace(key, again=again)
-        path = str(self.oracle_path(replace(key, seed=seed)))
+        """Where an engine that cold-loaded this checkpoint, or with `again` a second one, wrote what it computes with."""
+        key = replace(key, seed=seed, again=again)
+        path = str(self.oracle_path(key))
         files = [weights_path(path, rank) for rank in range(self._stages[key.stage].engine_ranks)]
         reference = self.reference(key, seed, [*self._needs])
 
@@ -239,7 +236,7 @@ class Pool:
 
     def tolerate(self, key: EngineKey, how_far: str) -> None:
         """Tell how far cold engines that compute as `key` does are apart, once."""
-        name = " ".join(map(str, [key.model, *self._layout(key.stage), *(f"{n}={v}" for n, v in key.options)]))
+        name = " ".join(self._computing(key))
         if self._tolerances.get(name) != how_far:
             self._tolerances[name] = how_far
             self.announce(f"cold engines of {name} answer differently, which is allowed: {how_far}")
@@ -273,9 +270,11 @@ class Pool:
 
     def oracle_path(self, key: EngineKey) -> Path:
         """Where engines that compute as `key` does write what they compute with after a cold load."""
-        parts = [key.model, *self._layout(key.stage), *(f"{n}={v}" for n, v in key.options), key.seed]
-        parts += ["again"] if key.again else []
-        return self.launcher.directory / "oracles" / "-".join(map(str, parts))
+        parts = [*self._computing(key), str(key.seed), *(["again"] if key.again else [])]
+        return self.launcher.directory / "oracles" / "-".join(parts)
+
+    def _computing(self, key: EngineKey) -> list[str]:
+        return [*map(str, (key.model, *self._layout(key.stage))), *(f"{n}={v}" for n, v in key.options)]
 
     def _work(self) -> None:
         """Start one engine after the other. An error in the pool itself does not end this: `_wait_for` raises it."""
