@@ -214,7 +214,7 @@ class Pool:
         return replace(key, seed=seed, visible="", copy=0, serves=False)
 
     def oracle(self, key: EngineKey, seed: int, again: bool = False) -> str:
-        """Where an engine that cold-loaded this checkpoint, or with `again` a second one, wrote what it computes with."""
+        """Where an engine that cold-loaded this checkpoint (with `again`: a second one) wrote what it computes with."""
         key = replace(key, seed=seed, again=again)
         path = str(self.oracle_path(key))
         files = [weights_path(path, rank) for rank in range(self._stages[key.stage].engine_ranks)]
