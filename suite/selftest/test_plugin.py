@@ -488,6 +488,23 @@ def test_a_model_that_starts_slowly_comes_after_all_stages_of_its_phase(tmp_path
     assert ["next" in case for case in cases] == [False, False, True, True, False, False], "within its phase"
 
 
+SLOW = """
+@pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
+def test_it(subject, stage, model, launcher):
+    worker = launcher.start("worker", ECHO)
+    worker.call("echo", deadline_s=20)
+    worker.call("sleep", 1.1, deadline_s=20)
+"""
+
+
+def test_calls_that_take_long_are_put_down(tmp_path: Path):
+    finished = examine(tmp_path, SLOW, "--subject=broadcast", "--stage=cpu-tp1")
+    call = next(entry for entry in finished.document["slow_calls"] if entry["call"] == "sleep()")
+    assert call["process"] == "worker"
+    assert 1.1 <= call["elapsed_s"] < 5
+    assert "echo()" not in {entry["call"] for entry in finished.document["slow_calls"]}
+
+
 # ---- runs that end early
 
 ENDING = """
