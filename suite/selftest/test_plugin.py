@@ -316,7 +316,7 @@ def test_unknown_names_are_usage_errors(
     assert said in str(caught.value)
 
 
-UNNAMED = "None of the collected tests names it. Try: choose another model."
+UNNAMED = "None of the collected tests names it. Try: put it into models= above a test or choose another model."
 
 
 @pytest.mark.parametrize(
@@ -417,6 +417,12 @@ def test_what_the_subject_declares_to_lack_is_unsupported_and_no_success(tmp_pat
         (pytest.mark.requirement("update.exakt", models=["llama-tiny"]), "expected the id of a requirement"),
         (pytest.mark.requirement(), "expected the id of a requirement"),
         (pytest.mark.requirement("update.exact"), "takes a model and names none"),
+        (pytest.mark.requirement("update.exact", models=["llama-tiny", "lama"]), "models= lama: expected one of"),
+        (pytest.mark.requirement("update.exact", models={"cpu": ["lama"]}), "models= lama: expected one of"),
+        (
+            pytest.mark.requirement("update.exact", models={"cpu-tp9": ["llama-tiny"]}),
+            "cpu-tp9: expected one of cpu, gpu",
+        ),
     ],
 )
 def test_a_marker_that_names_no_requirement_or_no_model_is_refused(marker: pytest.MarkDecorator, said: str):
