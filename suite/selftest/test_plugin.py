@@ -509,6 +509,9 @@ def test_calls_that_take_long_are_put_down(tmp_path: Path):
     assert call["process"] == "worker"
     assert 1.1 <= call["elapsed_s"] < 5
     assert "echo()" not in {entry["call"] for entry in finished.document["slow_calls"]}
+    calls = finished.document["calls"]
+    assert (calls["Echo: echo()"]["count"], calls["Echo: sleep()"]["count"]) == (1, 1)
+    assert calls["Echo: sleep()"]["elapsed_s"] == call["elapsed_s"]
 
 
 # ---- runs that end early
