@@ -11,6 +11,7 @@ from reports.causes import and_more, by_cause, together
 from reports.compare import DEFAULT_CAUSES, Change, Comparison, TimingChange
 from reports.load import Outcome, Run, Timing
 from reports.matrix import FOUND_WANTING, SYMBOL, in_order
+from reports.pause import NO_CELLS
 from reports.statistics import Ratio
 
 NAMES_OF_A_GROUP = 6
@@ -19,8 +20,10 @@ HEADLINE = ("newly failing", "newly in error", "newly waived", "slower", "no lon
             "inconclusive", "not compared", "changed", "only in B", "still failing", "still failing (waived)",
             "newly passing", "faster")  # fmt: skip
 VERDICT_SYMBOL = {"slower": "▲", "faster": "▼", "same": "=", "inconclusive": "?"}
-THROUGHPUT_HEAD = ("subject", "stage", "model", "sent", "median", "n", "GB/s", "roof", "of it", "engine+", "trainer+")
-THROUGHPUT_RIGHT = range(3, 11)
+THROUGHPUT_HEAD = ("subject", "stage", "model", "sent", "median", "n", "GB/s", "roof", "of it", "engine+", "trainer+",
+                   "pause", "over", "token")  # fmt: skip
+THROUGHPUT_RIGHT = range(3, 14)
+PAUSE_COLUMNS = (0, 1, 2, 4, 11, 12, 13)  # of a table of its own, where all of them are too wide
 
 
 def time_spent(run: Run) -> str:
@@ -61,6 +64,7 @@ def throughput_row(timing: Timing) -> tuple[str, ...]:
         units.percent(timing.fraction_of_roofline),
         units.size(timing.engine_peak_extra_bytes),
         units.size(timing.trainer_peak_extra_bytes),
+        *(timing.pause.cells if timing.pause else NO_CELLS),
     )
 
 
