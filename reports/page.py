@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def run_page(run: Run) -> str:
     """The page of one run: verdict, requirements, throughput, time split, environment."""
     verdict, sentence = headline(run)
+    head, timings = rows.throughput_table(run.timings)
     return _render(
         "run.html",
         title=f"Weight sync into vLLM {run.environment.vllm}".strip(),
@@ -36,8 +37,8 @@ def run_page(run: Run) -> str:
         pace=rows.pace_lines(run),
         throughput=_plots(plots.throughput(run), "throughput", "GB/s against model size, with the roofline"),
         steps=_plots(plots.steps(run), "steps", "Time of an update split by step"),
-        timings=[rows.throughput_row(timing) for timing in run.timings],
-        head=rows.THROUGHPUT_HEAD,
+        head=head,
+        timings=timings,
         paused=LEGEND if any(timing.pause for timing in run.timings) else "",
         timeline=rows.time_spent(run),
     )

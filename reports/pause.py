@@ -22,7 +22,7 @@ MEANING = (
     "pause: the time the engine cannot generate, from the last token before an update to the first after it, with"
     " requests in flight"
 )
-LEGEND = f"{MEANING}; over: that less the update's own time; token: between two tokens with no update."
+LEGEND = f"{MEANING}; over: that less the time of the update itself; token: between two tokens with no update."
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,18 @@ class Pause:
     token_samples_s: tuple[float, ...]
 
     @property
-    def cells(self) -> tuple[str, str, str]:
-        """The median pause, how far it goes over its update, and the time between two tokens, for a table."""
-        over_s = median(p - u for p, u in zip(self.samples_s, self.update_samples_s, strict=True))
-        over = f"{'-' if over_s < 0 else '+'}{units.seconds(abs(over_s))}"
-        return units.seconds(median(self.samples_s)), over, units.seconds(median(self.token_samples_s))
+    def medians_s(self) -> tuple[float, float, float]:
+        """The pause, how much longer it is than its update (negative: shorter), and the time between two tokens."""
+        over = [paused - updated for paused, updated in zip(self.samples_s, self.update_samples_s, strict=True)]
+        return median(self.samples_s), median(over), median(self.token_samples_s)
 
 
-NO_CELLS = ("-", "-", "-")
+def cells(found: Pause | None) -> tuple[str, str, str]:
+    """The medians as a table has them."""
+    if found is None:
+        return ("-", "-", "-")
+    paused, over, token = found.medians_s
+    return units.seconds(paused), f"{'-' if over < 0 else '+'}{units.seconds(abs(over))}", units.seconds(token)
 
 
 def pause(extra: Node) -> Pause | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from reports import units
+from reports import pause, units
 from reports.causes import and_more, by_cause, together
 from reports.compare import DEFAULT_CAUSES, Change, Comparison, TimingChange
 from reports.load import Outcome, Run, Timing
 from reports.matrix import FOUND_WANTING, SYMBOL, in_order
-from reports.pause import NO_CELLS
 from reports.statistics import Ratio
 
 NAMES_OF_A_GROUP = 6
@@ -49,6 +48,12 @@ def pace_lines(run: Run) -> list[str]:
     return [f"The host's pace on {stage}: {found}." for stage, found in run.environment.paces]
 
 
+def throughput_table(timings: Sequence[Timing]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """THROUGHPUT_HEAD and its rows; without a pause's columns where none was measured."""
+    width = len(THROUGHPUT_HEAD) if any(timing.pause for timing in timings) else PAUSE_COLUMNS[4]
+    return THROUGHPUT_HEAD[:width], [throughput_row(timing)[:width] for timing in timings]
+
+
 def throughput_row(timing: Timing) -> tuple[str, ...]:
     """The cells of THROUGHPUT_HEAD."""
     named = (timing.subject or timing.distinct, timing.stage, timing.model)
@@ -64,7 +69,7 @@ def throughput_row(timing: Timing) -> tuple[str, ...]:
         units.percent(timing.fraction_of_roofline),
         units.size(timing.engine_peak_extra_bytes),
         units.size(timing.trainer_peak_extra_bytes),
-        *(timing.pause.cells if timing.pause else NO_CELLS),
+        *pause.cells(timing.pause),
     )
 
 

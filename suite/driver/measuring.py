@@ -4,7 +4,7 @@ from suite.driver.moving import Moved, Moving
 from suite.processes.call import gather
 
 # Requests in flight: few and short, since they are computed anew after an update, whatever has moved the weights.
-REQUESTS, PROMPT_TOKENS, TOKENS_BEFORE, TOKENS_ASKED = 4, 8, 8, 400
+REQUESTS, PROMPT_TOKENS, TOKENS_BEFORE, TOKENS_ASKED = 2, 4, 8, 400
 
 
 class Measuring(Moving):
