@@ -132,6 +132,11 @@ def test_a_pause_is_the_update_and_a_step(flight: InFlight):
     assert STEP_S <= found["token_s"] < LATE_S
 
 
+def test_the_first_steps_do_not_count_between_two_tokens(flight: InFlight):
+    """In them requests had still to begin."""
+    assert flight._token_s([0.0, 0.5, 1.0, 1.5, 1.51, 1.52, 1.54]) == pytest.approx(0.01)
+
+
 def test_an_engine_that_stands_still_after_the_update_is_seen(flight: InFlight, core: Core):
     core.late_s = LATE_S
     assert updated(flight)["pause_s"] >= UPDATE_S + LATE_S + STEP_S
