@@ -15,6 +15,7 @@ from reports import message
 from reports.environment import Environment, environment
 from reports.node import Node, UnusableInput, refuse_non_finite
 from reports.pace import Pace
+from reports.pause import Pause, pause
 
 __all__ = ["Outcome", "Run", "Timing", "UnusableInput", "document_of", "labelled", "only", "parse", "read", "read_all"]
 
@@ -90,7 +91,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Timing:
-    """One benchmark. Without raw samples (pytest-benchmark keeps them only when asked) `samples_s` is empty."""
+    """One benchmark. Without raw samples (pytest-benchmark keeps them only when asked) `samples_s` is empty.
+
+    pauses: whether its times are those for which an engine could not generate, see `figures`.
+    """
 
     group: str
     subject: str
@@ -113,6 +117,17 @@ class Timing:
     failed: str = ""
     distinct: str = ""
     pace: Pace | None = None
+    pause: Pause | None = None
+    pauses: bool = False
+
+    @property
+    def figures(self) -> tuple[Timing, ...]:
+        """What is compared of it: itself and, where it was measured, its pause as a benchmark of its own."""
+        if self.pause is None:
+            return (self,)
+        taken = {"samples_s": self.pause.samples_s, "median_s": statistics.median(self.pause.samples_s), "steps_s": ()}
+        named = {"distinct": f"{self.distinct} pause".strip(), "bytes_sent": None, "pause": None, "pauses": True}
+        return (self, replace(self, **taken, **named))
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
@@ -146,6 +161,11 @@ class Run:
     timings: tuple[Timing, ...]
     timeline: tuple[tuple[str, float, float], ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def figures(self) -> tuple[Timing, ...]:
+        """The timings, each followed by its pause where that was measured."""
+        return tuple(figure for timing in self.timings for figure in timing.figures)
 
 
 def read(path: str | Path) -> Run:
@@ -322,6 +342,7 @@ def _timing(node: Node, notes: list[str]) -> Timing:
         engine_peak_extra_bytes=extra["engine_peak_extra_bytes"].optional_number(),
         trainer_peak_extra_bytes=extra["trainer_peak_extra_bytes"].optional_number(),
         steps_s=steps_s,
+        pause=pause(extra),
     )
 
 

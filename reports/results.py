@@ -32,6 +32,8 @@ How to read it:
 * *GB/s* are the bytes that were sent, divided by that time. GB are 1e9 bytes.
 * The percentage is the share of roofline. The roofline is what the same hardware takes, in the same run, to move the
   same bytes once, by one broadcast or one copy.
+* A row that ends in *pause* has the time the engine could not generate: from the last token before an update to the
+  first after it, with requests in flight.
 * ▲ and ▼ compare a run with the one before it. They stand where the difference is significant and beyond 5 %.
   A ? stands where the hardware or the host became slower or faster too, so that the cause stays open.
 * *The host's pace* is what a call to all workers takes that does nothing, and one that carries the manifest of a model
