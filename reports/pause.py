@@ -22,7 +22,7 @@ MEANING = (
     "pause: the time the engine cannot generate, from the last token before an update to the first after it, with"
     " requests in flight"
 )
-LEGEND = f"{MEANING}; over: that less the time of the update itself; token: between two tokens with no update."
+LEGEND = f"{MEANING}; over: that less the time of the same update; token: between two tokens with no update."
 
 
 @dataclass(frozen=True)
