@@ -11,7 +11,8 @@ from suite.session import verdicts
 
 DEADLINE_S = 30.0
 REQUESTS = 16
-MODELS = {stage: [TIED] for stage in ("cpu-tp1", "gpu-split", "gpu-shared", "gpu-colocate-tp1")}  # an engine each
+STAGES = ("cpu-tp1", "cpu-serve", "gpu-split", "gpu-shared", "gpu-colocate-tp1")
+MODELS = {stage: [TIED] for stage in STAGES}  # an engine each
 
 pytestmark = pytest.mark.needs(serving=True)
 

@@ -34,9 +34,9 @@ def uuid_of(name: str) -> str:
 @pytest.mark.parametrize(
     ("gpus", "held"),
     [
-        (0, ["cpu-tp1", "cpu-tp2"]),
-        (1, ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1", "gpu-shared"]),
-        (2, ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"]),
+        (0, ["cpu-tp1", "cpu-tp2", "cpu-serve"]),
+        (1, ["cpu-tp1", "cpu-tp2", "cpu-serve", "gpu-colocate-tp1", "gpu-shared"]),
+        (2, ["cpu-tp1", "cpu-tp2", "cpu-serve", "gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"]),
         (3, [stage.name for stage in STAGES if stage.name not in ("gpu-shared", "gpu-split-tp2")]),
         (4, [stage.name for stage in STAGES if stage.name != "gpu-shared"]),
         (8, [stage.name for stage in STAGES if stage.name != "gpu-shared"]),
