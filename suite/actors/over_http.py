@@ -37,9 +37,8 @@ class Said:
         tokens = choice.get("token_ids") or []
         spans = [SimpleNamespace(**span) for span in choice.get("weight_versions") or []]
         steps = [{token: SimpleNamespace(logprob=p)} for token, p in zip(tokens, _logprobs(choice), strict=True)]
-        return Said(
-            (*self.token_ids, *tokens), (*self.logprobs, *steps), choice.get("finish_reason"), tuple(spans)
-        )  # fmt: skip
+        reason = choice.get("finish_reason")
+        return Said((*self.token_ids, *tokens), (*self.logprobs, *steps), reason, tuple(spans))
 
 
 def _logprobs(choice: dict) -> list[float]:
@@ -54,7 +53,7 @@ class Remote:
 
     Args:
         url: where it listens.
-        model: as it was started with.
+        model: the name under which it serves its model.
         in_tokens: whether tokens are asked for at /inference/v1/generate, which says of which version of the weights
             each is; else at /v1/completions.
     """
@@ -65,14 +64,15 @@ class Remote:
     def __init__(self, url: str, model: str, in_tokens: bool) -> None:
         self._model, self._in_tokens = model, in_tokens
         timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
-        self._client = httpx.AsyncClient(base_url=url, timeout=timeout, trust_env=False, limits=httpx.Limits())
+        self._client = httpx.AsyncClient(base_url=url, timeout=timeout, trust_env=False)
 
     async def is_up(self) -> bool:
-        """Whether it answers, and its engine is well."""
+        """Whether it answers, is the one that serves under this name, and its engine is well."""
         try:
-            return (await self._client.get("/health")).status_code == httpx.codes.OK
+            well, models = await self._client.get("/health"), await self._client.get("/v1/models")
         except httpx.TransportError:
             return False
+        return well.status_code == models.status_code == httpx.codes.OK and self._model in models.text
 
     async def generate(self, prompt: dict, params: dict, request_id: str) -> AsyncIterator[SimpleNamespace]:
         """As AsyncLLM's: what the request has given so far, whenever there is more."""

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,9 +74,11 @@ class Server(Served):
         self._wait(self.llm_engine.update_weights(request))
 
     async def _made(self, arguments: dict) -> Remote:
-        remote = Remote(f"http://{self._address}:{self._port}", arguments["model"], installed().labels_tokens)
+        name = f"served-{uuid.uuid4().hex}"  # tells it from another server, if the port was taken meanwhile
+        remote = Remote(f"http://{self._address}:{self._port}", name, installed().labels_tokens)
         remote.model_config = limits(arguments)
-        remote.engine_core = ServerProcess([*command(arguments), f"--host={self._address}", f"--port={self._port}"])
+        place = {"host": self._address, "port": self._port, "served_model_name": name}
+        remote.engine_core = ServerProcess(command(arguments | place))
         try:
             await _answering(remote)
         except BaseException:

@@ -3,6 +3,7 @@
 import pytest
 
 from suite.conformance.requirements import MUST, requirement
+from suite.conformance.test_errors import UNKNOWN
 from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.models import TIED
@@ -73,7 +74,8 @@ def test_held_prefix(sync: Sync) -> None:
 )
 def test_refused_while_running(sync: Sync) -> None:
     target, prompts = _from_its_own(sync), sync.prompts(REQUESTS)
-    sync.refusal(DEADLINE_S, alter={"drop": [sync.weight]}, running=sync.running("keep", prompts))
+    one_more = {"add": {sync.weight: UNKNOWN}}  # which no subject takes; whether it takes one less, errors.* judge
+    sync.refusal(DEADLINE_S, alter=one_more, running=sync.running("keep", prompts))
     requests = sync.requests()
     if not sync.says_inconsistent():
         sync.load(sync.seed)

@@ -36,7 +36,7 @@ class Fake:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
-        self.answers: dict[str, Answer] = {"/health": (200, None)}
+        self.answers: dict[str, Answer] = {"/health": (200, None), "/v1/models": (200, {"data": [{"id": MODEL}]})}
         self.worker = Worker()
         fake = self
 
@@ -269,20 +269,36 @@ def test_arguments_are_written_as_the_command_line_has_them(
     assert ("--enable-scale-out" in made) is flag
 
 
-def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, port: int) -> Remote:
-    """What a server that is this program gives."""
+def made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, port: int, named: Callable[[str], None] = str
+) -> Remote:
+    """What a server that is this program gives. `named` is told under which name it is to serve."""
     (tmp_path / "config.json").write_text('{"vocab_size": 320}')
-    monkeypatch.setattr(server, "command", lambda arguments: [sys.executable, "-c", program])
+
+    def started(arguments: dict) -> list[str]:
+        assert (arguments["host"], arguments["port"]) == (ADDRESS, port)
+        named(arguments["served_model_name"])
+        return [sys.executable, "-c", program]
+
+    monkeypatch.setattr(server, "command", started)
     served = Server.__new__(Server)
     served._address, served._port = ADDRESS, port
     return asyncio.run(served._made({"model": str(tmp_path), "max_model_len": 512}))
 
 
 def test_a_server_is_ready_when_it_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake: Fake):
-    remote = made(monkeypatch, tmp_path, "import time; time.sleep(60)", int(fake.url.rpartition(":")[2]))
+    def named(name: str) -> None:
+        fake.answers["/v1/models"] = 200, {"data": [{"id": name}]}
+
+    remote = made(monkeypatch, tmp_path, "import time; time.sleep(60)", int(fake.url.rpartition(":")[2]), named)
     assert (remote.model_config.get_vocab_size(), remote.model_config.max_model_len) == (320, 512)
     remote.engine_core.shutdown()
     assert remote.engine_core._process.wait(5) == -signal.SIGTERM
+
+
+def test_another_server_at_its_port_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake: Fake):
+    with pytest.raises(RuntimeError, match="has ended with 3"):
+        made(monkeypatch, tmp_path, "raise SystemExit(3)", int(fake.url.rpartition(":")[2]))
 
 
 def test_a_server_that_ends_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
