@@ -28,7 +28,7 @@ from suite.subjects import Subject
 
 START_DEADLINE_S = 300.0
 PORT_TAKEN, LOG_LINES = ("eaddrinuse", "address already in use"), 400  # what a log says of it, in small letters
-CORES_A_START = 4  # an engine that starts keeps one to three cores busy, more where it compiles bytecode
+CORES_A_START = 2  # what an engine that starts keeps busy, most of the time
 MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 POLL_S, RETRY_S = 0.1, 1.0
 

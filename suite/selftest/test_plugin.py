@@ -479,6 +479,15 @@ def test_what_judges_comes_first_and_what_measures_last_on_all_stages(tmp_path: 
     assert ["qwen3-1m" in case for case in cases[-4:]] == [True, True, False, False], "model by model"
 
 
+def test_a_model_that_starts_slowly_comes_after_all_stages_of_its_phase(tmp_path: Path):
+    body = OF_EVERY_PHASE.replace(
+        '"update.exact", models=["qwen3-tied-tiny"]', '"update.exact", models=["qwen3-next-tiny", "gpt-oss-tiny"]'
+    )
+    finished = examine(tmp_path, body, "--subject=broadcast", "--collect-only", "-q", "-k", "judges or alone")
+    cases = [line.partition("::")[2].partition("[")[2] for line in finished.output.splitlines() if "::" in line]
+    assert ["next" in case for case in cases] == [False, False, True, True, False, False], "within its phase"
+
+
 # ---- runs that end early
 
 ENDING = """
