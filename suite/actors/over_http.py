@@ -64,7 +64,8 @@ class Remote:
     def __init__(self, url: str, model: str, in_tokens: bool) -> None:
         self._model, self._in_tokens = model, in_tokens
         timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
-        self._client = httpx.AsyncClient(base_url=url, timeout=timeout, trust_env=False)
+        once = httpx.Limits(max_keepalive_connections=0)  # after a 500 the server closes a connection unannounced
+        self._client = httpx.AsyncClient(base_url=url, timeout=timeout, limits=once, trust_env=False)
 
     async def is_up(self) -> bool:
         """Whether it answers, is the one that serves under this name, and its engine is well."""

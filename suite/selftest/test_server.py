@@ -36,11 +36,14 @@ class Fake:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
+        self.peers: list[tuple] = []  # the client's end of the connection of each request
         self.answers: dict[str, Answer] = {"/health": (200, None), "/v1/models": (200, {"data": [{"id": MODEL}]})}
         self.worker = Worker()
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # keeps connections
+
             def do_GET(self) -> None:
                 fake._answer(self)
 
@@ -61,6 +64,7 @@ class Fake:
         raw = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         body = json.loads(raw) if raw else None
         self.asked.append((handler.path, body))
+        self.peers.append(handler.client_address)
         path = handler.path.partition("?")[0]
         status, said = self.answers.get(path, (200, {"message": "done"}))
         if path == "/collective_rpc" and path not in self.answers:
@@ -230,6 +234,13 @@ def test_a_call_goes_to_its_path(
     fake.answers[asked.partition("?")[0]] = 500, {"error": {"message": "no module named ghost"}}
     with pytest.raises(HttpError, match=r"expected 200, found 500: .*no module named ghost"):
         call(engine._llm)
+
+
+@pytest.mark.parametrize("path", [GENERATE], indirect=True)
+def test_every_call_has_a_connection_of_its_own(engine: ServerEngine, fake: Fake):
+    for _ in range(3):
+        engine._llm.resume_generation()
+    assert len({*fake.peers}) == 3
 
 
 @pytest.mark.parametrize("path", [GENERATE], indirect=True)
