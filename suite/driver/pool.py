@@ -72,7 +72,7 @@ class Pool:
         self._held: tuple[EngineKey, ...] = ()  # the engines of the last test: a trainer may hold the first one's model
         self._mistake: Exception | None = None  # what the pool itself raised when it last chose an engine to start
         self.patience = Patience()
-        self._changed = threading.Condition()
+        self._changed, self._writing = threading.Condition(), threading.Lock()
         self._quiet = False
         self._closed = False
 
@@ -196,7 +196,7 @@ class Pool:
 
     def _stop(self, handle: EngineHandle) -> None:
         try:
-            handle.process.stop()
+            handle.process.stop(grace_s=0)  # vLLM takes seconds to end by itself, and holds the GPU's memory until then
         finally:
             with self._changed:
                 self._stopping.remove(handle.key)
@@ -244,7 +244,7 @@ class Pool:
     def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
         """The directory of a model's checkpoint, written when first asked for."""
         directory = self.launcher.directory / "models" / f"{model}-{seed}-{dtype}"
-        with self._changed:
+        with self._writing:
             if not (directory / "model.safetensors").exists():
                 models.write_checkpoint(models.MODELS[model], seed, directory, dtype)
         return str(directory)
