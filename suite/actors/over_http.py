@@ -114,7 +114,7 @@ class Remote:
         await self._post("/resume")
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool | None:
-        """As AsyncLLM's; None where the server does not say, which it does in 0.32."""
+        """As AsyncLLM's; None where the server does not say."""
         return (await self._post("/reset_prefix_cache", reset_running_requests=reset_running_requests)).get("success")
 
     async def sleep(self, level: int) -> None:

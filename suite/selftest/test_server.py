@@ -37,6 +37,7 @@ class Fake:
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
         self.peers: list[tuple] = []  # the client's end of the connection of each request
+        self.takes_s, self.at_once, self.most_at_once = 0.0, 0, 0  # what a request takes; how many there are, and were
         self.answers: dict[str, Answer] = {"/health": (200, None), "/v1/models": (200, {"data": [{"id": MODEL}]})}
         self.worker = Worker()
         fake = self
@@ -45,6 +46,10 @@ class Fake:
             protocol_version = "HTTP/1.1"  # keeps connections
 
             def do_GET(self) -> None:
+                fake.at_once += 1
+                fake.most_at_once = max(fake.most_at_once, fake.at_once)
+                time.sleep(fake.takes_s)
+                fake.at_once -= 1
                 fake._answer(self)
 
             do_POST = do_GET  # noqa: N815 (as http.server calls it)
@@ -141,10 +146,12 @@ def engine(fake: Fake, path: str, monkeypatch: pytest.MonkeyPatch) -> ServerEngi
 def test_tokens_and_log_probabilities_arrive_as_they_were_sent(engine: ServerEngine, fake: Fake, path: str):
     chunks = [STREAMS[path](token) for token in range(TOKENS - 1)]
     fake.answers[path] = 200, [*chunks, STREAMS[path](TOKENS - 1, finish_reason="length"), "[DONE]"]
+    fake.takes_s = 0.05
     said = engine.generate([[7, 8], [9]], TOKENS)
+    assert fake.most_at_once == 1, "expected one prompt after the other"
     assert said == [{"tokens": [0, 1, 2], "logprobs": [-token / 3 for token in range(TOKENS)]}] * 2
     asked = [body for where, body in fake.asked if where == path]
-    assert [body.get("token_ids", body.get("prompt")) for body in asked] == [[7, 8], [9]], "one after the other"
+    assert [body.get("token_ids", body.get("prompt")) for body in asked] == [[7, 8], [9]]
     for body in asked:
         sampling = body.get("sampling_params", body)
         assert (body["model"], body["stream"]) == (MODEL, True)
