@@ -16,7 +16,7 @@ from reports.environment import Environment, environment
 from reports.node import Node, UnusableInput, refuse_non_finite
 from reports.pace import Pace
 
-__all__ = ["Outcome", "Run", "Timing", "UnusableInput", "labelled", "only", "parse", "read", "read_all"]
+__all__ = ["Outcome", "Run", "Timing", "UnusableInput", "document_of", "labelled", "only", "parse", "read", "read_all"]
 
 SCHEMA = 1
 RUN = "run.json"
@@ -150,11 +150,7 @@ class Run:
 
 def read(path: str | Path) -> Run:
     """Read one file. Raises UnusableInput naming the file, the place and what was expected there."""
-    file = str(path)
-    try:
-        return parse(_document(file), file)
-    except RecursionError:
-        raise UnusableInput(file, "", "expected pytest-benchmark's JSON, found objects nested without end") from None
+    return parse(document_of(path), str(path))
 
 
 def read_all(paths: Iterable[str | Path]) -> list[Run]:
@@ -181,7 +177,10 @@ def only(run: Run, subjects: list[str], stages: list[str], models: list[str]) ->
 
 def parse(document: Any, file: str) -> Run:
     """Turn a document in memory into a Run. Raises UnusableInput as `read` does."""
-    refuse_non_finite(document, file)
+    try:
+        refuse_non_finite(document, file)
+    except RecursionError:
+        raise _nested(file) from None
     root = Node(document, file)
     root.of(dict, "an object, as pytest-benchmark writes")
     _check_schema(root)
@@ -203,7 +202,9 @@ def parse(document: Any, file: str) -> Run:
     )
 
 
-def _document(file: str) -> Any:
+def document_of(path: str | Path) -> Any:
+    """The JSON document in a file. Raises UnusableInput where there is none."""
+    file = str(path)
     text = _text(file)
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _members(pairs, file))
@@ -213,6 +214,12 @@ def _document(file: str) -> Any:
         raise UnusableInput(file, f"line {error.lineno} column {error.colno}", hint) from None
     except ValueError as error:
         raise UnusableInput(file, "", f"not JSON: {error}") from None
+    except RecursionError:
+        raise _nested(file) from None
+
+
+def _nested(file: str) -> UnusableInput:
+    return UnusableInput(file, "", "expected pytest-benchmark's JSON, found objects nested without end")
 
 
 def _text(file: str) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from reports import trend
 from reports.compare import same_hardware
-from reports.load import Run, UnusableInput, read_all
+from reports.load import Run, UnusableInput, document_of, read_all
 from reports.matrix import SYMBOL, cells
-from reports.node import Node
+from reports.repeated import parse
 from reports.table import markdown, markdown_table
 from reports.units import counted, seconds
 
@@ -93,15 +92,9 @@ def _not_met(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 def _repeated(files: Sequence[Path]) -> str:
     rows = []
     for file in files:
-        try:
-            node = Node(json.loads(file.read_text(encoding="utf-8")), str(file))
-        except ValueError as error:
-            raise UnusableInput(str(file), "", f"expected JSON in UTF-8: {error}") from None
-        counts = node["counts"]
-        said = ", ".join(f"{counts[name].number():.0f} {name}" for name in counts.of(dict, "counts by verdict"))
-        requirements = len(node["requirements"].of(dict, "counts by requirement"))
-        times = f"{node['times'].number():.0f} times"
-        rows.append((file.stem, times, counted(requirements, "requirement"), said, str(len(list(node["problems"])))))
+        found = parse(document_of(file), str(file))
+        requirements, problems = counted(len(found.requirements), "requirement"), str(len(found.problems))
+        rows.append((file.stem, f"{found.times} times", requirements, found.verdicts, problems))
     head = ("run", "every case", "of", "verdicts", "problems")
     return f"""\
 ## The references, judged many times in a row

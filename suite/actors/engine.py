@@ -73,7 +73,6 @@ class Engine:
             model=model,
             tensor_parallel_size=tensor_parallel_size,
             worker_extension_cls=PROBED,
-            skip_tokenizer_init=True,
             **self._subject.engine_arguments(),
             **options,
         )
