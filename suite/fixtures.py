@@ -114,9 +114,10 @@ def fanout(
 
 
 @pytest.fixture
-def target(subject: Subject, pytestconfig: pytest.Config) -> int:
+def target(subject: Subject, stage: Stage, request: pytest.FixtureRequest) -> int:
     """The seed to update to: of a checkpoint that a reference engine, and not this case's, was started from."""
-    return 1 - seed_of(index_of(subject, selection_of(pytestconfig)))
+    own = engines_of(request.node)[0].seed if stage.server else None  # it may be another subject's
+    return 1 - (seed_of(index_of(subject, selection_of(request.config))) if own is None else own)
 
 
 def _kept(pool: Pool, trainers: Trainers, stage: Stage, world_size: int) -> TrainerGroup:

@@ -43,6 +43,13 @@ class Engine:
     _calls = 0  # to all workers, so far
 
     @staticmethod
+    def sampling(max_tokens: int) -> Any:
+        """How the suite samples: vLLM's SamplingParams, or what stands for them."""
+        from vllm import SamplingParams
+
+        return SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False)
+
+    @staticmethod
     def import_ahead() -> dict[str, bool]:
         """Import what every engine needs, and say whether that initialised CUDA: {"cuda_is_initialised": ...}."""
         from vllm import LLM, SamplingParams  # noqa: F401
@@ -136,7 +143,7 @@ class Engine:
         self._expect_in_step()
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         with self._watch.waiting():
-            outputs = self._llm.generate(asked, greedy(max_tokens), use_tqdm=False)
+            outputs = self._llm.generate(asked, self.sampling(max_tokens), use_tqdm=False)
         return [continuation(output.outputs[0]) for output in outputs]
 
     def answers(self) -> list[dict]:
@@ -322,13 +329,6 @@ class Engine:
             self._half.abort()
         except Exception as error:
             cause.add_note(f"nor could the update be aborted: {type(error).__name__}: {error}")
-
-
-def greedy(max_tokens: int) -> Any:
-    """How the suite samples: vLLM's SamplingParams."""
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False)
 
 
 def continuation(output: Any) -> dict:

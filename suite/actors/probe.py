@@ -20,6 +20,7 @@ from extensions.group import Communicator, stateless_init_process_group
 from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
 from suite.actors import arrived, memory, recording
+from suite.processes import wire
 from suite.processes.call import SuiteFault, of_the_suite
 from suite.subjects import load
 from suite.subjects.adapting import adapted
@@ -48,6 +49,19 @@ class Probe:
         except Exception as error:
             said = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             return said | {"is_the_suites": isinstance(error, SuiteFault)}
+
+    def probe_call_encoded(self, text: str) -> dict[str, str]:
+        """As `probe_call`, over HTTP: vLLM's /collective_rpc takes texts and gives dicts.
+
+        `text` is [method, args] as suite.processes.wire has it, and so is {"encoded": what probe_call says}. A result
+        that is no plain data arrives as a text, as vLLM's endpoint gives it.
+        """
+        said = self.probe_call(*wire.decode(text.encode()))
+        try:
+            encoded = wire.encode(said)
+        except TypeError:
+            encoded = wire.encode(said | {"result": str(said["result"])})
+        return {"encoded": encoded.decode()}
 
     def probe_become(self, extension: str) -> None:
         """Exchange the extension in this worker's class for `pkg.module:Class`, and forget what it left behind."""

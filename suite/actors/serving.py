@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from suite.actors.engine import Engine, continuation, greedy
+from suite.actors.engine import Engine, continuation
 
 ASKED_FOR_S, POLL_S = 20.0, 0.002  # for requests to give tokens; between two looks at them
 STILL_S = 0.03  # without a token: then a paused engine has none on its way; an update takes longer
@@ -38,7 +38,7 @@ class ServingEngine(Engine):
         cleared the cache. `requests()` says how they have ended.
         """
         served = self._llm
-        served.start(running["prompts"], greedy(running["max_tokens"]))
+        served.start(running["prompts"], self.sampling(running["max_tokens"]))
         with self._watch.waiting():
             served.wait_until(lambda: all(request.times_s for request in served.requests), "each give a token")
             served.pause_generation(mode=running["mode"], clear_cache=running["clear_cache"])

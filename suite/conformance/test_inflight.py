@@ -3,6 +3,7 @@
 import pytest
 
 from suite.conformance.requirements import MUST, requirement
+from suite.conformance.test_errors import UNKNOWN
 from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.models import TIED
@@ -11,7 +12,8 @@ from suite.session import verdicts
 
 DEADLINE_S = 30.0
 REQUESTS = 16
-MODELS = {stage: [TIED] for stage in ("cpu-tp1", "gpu-split", "gpu-shared", "gpu-colocate-tp1")}  # an engine each
+STAGES = ("cpu-tp1", "cpu-serve", "gpu-split", "gpu-shared", "gpu-colocate-tp1")
+MODELS = {stage: [TIED] for stage in STAGES}  # an engine each
 
 pytestmark = pytest.mark.needs(serving=True)
 
@@ -72,7 +74,8 @@ def test_held_prefix(sync: Sync) -> None:
 )
 def test_refused_while_running(sync: Sync) -> None:
     target, prompts = _from_its_own(sync), sync.prompts(REQUESTS)
-    sync.refusal(DEADLINE_S, alter={"drop": [sync.weight]}, running=sync.running("keep", prompts))
+    one_more = {"add": {sync.weight: UNKNOWN}}  # which no subject takes; whether it takes one less, errors.* judge
+    sync.refusal(DEADLINE_S, alter=one_more, running=sync.running("keep", prompts))
     requests = sync.requests()
     if not sync.says_inconsistent():
         sync.load(sync.seed)

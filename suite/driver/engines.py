@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from suite.models import MODELS
 from suite.processes.call import Process
+from suite.processes.launcher import Launcher
 from suite.stages import Stage
 from suite.subjects import Subject
 
@@ -72,9 +73,16 @@ class EngineHandle:
             self.subject = wanted
 
 
-def actor_of(key: EngineKey) -> str:
-    """The class that owns an engine in its process."""
-    return "suite.actors.serving:ServingEngine" if key.serves else "suite.actors.engine:Engine"
+def actor_of(key: EngineKey, stage: Stage, launcher: Launcher) -> tuple[str, dict[str, object]]:
+    """The class that owns an engine in its process, and what it is given beside what every engine is.
+
+    What others are compared with is called directly, on any stage.
+    """
+    if not key.serves:
+        return "suite.actors.engine:Engine", {}
+    if not stage.server:
+        return "suite.actors.serving:ServingEngine", {}
+    return "suite.actors.server:ServerEngine", {"address": launcher.address, "port": launcher.free_port()}
 
 
 def seed_of(subject_index: int) -> int:

@@ -59,6 +59,10 @@ class Expecting(Together):
         """Whether the extension says of itself, by `update_state()`, that its weights are not to be used."""
         return all("inconsistent" in states for states in self.half("state"))
 
+    def checker(self, **asked: object) -> dict | None:
+        """What the /weight_checker of a server answers, see `ServerEngine.check_weights`. For one engine."""
+        return self.engines[0].process.call("check_weights", deadline_s=self.call_deadline_s, **asked)
+
     def differing_from_zero(self) -> int:
         """How many weights have an element that is not zero."""
         return sum(result["differing"] for ranks in self.call_engines("probe_zero") for result in ranks)

@@ -369,7 +369,7 @@ class Pool:
     def _start(self, key: EngineKey) -> EngineHandle:
         stage, subject, started = self._stages[key.stage], self._subjects[key.subject], time.monotonic()
         self.announce(f"engine {key}: starting")
-        link_path = self.launcher.link_path()
+        link_path, (actor, more) = self.launcher.link_path(), actor_of(key, stage, self.launcher)
         arguments = {
             "model": self.config(key.model) if key.seed is None else self.checkpoint(key.model, key.seed),
             "subject": subject.plain(),
@@ -377,10 +377,11 @@ class Pool:
             "tensor_parallel_size": stage.tensor_parallel_size,
             "oracle_path": str(self.oracle_path(key)) if key.seed is not None else None,
             "options": options_of(key, stage),
+            **more,
         }
         of_its_kind = ("-again" if key.again else "") + ("-serving" if key.serves else "")
         name = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{of_its_kind}"
-        process = self._spares.start(name, actor_of(key), arguments, self._environment(key), START_DEADLINE_S)
+        process = self._spares.start(name, actor, arguments, self._environment(key), START_DEADLINE_S)
         try:
             facts = process.ready(START_DEADLINE_S)
             if stage.kind == "gpu" and key.visible == "":

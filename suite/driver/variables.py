@@ -33,6 +33,7 @@ def of_engine(stage: Stage, copy: int, eager: bool) -> Variables:
         **stage.nccl_environment(f"engine-{copy}"),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1" if stage.server else None,  # only then has `vllm serve` the paths for updates
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         # The sampler compiles a helper for log-probabilities even in an eager engine: 15 s for nothing examined here.
         "TORCHDYNAMO_DISABLE": "1" if eager else None,

@@ -12,6 +12,7 @@ from suite.session import needs
 from suite.session.selection import Selection
 from suite.stages import Stage
 from suite.subjects import SUBJECTS
+from suite.subjects.registry import NAMED
 
 NOTING = (
     CONFTEST
@@ -193,12 +194,16 @@ def test_an_engine_is_given_back_that_answers_right_with_either_checkpoint(monke
         ((("cpu-many", 1), ("cpu-tp2", 2)), ("cpu-tp2", 0)),
         ((("gpu-split", 2),), ("cpu-tp1", 1)),
         ((("cpu-unfit", 2),), ("cpu-tp1", 1)),
+        ((("cpu-serve", 2),), ("cpu-tp1", 1)),
     ],
 )
 def test_the_second_engine_is_of_another_tensor_parallel_size_where_its_subject_has_one(
     monkeypatch: pytest.MonkeyPatch, others: tuple[tuple[str, int], ...], second: tuple[str, int]
 ):
-    stages = {name: Stage(name, name[:3], size, 1, True) for name, size in (("cpu-tp1", 1), *others)}
+    stages = {
+        name: Stage(name, name[:3], size, 1, True, server=name == "cpu-serve")
+        for name, size in (("cpu-tp1", 1), *others)
+    }
     subject = SUBJECTS["colocate"]
     monkeypatch.setattr(type(subject), "unfit", lambda _, stage: "unfit" if stage.name == "cpu-unfit" else "")
     params = {"subject": subject, "stage": stages["cpu-tp1"], "model": "qwen3-tied-tiny"}
@@ -207,3 +212,28 @@ def test_the_second_engine_is_of_another_tensor_parallel_size_where_its_subject_
     )
     monkeypatch.setattr(needs, "selection_of", lambda _: Selection({subject.name: subject}, stages))
     assert [(key.stage, key.copy) for key in needs.engines_of(item)] == [("cpu-tp1", 0), second]
+
+
+@pytest.mark.parametrize(
+    ("name", "examined", "owned_by", "target"),
+    [
+        ("broadcast", ["broadcast", "colocate"], "broadcast", 1),
+        ("colocate", ["broadcast", "colocate"], "broadcast", 1),  # of its own it would have 0, which is the server's
+        ("colocate", ["colocate"], "colocate", 1),
+        ("native-gloo", ["broadcast", "native-gloo"], "native-gloo", 0),
+    ],
+)
+def test_subjects_share_a_server_and_update_to_what_it_has_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, name: str, examined: list[str], owned_by: str, target: int
+):
+    stage = Stage("cpu-serve", "cpu", 1, 1, True, server=True)
+    every = SUBJECTS | NAMED
+    item = SimpleNamespace(
+        callspec=SimpleNamespace(params={"subject": every[name], "stage": stage, "model": "qwen3-tied-tiny"}),
+        fixturenames=["sync"], config=None, get_closest_marker=lambda _: None,
+    )  # fmt: skip
+    monkeypatch.setattr(needs, "selection_of", lambda _: Selection({o: every[o] for o in examined}, {}))
+    (key,) = needs.engines_of(item)
+    assert (key.subject, key.serves) == (owned_by, True)
+    request = SimpleNamespace(node=item, config=None)
+    assert fixtures.target.__wrapped__(every[name], stage, request) == target == 1 - key.seed

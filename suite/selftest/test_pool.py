@@ -13,7 +13,7 @@ import pytest
 from reports.load import parse
 from suite.driver import pool as module
 from suite.driver import room, variables
-from suite.driver.engines import EngineHandle, EngineKey
+from suite.driver.engines import EngineHandle, EngineKey, actor_of
 from suite.driver.pool import Pool
 from suite.models import MODELS, TIED
 from suite.selftest.runs import ONE_CASE, examine
@@ -680,6 +680,24 @@ def test_an_engine_that_serves_is_another_one_and_is_compared_with_one_that_does
     assert get(pool, serving).process is started.engines[1]
     assert pool.reference(serving, 1, []) == B
     assert pool.oracle_path(serving) == pool.oracle_path(A)
+
+
+@pytest.mark.parametrize(
+    ("server", "serves", "actor"),
+    [
+        (False, False, "suite.actors.engine:Engine"),
+        (False, True, "suite.actors.serving:ServingEngine"),
+        (True, True, "suite.actors.server:ServerEngine"),
+        (True, False, "suite.actors.engine:Engine"),  # what a server is compared with
+    ],
+)
+def test_only_a_server_gets_a_port_and_vllms_development_mode(server: bool, serves: bool, actor: str):
+    stage = replace(STAGES["cpu-tp1"], server=server)
+    place = {"address": "127.0.0.1", "port": 4711}
+    launcher = SimpleNamespace(address=place["address"], free_port=lambda: place["port"])
+    listens = actor.endswith(":ServerEngine")
+    assert actor_of(replace(A, serves=serves), stage, launcher) == (actor, place if listens else {})
+    assert variables.of_engine(stage, 0, eager=True)["VLLM_SERVER_DEV_MODE"] == ("1" if server else None)
 
 
 def test_an_engine_goes_over_to_a_subject_that_differs_by_its_sender_alone():

@@ -21,7 +21,7 @@ IDS = [
     "update.nonfinite", "errors.nested", "faults.trainer_killed", "faults.trainer_stopped", "faults.worker_killed",
     "sent.mixed_dtypes", "sent.strides", "sent.large", "sent.biases",
     "sent.parameters", "sent.float32", "sent.derived", "sent.buffers",
-    "inflight.update", "inflight.prefix", "inflight.refused", "inflight.versions",
+    "inflight.update", "inflight.prefix", "inflight.refused", "inflight.versions", "server.checker",
 ]  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
         return made
 
     monkeypatch.setattr(Served, "_made", _made)
-    monkeypatch.setattr(serving, "greedy", lambda max_tokens: max_tokens)
+    monkeypatch.setattr(ServingEngine, "sampling", staticmethod(lambda max_tokens: max_tokens))
     return made
 
 

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from suite.stages import STAGES, Stage, available_stages, hardware, unavailable
+from suite.conformance.requirements import catalogue
+from suite.stages import JUDGED_ON_SERVERS, STAGES, Stage, available_stages, hardware, takes, unavailable
 from suite.stages.hardware import Device, Machine, parse_listing, visible_devices
 
 pytestmark = pytest.mark.selftest
@@ -34,9 +35,9 @@ def uuid_of(name: str) -> str:
 @pytest.mark.parametrize(
     ("gpus", "held"),
     [
-        (0, ["cpu-tp1", "cpu-tp2"]),
-        (1, ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1", "gpu-shared"]),
-        (2, ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"]),
+        (0, ["cpu-tp1", "cpu-tp2", "cpu-serve"]),
+        (1, ["cpu-tp1", "cpu-tp2", "cpu-serve", "gpu-colocate-tp1", "gpu-shared"]),
+        (2, ["cpu-tp1", "cpu-tp2", "cpu-serve", "gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"]),
         (3, [stage.name for stage in STAGES if stage.name not in ("gpu-shared", "gpu-split-tp2")]),
         (4, [stage.name for stage in STAGES if stage.name != "gpu-shared"]),
         (8, [stage.name for stage in STAGES if stage.name != "gpu-shared"]),
@@ -46,6 +47,27 @@ def test_stages_by_the_number_of_gpus(gpus, held):
     machine = machine_of(gpus)
     assert sorted(stage.name for stage in available_stages(machine)) == sorted(held)
     assert set(unavailable(machine)) == {stage.name for stage in STAGES} - set(held)
+
+
+@pytest.mark.parametrize(
+    ("requirement", "on_servers", "elsewhere"),
+    [
+        ("update.exact", True, True),
+        ("update.order", False, True),
+        ("errors.shape", True, True),
+        ("inflight.update", True, True),
+        ("server.checker", True, False),
+        ("", False, True),  # what measures
+    ],
+)
+def test_servers_are_asked_for_what_they_may_answer_otherwise(requirement: str, on_servers: bool, elsewhere: bool):
+    assert takes("cpu-serve", requirement) is on_servers
+    assert [takes(stage, requirement) for stage in ("cpu-tp1", "gpu-split", "cpu-other")] == [elsewhere] * 3
+
+
+def test_every_family_that_servers_are_asked_for_is_there():
+    for named in JUDGED_ON_SERVERS:
+        assert any(requirement.startswith(named) for requirement in catalogue()), named
 
 
 def test_on_one_gpu_nccl_takes_every_process_for_a_host():

@@ -16,6 +16,7 @@ from suite.subjects import SUBJECTS, from_plain, known_subjects, load, registry,
 from suite.subjects.broadcast import Broadcast
 from suite.subjects.handles import Handles
 
+CPU = ("cpu-tp1", "cpu-tp2", "cpu-serve")
 MODULE = """
 import functools
 
@@ -102,10 +103,10 @@ def test_the_references_lack_nothing_that_their_way_of_moving_has():
     [
         (
             "broadcast",
-            ["cpu-tp1", "cpu-tp2", "gpu-split", "gpu-fanout", "gpu-shared", "gpu-split-tp2", "gpu-split-pp2"],
+            [*CPU, "gpu-split", "gpu-fanout", "gpu-shared", "gpu-split-tp2", "gpu-split-pp2"],
         ),
         ("example-broadcast", ["gpu-split", "gpu-fanout", "gpu-shared", "gpu-split-tp2", "gpu-split-pp2"]),
-        ("colocate", ["cpu-tp1", "cpu-tp2", "gpu-colocate-tp1", "gpu-colocate-tp2"]),
+        ("colocate", [*CPU, "gpu-colocate-tp1", "gpu-colocate-tp2"]),
         ("example-colocate", ["gpu-colocate-tp1", "gpu-colocate-tp2"]),
     ],
 )

@@ -346,7 +346,7 @@ def test_the_stages_of_every_backend():
     fit = {name: {stage.name for stage in STAGES if not subject.unfit(stage)} for name, subject in NATIVE.items()}
     apart = {"gpu-shared", "gpu-split", "gpu-split-tp2", "gpu-fanout", "gpu-split-pp2"}
     assert fit == {
-        "native-gloo": {"cpu-tp1", "cpu-tp2"},
+        "native-gloo": {"cpu-tp1", "cpu-tp2", "cpu-serve"},
         "native-ipc": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
         **dict.fromkeys((*DENSE, "native-sparse"), apart),
     }

@@ -2,7 +2,8 @@
 
 A test that takes `sync` or `sharded` needs one engine, and a test that takes `fanout` needs two. Another says it by a
 marker: `@pytest.mark.needs(engines=choose)`, where choose(key, params) returns the engines in place of the case's own.
-With `serving=True` its engine answers requests while it is updated; subjects whose engines start alike share one.
+With `serving=True` its engine answers requests while it is updated; subjects whose engines start alike share one. So
+do the engines of a stage with servers.
 With `trainer=choose` it needs one that sees GPUs in its own way: choose(params) returns what Trainers.seeing takes.
 """
 
@@ -32,7 +33,7 @@ def engines_of(item: pytest.Item) -> list[EngineKey]:
     given = tuple(sorted(options.kwargs.items())) if options else ()
     key = EngineKey(model, stage.name, subject.host or subject.name, seed, given)
     needs = item.get_closest_marker("needs")
-    if needs and needs.kwargs.get("serving"):
+    if stage.server or (needs and needs.kwargs.get("serving")):
         return [_serving(key, subject, stage, selection)]
     if needs:
         return needs.kwargs["engines"](key, params)
@@ -77,6 +78,6 @@ def _two_engines(key: EngineKey, stage: Stage, subject: Subject, selection: Sele
     size = stage.tensor_parallel_size
     others = [s for s in selection.stages.values() if s.kind == stage.kind == "cpu" and s.tensor_parallel_size != size]
     for other in others:
-        if not subject.unfit(other):
+        if not subject.unfit(other) and not other.server:
             return [key, replace(key, stage=other.name)]
     return [key, replace(key, copy=1)] if stage.kind == "cpu" or stage.engines > 1 else [key]

@@ -195,7 +195,9 @@ def _stages(
     """The stages on which a test can judge or measure; None alone where it takes no stage."""
     requirement = requirement_of(definition)
     kinds = KINDS if requirement is None or requirement.on == "both" else (requirement.on,)
-    return [stage for stage in among if stage.kind in kinds] if "stage" in names else [None]
+    judged = requirement.id if requirement else ""
+    there = [stage for stage in among if stage.kind in kinds and stages.takes(stage.name, judged)]
+    return there if "stage" in names else [None]
 
 
 def _case(names: list[str], values: dict[str, object]) -> object:

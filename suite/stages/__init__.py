@@ -14,6 +14,7 @@ class Stage:
     """Which devices the trainer's and the engines' ranks get.
 
     colocated: trainer and engine ranks share devices, rank by rank; on a CPU everything shares the host's memory.
+    server: engines are `vllm serve` processes that are called over HTTP; JUDGED_ON_SERVERS says what is judged there.
     hosts_apart: NCCL is told that each process is on a host of its own; it would refuse two ranks on one GPU. Devices
     are UUIDs, none on a CPU; `engine_devices` has those of all engines in turn. `engine_visible`, `trainer_visible`:
     what they are called in CUDA_VISIBLE_DEVICES, where CUDA_DEVICE_ORDER is PCI_BUS_ID.
@@ -31,6 +32,7 @@ class Stage:
     pipeline_parallel_size: int = 1
     engines: int = 1
     hosts_apart: bool = False
+    server: bool = False
 
     @property
     def engine_ranks(self) -> int:
@@ -70,6 +72,7 @@ class Stage:
 STAGES = (
     Stage("cpu-tp1", "cpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True),
     Stage("cpu-tp2", "cpu", tensor_parallel_size=2, trainer_world_size=1, colocated=True),
+    Stage("cpu-serve", "cpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True, server=True),
     Stage("gpu-colocate-tp1", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True),
     Stage("gpu-shared", "gpu", 1, trainer_world_size=1, colocated=True, engines=2, hosts_apart=True),
     Stage("gpu-split", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=False),
@@ -81,6 +84,16 @@ STAGES = (
 
 # Of one trainer and one engine, each of one rank: for requirements that do not depend on ranks.
 GPU_OF_ONE_RANK = ("gpu-colocate-tp1", "gpu-shared", "gpu-split")
+
+# What a server may answer otherwise than an engine that is called directly: requirements, or families of them. The
+# others would only be judged a second time there.
+JUDGED_ON_SERVERS = ("update.exact", "update.repeated", "errors.", "cache.", "inflight.", "server.")
+
+
+def takes(stage: str, requirement: str) -> bool:
+    """Whether a requirement is judged on the stage of this name; what measures is of the requirement ""."""
+    on_server = any(known.server for known in STAGES if known.name == stage)
+    return requirement.startswith(JUDGED_ON_SERVERS) if on_server else not requirement.startswith("server.")
 
 
 def available_stages(machine: Machine) -> list[Stage]:

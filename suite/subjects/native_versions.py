@@ -61,6 +61,16 @@ class Api:
         return self.release < (0, 33)
 
     @property
+    def labels_tokens(self) -> bool:
+        """Whether answers say of which version of the weights each token is."""
+        return self.release >= (0, 32)
+
+    @property
+    def checks_weights(self) -> bool:
+        """Whether a server has /weight_checker."""
+        return self.release >= (0, 32)
+
+    @property
     def sparse_takes_checkpoints(self) -> bool:
         """Whether sparse patches go by checkpoint names; before 0.29 by those of the engine's fused parameters."""
         return self.release >= (0, 29)
