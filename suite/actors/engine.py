@@ -199,7 +199,7 @@ class Engine:
         self._in_flight = InFlight(self._llm)
         try:
             with self._watch.waiting():
-                self._in_flight.start(prompts, greedy(max_tokens), tokens)
+                self._in_flight.start(prompts, self.sampling(max_tokens), tokens)
                 self._in_flight.pause()
         except Exception as error:
             self._end_requests(error)
