@@ -207,7 +207,7 @@ def test_what_was_left_of_earlier_requests_does_not_count(flight: InFlight, core
 
 @pytest.fixture
 def engine(core: Core, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setattr("suite.actors.engine.greedy", lambda max_tokens: None)
+    monkeypatch.setattr("suite.actors.engine.Engine.sampling", lambda self, max_tokens: None)
     made = Engine.__new__(Engine)
     made._llm, made._watch = Llm(core), SimpleNamespace(waiting=contextlib.nullcontext)
     return made
