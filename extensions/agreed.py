@@ -39,6 +39,7 @@ class PlansUpdates(UpdateBracket):
     """Mixed into a vLLM worker."""
 
     _weight_sync_agreed: Agreed | None = None
+    _weight_sync_group_bytes = GROUP_BYTES
 
     def plan_update(self, manifest: Manifest) -> str:
         """Agree on the updates to come: `[{"name", "dtype", "shape"}, ...]` with full shapes, in the order of sending.
@@ -50,7 +51,7 @@ class PlansUpdates(UpdateBracket):
         announced = parse(manifest)
         plans = self._weight_sync_plans()
         plan = plans.whole(self.model_runner.get_model(), self.vllm_config, announced)
-        cut = [*batches(announced, GROUP_BYTES)]
+        cut = [*batches(announced, self._weight_sync_group_bytes)]
         self._weight_sync_agreed = Agreed(digest_of(announced), announced, plan, plans.kept, cut)
         return self._weight_sync_agreed.digest.hex()
 

@@ -17,7 +17,6 @@ import torch
 from extensions.agreed import DIGEST_BYTES, GROUP_BYTES, PlansUpdates, batches, digest_of, places_of
 from extensions.bracket import Update, UpdateError
 from extensions.broadcast import BroadcastSender, WorkerExtension
-from extensions.group import Communicator
 from extensions.manifest import Announced, Manifest, manifest_of, parse
 from extensions.tensors import dtype_name
 
@@ -38,12 +37,12 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
         sender sends another update, and GroupError as `WorkerExtension` does. Nothing was touched by an UpdateError;
         the group is given up then, so that no sender waits.
         """
-        group = self._weight_sync_joined()
+        self._weight_sync_joined()
         try:
             agreed = self._weight_sync_require_agreed(digest)
-            _require_sent(agreed.digest, group)
+            self._weight_sync_require_sent(agreed.digest)
         except UpdateError as error:
-            group.abort(str(error))
+            self._weight_sync_refuse(str(error))
             raise
         return self._weight_sync_move(agreed, self._weight_sync_receive)
 
@@ -55,13 +54,28 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
         group = self._weight_sync_joined()
         self._weight_sync_require_none()
         announced = parse(manifest)
-        _require_sent(digest_of(announced), group)
-        for names in batches(announced, GROUP_BYTES):
+        self._weight_sync_require_sent(digest_of(announced))
+        for names in batches(announced, self._weight_sync_group_bytes):
             staged = {name: self._weight_sync_staged(announced, name) for name in names}
             group.broadcast_all([*staged.values()], src=0)
             group.wait()
             self._weight_sync_accept(staged)
         return len(announced)
+
+    def _weight_sync_refuse(self, reason: str) -> None:
+        """Give the group up, so that the sender of an update that is not received does not wait."""
+        if self._weight_sync_group is not None:
+            self._weight_sync_group.abort(reason)
+
+    def _weight_sync_require_sent(self, expected: bytes) -> None:
+        """Hear what the sender is about to send. Raises UpdateError where it is another update."""
+        group = self._weight_sync_group
+        told = _as_tensor(bytes(DIGEST_BYTES), group.device)
+        group.broadcast_all([told], src=0)
+        group.wait()
+        found = bytes(told.tolist())
+        if found != expected:
+            raise UpdateError(f"expected the update {expected.hex()[:12]}, the sender sends {found.hex()[:12]}")
 
     def _weight_sync_receive(self, update: Update, names: list[str]) -> None:
         """Receive some tensors by one call: each where it belongs, or else beside the model, and load those."""
@@ -80,6 +94,7 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
 class PlannedSender(BroadcastSender):
     """The trainer's half: rank 0 of the group. It sends whole updates, by as few calls as the workers receive them."""
 
+    _group_bytes = GROUP_BYTES
     _manifest: Manifest | None = None  # of the last update, and what was made of it
     _announced: Announced
     _digest: bytes
@@ -98,7 +113,7 @@ class PlannedSender(BroadcastSender):
         if manifest != self._manifest:
             announced = parse(manifest)
             self._manifest, self._announced = [dict(entry) for entry in manifest], announced
-            self._digest, self._batches = digest_of(announced), [*batches(announced, GROUP_BYTES)]
+            self._digest, self._batches = digest_of(announced), [*batches(announced, self._group_bytes)]
         announced, named, sent = self._announced, iter(named_tensors), 0
         self._group.broadcast_all([_as_tensor(self._digest, self._group.device)], src=0)
         for names in self._batches:
@@ -115,16 +130,6 @@ class PlannedSender(BroadcastSender):
             self._group.abort(f"the sender has another tensor than {expected}: {found}")
             raise ValueError(f"expected {expected} as in the manifest, found {found}")
         return tensor.detach().to(self._group.device).contiguous()
-
-
-def _require_sent(expected: bytes, group: Communicator) -> None:
-    """Hear what the sender is about to send. Raises UpdateError where it is another update."""
-    told = _as_tensor(bytes(DIGEST_BYTES), group.device)
-    group.broadcast_all([told], src=0)
-    group.wait()
-    found = bytes(told.tolist())
-    if found != expected:
-        raise UpdateError(f"expected the update {expected.hex()[:12]}, the sender sends {found.hex()[:12]}")
 
 
 def _as_tensor(digest: bytes, device: torch.device) -> torch.Tensor:

@@ -218,8 +218,8 @@ def test_large_updates_are_cut_and_nothing_else_is(monkeypatch: pytest.MonkeyPat
     assert [*batches(announced, sum(sizes))] == [[*NEW]]
     assert [*batches(announced, sizes[0])] == [[name] for name in NEW]
     assert [*batches(announced, 1)] == [[name] for name in NEW]
-    for module in ("extensions.agreed", "extensions.planned"):
-        monkeypatch.setattr(f"{module}.GROUP_BYTES", sizes[0])
+    monkeypatch.setattr(PlannedWorkerExtension, "_weight_sync_group_bytes", sizes[0])
+    monkeypatch.setattr(PlannedSender, "_group_bytes", sizes[0])
     digest = worker.plan_update(MANIFEST)
     worker.wire.sender().send(NEW.items(), MANIFEST)
     assert len(worker.wire.sent) == 1 + len(NEW)
