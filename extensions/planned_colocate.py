@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
-from extensions.agreed import Agreed, PlansUpdates, places_of
+from extensions.agreed import Agreed, PlansUpdates
 from extensions.bracket import Update, UpdateError
 from extensions.colocate import ColocateWorkerExtension, HandleSender, of_device, opened_handle
 from extensions.devices import synchronize
@@ -42,12 +42,9 @@ class PlannedColocateWorkerExtension(PlansUpdates, ColocateWorkerExtension):
         tensors = self._weight_sync_open_handles(opened, ipc_handles)
         _require_announced(agreed, tensors)
 
-        def copy(update: Update, names: list[str]) -> None:
-            places = places_of(update, names)
-            if places:
-                torch._foreach_copy_([*places.values()], [tensors[name] for name in places])
-            if rest := {name: tensors[name] for name in names if name not in places}:
-                update.take(rest)
+        def copy(update: Update) -> None:
+            for group in agreed.groups[False]:
+                _copy(update, {piece.name: tensors[piece.name] for piece in group})
 
         return self._weight_sync_move(agreed, copy)
 
@@ -107,6 +104,17 @@ class KeptHandleSender(HandleSender):
 def _where(tensor: torch.Tensor) -> Where:
     storage = tensor.untyped_storage()
     return storage.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+def _copy(update: Update, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy tensors to their places in the model by one call, and load those that have none."""
+    placed = {name: place for name in tensors if (place := update.load.place(name)) is not None}
+    if placed:
+        update.load.written_past(placed)  # first: what breaks off has written some
+        torch._foreach_copy_([*placed.values()], [tensors[name] for name in placed])
+        update.arrived.update(placed)
+    if rest := {name: tensor for name, tensor in tensors.items() if name not in placed}:
+        update.take(rest)
 
 
 def _require_announced(agreed: Agreed, tensors: dict[str, torch.Tensor]) -> None:

@@ -55,6 +55,7 @@ class PlannedTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedUpdateI
     update_info_cls = PlannedUpdateInfo
     supports_draft_weight_update = False
     _update: PlannedUpdateInfo | None = None  # the last one that was planned
+    _digest = ""
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         """As vLLM's worker calls it."""
@@ -73,17 +74,22 @@ class PlannedTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedUpdateI
     def receive_weights(self, update_info: PlannedUpdateInfo) -> None:
         """Receive and load the update. The model computes with the new weights when this returns.
 
-        Raises ManifestError where the model can't take it, and otherwise as `receive_update`. The group is given up
-        where nothing was received, so that the sender does not wait.
+        Raises ManifestError where the model can't take it, of which the sender hears, and otherwise as
+        `receive_update`.
         """
         try:
-            update = update_info if update_info.names else self._update
-            digest = self._receiver.plan_update(manifest_from(update))
-        except Exception as error:
-            self._receiver._weight_sync_refuse(str(error))
+            self._plan(update_info)
+        except Exception:
+            self._receiver._weight_sync_refuse()
             raise
-        self._update = update
-        self._receiver.receive_update(digest)
+        self._receiver.receive_update(self._digest)
+
+    def _plan(self, update_info: PlannedUpdateInfo) -> None:
+        """Plan an update, unless it is the one that was planned last, and the model is as it was then."""
+        update = update_info if update_info.names else self._update
+        if update != self._update or not self._receiver._weight_sync_has_planned(self._digest):
+            self._digest = self._receiver.plan_update(manifest_from(update))
+            self._update = update
 
     def finish_weight_update(self) -> None:
         """Nothing: `receive_weights` has finished every layer."""

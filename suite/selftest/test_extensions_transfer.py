@@ -68,16 +68,20 @@ class Recording:
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
-        self.fails = ""
+        self.refusal, self.planned = "", False
 
     def __getattr__(self, method: str) -> Any:
-        return lambda *args: self.calls.append((method, *args)) or "digest"
+        return lambda *args: self.calls.append((method, *args))
 
     def plan_update(self, manifest: list[dict]) -> str:
-        if self.fails:
-            raise ManifestError(self.fails)
+        if self.refusal:
+            raise ManifestError(self.refusal)
         self.calls.append(("plan_update", manifest))
+        self.planned = True
         return "digest"
+
+    def _weight_sync_has_planned(self, digest: str) -> bool:
+        return self.planned and digest == "digest"
 
 
 @pytest.fixture
@@ -110,17 +114,20 @@ def test_pyprojects_entry_point_leads_to_the_function():
     assert metadata.EntryPoint(name, value, GROUP).load() is vllm_plugin.register
 
 
-def test_an_update_is_planned_and_received(engine: Any):
+def test_an_update_is_planned_once_and_received(engine: Any):
+    receiver = engine._receiver
     engine.init_transfer_engine(engine.init_info_cls("127.0.0.1", 1234, 1, 2))
     engine.start_weight_update()
-    engine.receive_weights(engine.update_info_cls(**COLUMNS))
-    engine.receive_weights(engine.update_info_cls())  # the same tensors again
+    for told in (COLUMNS, {}, COLUMNS):  # without names: the same tensors again
+        engine.receive_weights(engine.update_info_cls(**told))
+    receiver.planned = False  # the model's tensors have moved
+    engine.receive_weights(engine.update_info_cls())
     engine.finish_weight_update()
     engine.shutdown()
     manifest = [{"name": name, "dtype": "float32", "shape": shape} for name, shape in SHAPES.items()]
-    received = [("plan_update", manifest), ("receive_update", "digest")]
+    planned, received = ("plan_update", manifest), ("receive_update", "digest")
     joined, left = ("init_weight_update_group", "127.0.0.1", 1234, 1, 2), ("close_weight_update_group",)
-    assert engine._receiver.calls == [joined, *received, *received, left]
+    assert receiver.calls == [joined, planned, *[received] * 3, planned, received, left]
 
 
 @pytest.mark.parametrize(
@@ -132,12 +139,10 @@ def test_an_update_is_planned_and_received(engine: Any):
     ],
 )
 def test_what_cannot_be_planned_keeps_no_sender_waiting(engine: Any, told: dict, said: str):
-    engine._receiver.fails = "the update does not fit the model"
+    engine._receiver.refusal = "the update does not fit the model"
     with pytest.raises(ManifestError, match=said):
         engine.receive_weights(engine.update_info_cls(**told))
-    ((method, reason),) = engine._receiver.calls
-    assert method == "_weight_sync_refuse"
-    assert reason
+    assert engine._receiver.calls == [("_weight_sync_refuse",)]
 
 
 @pytest.mark.skipif(NO_ENGINE is not None, reason="there is no vLLM for CPUs here")

@@ -1,7 +1,8 @@
 """Mutants of planned updates, whose plan, order, groups or handles are not those of the update that comes."""
 
 import contextlib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -43,7 +44,7 @@ class WritesWhereTheTensorsWere(PlannedWorkerExtension):
 
 
 class SendsInAnotherOrder(PlannedSender):
-    """Sends two tensors of one shape in another order than was announced, and says so by its digest."""
+    """Sends two tensors of one shape in another order than was announced, whatever the workers expect."""
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], manifest: Manifest | None = None) -> int:
         held = dict(named_tensors)
@@ -52,6 +53,9 @@ class SendsInAnotherOrder(PlannedSender):
         entries = {entry["name"]: entry for entry in manifest}
         return super().send([(name, held[name]) for name in order], [entries[name] for name in order])
 
+    def _agree(self) -> bool:
+        return unless_refused(super()._agree)
+
 
 @mutant("update.exact", DIFFER, "sglang#14178", **BROADCAST)
 class IgnoresTheDigest(PlannedWorkerExtension):
@@ -59,9 +63,15 @@ class IgnoresTheDigest(PlannedWorkerExtension):
 
     weight_sync_sender = f"{PACKAGE}.planned:SendsInAnotherOrder"
 
-    def _weight_sync_require_sent(self, expected: bytes) -> None:
-        with contextlib.suppress(UpdateError):
-            super()._weight_sync_require_sent(expected)
+    def _weight_sync_agree(self, digest: bytes, is_cut: bool) -> bool:
+        return unless_refused(functools.partial(super()._weight_sync_agree, digest, is_cut))
+
+
+def unless_refused(agree: Callable[[], bool]) -> bool:
+    """What the ranks have agreed on; whole tensors where they have not."""
+    with contextlib.suppress(UpdateError):
+        return agree()
+    return False
 
 
 @mutant("update.exact", NOT_THERE, "slime#929", **BROADCAST)
@@ -69,15 +79,25 @@ class LeavesTheLastOut(PlannedWorkerExtension):
     """Receives the last tensors of an update, loads none of them, and counts them as loaded."""
 
     def _weight_sync_open(self, load: Load, announced: Announced) -> Update:
-        last, place, take = {*[*announced][-LAST:]}, load.place, load.load
+        last, place = {*[*announced][-LAST:]}, load.place
 
         def place_of_others(name: str) -> torch.Tensor | None:
             found = place(name)
             return found.clone() if found is not None and name in last else found
 
+        def but_the_last(taken: Callable) -> Callable:
+            return lambda given: taken(_without(given, last))
+
         load.place, load.unwritten = place_of_others, list
-        load.load = lambda tensors: take({name: tensor for name, tensor in tensors.items() if name not in last})
+        load.load, load.load_pieces = but_the_last(load.load), but_the_last(load.load_pieces)
         return super()._weight_sync_open(load, announced)
+
+
+def _without(given: dict | list, names: set[str]) -> dict | list:
+    """Tensors by name, or pieces that begin with theirs, without those of some names."""
+    if isinstance(given, dict):
+        return {name: tensor for name, tensor in given.items() if name not in names}
+    return [piece for piece in given if piece[0] not in names]
 
 
 class SendsOneByOne(PlannedSender):
