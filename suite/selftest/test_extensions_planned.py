@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from extensions import agreed, bracket, kept, planned
+from extensions import agreed, bracket, kept, planned, planned_colocate
 from extensions.agreed import digest_of
 from extensions.bracket import UpdateError
 from extensions.group import GroupError
@@ -252,7 +252,9 @@ def copied(worker: Worker, sender: KeptHandleSender, digest: str, tensors: dict[
     return sender.opened
 
 
-def test_handles_are_opened_once(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("large_bytes", [1, 2**20])
+def test_handles_are_opened_once(worker: Worker, monkeypatch: pytest.MonkeyPatch, large_bytes: int):
+    monkeypatch.setattr(planned_colocate, "LARGE_BYTES", large_bytes)
     digest, sender, opened = worker.plan_update(MANIFEST), KeptHandleSender(CPU), ""
     for by in (0, 1, 2):
         opened = copied(worker, sender, digest, changed(by), opened)
