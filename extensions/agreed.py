@@ -84,6 +84,7 @@ class PlansUpdates(UpdateBracket):
     def _weight_sync_move(self, agreed: Agreed, move: Callable[[Update], None]) -> int:
         """One whole update: `move` moves all its tensors. Returns how many there were."""
         load = agreed.load or new_load(self.model_runner.get_model(), self.vllm_config, agreed.plan)
+        agreed.load = None  # until the update has succeeded: what one that fails has left is not used again
         update = self._weight_sync_open(load, agreed.announced)
         try:
             move(update)

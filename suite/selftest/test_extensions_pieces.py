@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import time
 import weakref
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -260,15 +261,24 @@ class Receiving(PlannedWorkerExtension):
         return allocations
 
 
-def test_what_a_rank_holds_beside_its_shard_is_bounded(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Receiving, PlannedSender]]:
+    """A worker and a sender that have met over gloo, and cut what does not fit into SMALL_BYTES."""
     monkeypatch.setattr(loads, "COMPARED_BYTES", ALIGNMENT_BYTES)
-    whole_bytes = sum(tensor.nbytes for tensor in tensors_of(0).values())
-    assert whole_bytes > 10 * SMALL_BYTES
     worker, port = Receiving(), free_port()
     joining = in_a_thread(lambda: worker.init_weight_update_group(ADDRESS, port, 1, 2))
     sender = PlannedSender(ADDRESS, port, 2, "cpu", DEADLINE_S, DEADLINE_S)
     joining.result(DEADLINE_S)
     sender._staged_bytes = SMALL_BYTES
+    yield worker, sender
+    worker.close_weight_update_group()
+    sender.close()
+
+
+def test_what_a_rank_holds_beside_its_shard_is_bounded(connected: tuple[Receiving, PlannedSender]):
+    whole_bytes = sum(tensor.nbytes for tensor in tensors_of(0).values())
+    assert whole_bytes > 10 * SMALL_BYTES
+    worker, sender = connected
     digest = worker.plan_update(MANIFEST)
     for seed in (1, 2):
         receiving = in_a_thread(lambda: worker.receive_counted(digest))
@@ -280,5 +290,21 @@ def test_what_a_rank_holds_beside_its_shard_is_bounded(monkeypatch: pytest.Monke
             time.sleep(0.01)  # gloo's thread lets go of what it has received last
         assert found.now_bytes <= SLACK_BYTES
         expect_loaded(worker.model, tensors_of(seed))
-    worker.close_weight_update_group()
-    sender.close()
+
+
+def test_an_update_that_failed_leaves_nothing_to_the_next(connected: tuple[Receiving, PlannedSender]):
+    worker, sender = connected
+    digest = worker.plan_update(MANIFEST)
+    right, wrong = tensors_of(1), tensors_of(1)
+    wrong["head"] = -wrong["head"]
+    for sent in (right, wrong, right):
+        receiving = in_a_thread(lambda: worker.receive_update(digest))
+        sender.send(sent.items(), MANIFEST)
+        if sent is wrong:
+            with pytest.raises(LoadError, match=r"^head: its values"):
+                receiving.result(DEADLINE_S)
+            assert worker.update_state() == "inconsistent"
+        else:
+            assert receiving.result(DEADLINE_S) == len(MANIFEST)
+            assert worker.update_state() == "ready"
+            expect_loaded(worker.model, right)
