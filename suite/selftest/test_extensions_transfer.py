@@ -106,6 +106,8 @@ def test_vllm_before_0_25_gets_no_backend(vllm: Factory, monkeypatch: pytest.Mon
     monkeypatch.delattr(Base, "start_weight_update")
     vllm_plugin.register()
     assert vllm._registry == {}
+    monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer", None)
+    vllm_plugin.register()  # a plugin that raises would keep vLLM from starting
 
 
 def test_pyprojects_entry_point_leads_to_the_function():
