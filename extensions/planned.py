@@ -128,6 +128,8 @@ class PlannedSender(BroadcastSender):
             self._group.broadcast_all(parts, src=0)
             sent += sum(piece.nbytes for piece in pieces)
         self._group.wait()
+        if (more := next(named, None)) is not None:
+            raise ValueError(f"{more[0]} is not in the manifest: it was not sent, the others were")
         return sent
 
     def _agree(self) -> bool:

@@ -202,6 +202,14 @@ def test_a_sender_with_another_tensor_than_announced_gives_the_group_up(worker: 
         assert "another tensor than lower" in worker.sender._group.aborted
 
 
+def test_a_tensor_that_was_not_announced_is_named(worker: Worker):
+    digest = worker.plan_update(MANIFEST)
+    assert worker.update(digest, NEW | {"ghost": NEW["upper"]}) == len(NEW)
+    assert isinstance(worker.heard, ValueError)
+    assert "ghost is not in the manifest: it was not sent" in str(worker.heard)
+    expect_loaded(worker.model, NEW)
+
+
 def test_a_manifest_that_does_not_fit_leaves_what_was_planned(worker: Worker):
     digest = worker.plan_update(MANIFEST)
     with pytest.raises(ManifestError):
