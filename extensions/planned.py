@@ -52,7 +52,7 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
             self._weight_sync_refuse()
             raise
         is_cut = self._weight_sync_agree(agreed.digest, agreed.beside_bytes > self._weight_sync_staged_bytes)
-        buffer_bytes = min(agreed.beside_bytes, self._weight_sync_staged_bytes)
+        buffer_bytes = self._weight_sync_staged_bytes if is_cut else agreed.beside_bytes
 
         def receive(update: Update) -> None:
             staging = Staging(update, self.device, buffer_bytes)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extensions import agreed, bracket, kept
+from extensions import agreed, bracket, kept, planned
 from extensions.bracket import Update
 from extensions.group.basics import in_a_thread
 from extensions.manifest import Announced, manifest_of
@@ -308,3 +308,19 @@ def test_an_update_that_failed_leaves_nothing_to_the_next(connected: tuple[Recei
             assert receiving.result(DEADLINE_S) == len(MANIFEST)
             assert worker.update_state() == "ready"
             expect_loaded(worker.model, right)
+
+
+def test_a_rank_that_needs_no_pieces_takes_those_that_another_needs(
+    connected: tuple[Receiving, PlannedSender], monkeypatch: pytest.MonkeyPatch
+):
+    worker, sender = connected
+    agreed_by_two = planned.agree
+    monkeypatch.setattr(planned, "agree", lambda *said, **how: agreed_by_two(*said, **how) or True)
+    worker._weight_sync_staged_bytes = sender._staged_bytes = 2**16
+    worker._weight_sync_group_bytes = 1
+    digest = worker.plan_update(MANIFEST)
+    assert worker._weight_sync_agreed.beside_bytes < 2**16, "expected pieces of more tensors than groups have"
+    receiving = in_a_thread(lambda: worker.receive_update(digest))
+    sender.send(tensors_of(1).items(), MANIFEST)
+    assert receiving.result(DEADLINE_S) == len(MANIFEST)
+    expect_loaded(worker.model, tensors_of(1))
