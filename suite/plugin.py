@@ -24,6 +24,8 @@ from suite.subjects import Subject
 
 pytest_plugins = ("suite.fixtures",)
 SUMMARY_COLUMNS = 100
+CORES_TO_COMPILE = 8
+ENGINES_IMPORT = ("vllm", "torch", "transformers", "triton", "sympy", "networkx", "scipy", "openai")
 
 
 # ---- options and configuration
@@ -161,9 +163,20 @@ def launcher(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Conf
     """Starts engine and trainer processes, which end with the session."""
     state = state_of(pytestconfig)
     logs = state.record.directory / LOGS if state.record else tmp_path_factory.mktemp("run") / LOGS
-    state.launcher = LocalLauncher(logs)
+    state.launcher = LocalLauncher(logs, state.answered)
+    if state.selection and any(stage.kind == "gpu" for stage in state.selection.stages.values()):
+        _compile_ahead(state)
     yield state.launcher
     state.launcher.close()
+
+
+def _compile_ahead(state: State) -> None:
+    """Where many engines start at once, and on few cores never: that takes longer than they do."""
+    if len(os.sched_getaffinity(0)) >= CORES_TO_COMPILE:
+        with state.timeline("starting", "bytecode"):
+            problem = state.launcher.compile_ahead(ENGINES_IMPORT)
+        if problem:
+            state.announce(f"the bytecode of {', '.join(ENGINES_IMPORT)} {problem}")
 
 
 @pytest.hookimpl(tryfirst=True)

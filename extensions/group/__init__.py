@@ -13,7 +13,7 @@ import torch
 
 from extensions.group.basics import Communicator, GroupError, first_line
 from extensions.group.gloo import GlooCommunicator
-from extensions.group.nccl import NcclCommunicator, load_library
+from extensions.group.nccl import NcclCommunicator, load_kernels, load_library
 from extensions.group.rendezvous import JOIN_TIMEOUT_VARIABLE, LINGER_S, Rendezvous
 
 __all__ = ["LINGER_S", "Communicator", "GroupError", "prepare", "stateless_init_process_group"]
@@ -61,7 +61,7 @@ def stateless_init_process_group(
         raise ValueError(f"a trainer and its workers are at least 2 ranks, found world_size={world_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is outside 0..{world_size - 1}")
-    prepare(device)
+    _prepare(device)
     meeting = Rendezvous(master_address, master_port, rank, world_size, join_timeout_s)
     group: Communicator | None = None
     try:
@@ -77,12 +77,19 @@ def stateless_init_process_group(
 
 
 def prepare(device: "torch.device | str | int") -> None:
-    """Have what a group on `device` needs in this process: NCCL, vLLM's import of it, and the device's context.
+    """Have what a group on `device` needs in this process: NCCL and its kernels, vLLM's import of it, a context.
 
     In a fresh process that takes 9 to 27 s on a GPU host. `stateless_init_process_group` does it first, before its
-    deadline begins; a trainer that does it while it starts keeps nobody waiting. Raises GroupError without NCCL.
+    deadline begins, all but the kernels, which come with the group; a trainer that does it while it starts keeps nobody
+    waiting. Raises GroupError without NCCL.
     """
     device = _whole(device)
+    _prepare(device)
+    if device.type == "cuda":
+        load_kernels(device)
+
+
+def _prepare(device: torch.device) -> None:
     if device.type == "cuda":
         load_library()
         torch.zeros(1, device=device)

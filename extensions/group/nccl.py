@@ -1,5 +1,6 @@
 """The communicator of CUDA tensors."""
 
+import contextlib
 import ctypes
 import functools
 import threading
@@ -18,6 +19,7 @@ WATCH_POLL_S = 0.5
 SPIN_S = 0.005  # how long to ask NCCL without a pause: most calls end in less than a pause takes
 SETTLE_POLL_S = 0.001
 CALL_S = 1.0  # how long an abort waits for a call into NCCL to return
+KERNELS_S = 30.0  # how long loading NCCL's code may take
 ABORT_S = 5.0  # how long aborting may hold up whoever closes
 
 
@@ -217,6 +219,22 @@ def load_library() -> Library:
         hint = "is it installed with vLLM, or VLLM_NCCL_SO_PATH set?"
         raise GroupError(f"vLLM finds no NCCL; {hint} ({first_line(error)})") from error
     return Library(ctypes.CDLL(name))  # a handle of its own: vLLM declares the same functions in its own way
+
+
+@functools.cache
+def load_kernels(device: torch.device) -> None:
+    """Have NCCL's code on a device, which takes a second or two: it comes with the first group, here one of one rank.
+
+    What NCCL refuses here it refuses when a group is joined, and there it is said.
+    """
+    library = load_library()
+    deadline = time.monotonic() + KERNELS_S
+    with contextlib.suppress(NcclError), torch.cuda.device(device):
+        comm = Comm(library, 1, 0, library.unique_id())
+        with contextlib.suppress(NcclError):
+            while not comm.settled() and time.monotonic() < deadline:
+                time.sleep(HANDSHAKE_POLL_S)
+        futures.wait([in_a_thread(functools.partial(_abort, comm, device))], ABORT_S)
 
 
 def _abort(comm: Comm, device: torch.device) -> None:

@@ -148,6 +148,13 @@ class Trainer:
                 start = first * math.prod(tensor.shape[1:])
                 models.fill(self._spec, local, parameter, tuple(tensor.shape), seed, start)
 
+    @torch.no_grad()
+    def negate(self) -> None:
+        """Give every weight the opposite sign, at the speed of memory."""
+        self._optimizer = None
+        for tensor in self._parameters().values():
+            _local(tensor).neg_()
+
     def step(self, count: int, seed: int, learning_rate: float) -> dict[str, Any]:
         """Take `count` AdamW steps on random tokens, each rank on its own.
 

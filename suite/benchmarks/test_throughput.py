@@ -41,11 +41,11 @@ def test_update_published(
     sync.trainer.hold_random(pool.config(sync.model), SEED)
     sync.update()
     before = sync.tokens_per_s(GENERATED_TOKENS)
-    sync.trainer.fill(SEED + 1)
+    sync.trainer.negate()
     rounds = _measure(benchmark, sync, pool, trainers, pytestconfig, pause=True)
     sync.expect_sent()  # by the updates that were timed: the first one has brought other values
     pauses_s = [moved.pause_s for moved in rounds]
-    after = sync.tokens_per_s(GENERATED_TOKENS)
+    after = sync.tokens_per_s(GENERATED_TOKENS, warm_ups=0)
     benchmark.extra_info.update(tokens_per_s_before=before, tokens_per_s_after=after, pause_samples_s=pauses_s)
 
 

@@ -28,7 +28,7 @@ from suite.subjects import Subject
 
 START_DEADLINE_S = 300.0
 PORT_TAKEN, LOG_LINES = ("eaddrinuse", "address already in use"), 400  # what a log says of it, in small letters
-CORES_A_START = 4  # an engine that starts keeps one to three cores busy, more where it compiles bytecode
+CORES_A_START = 2  # what an engine that starts keeps busy, most of the time
 MIN_STARTS, MAX_STARTS = 2, 16  # engines that start at once
 POLL_S, RETRY_S = 0.1, 1.0
 
@@ -72,7 +72,7 @@ class Pool:
         self._held: tuple[EngineKey, ...] = ()  # the engines of the last test: a trainer may hold the first one's model
         self._mistake: Exception | None = None  # what the pool itself raised when it last chose an engine to start
         self.patience = Patience()
-        self._changed = threading.Condition()
+        self._changed, self._writing = threading.Condition(), threading.Lock()
         self._quiet = False
         self._closed = False
 
@@ -196,7 +196,7 @@ class Pool:
 
     def _stop(self, handle: EngineHandle) -> None:
         try:
-            handle.process.stop()
+            handle.process.stop(grace_s=0)  # vLLM takes seconds to end by itself, and holds the GPU's memory until then
         finally:
             with self._changed:
                 self._stopping.remove(handle.key)
@@ -244,7 +244,7 @@ class Pool:
     def checkpoint(self, model: str, seed: int, dtype: str = "bfloat16") -> str:
         """The directory of a model's checkpoint, written when first asked for."""
         directory = self.launcher.directory / "models" / f"{model}-{seed}-{dtype}"
-        with self._changed:
+        with self._writing:
             if not (directory / "model.safetensors").exists():
                 models.write_checkpoint(models.MODELS[model], seed, directory, dtype)
         return str(directory)

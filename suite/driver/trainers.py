@@ -113,6 +113,10 @@ class TrainerGroup:
         self._change("fill", seed)
         self._holds = [self._holds[0], self._holds[-1]]
 
+    def negate(self) -> None:
+        """Give every weight the opposite sign."""
+        self._change("negate")
+
     def step(self, count: int, seed: int, learning_rate: float) -> list[dict]:
         """Take optimiser steps on random tokens."""
         return self._change("step", count, seed, learning_rate)

@@ -38,7 +38,8 @@ def of_engine(stage: Stage, copy: int, eager: bool) -> Variables:
         "TORCHDYNAMO_DISABLE": "1" if eager else None,
     }
     if stage.kind == "gpu":
-        return engines
+        # As vLLM itself has it for workers beside each other: threads of engines that start at once only wait in turn.
+        return engines | {"OMP_NUM_THREADS": "1"}
     cores = sorted(os.sched_getaffinity(0))
     bound = "|".join(str(cores[rank % len(cores)]) for rank in range(stage.tensor_parallel_size))
     return engines | {

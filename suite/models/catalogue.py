@@ -42,6 +42,11 @@ class ModelSpec:
         """Whether the trainer computes with this model, or else holds its tensors alone and is no oracle of answers."""
         return self.layout is None and self.architecture not in PARTICULAR
 
+    @property
+    def starts_slowly(self) -> bool:
+        """Whether an engine takes minutes to start on a GPU: it compiles kernels that no other model has."""
+        return self.architecture == "qwen3_next"
+
     def dtype_of(self, name: str, dtype: str = "bfloat16") -> str:
         """The dtype of a tensor of this model in `dtype`: some are in float32 whatever the others are."""
         if self.layout is not None:

@@ -58,6 +58,14 @@ class Launcher(ABC):
             raise
         return process
 
+    def compile_ahead(self, packages: Sequence[str]) -> str:
+        """Compile the bytecode that processes will import, where that is missing; nothing where it cannot be done.
+
+        Else all that start at once compile the same files. Returns what went wrong, empty where nothing did: processes
+        start without it too, only later.
+        """
+        return ""
+
     @abstractmethod
     def free_port(self) -> int:
         """A port at `address` that nothing listens on. Raises OSError where none is found."""

@@ -12,12 +12,14 @@ import sys
 import tempfile
 import threading
 import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from suite import ROOT
-from suite.processes import janitor
+from suite.processes import bytecode, janitor
+from suite.processes.call import Call
 from suite.processes.launcher import Launcher
-from suite.processes.process import LocalProcess
+from suite.processes.process import LocalProcess, environment
 
 ADDRESS = "127.0.0.1"
 PORTS = (15000, 32000)  # below those that Linux hands out: from 32768 on, see ip_local_port_range
@@ -40,11 +42,13 @@ class LocalLauncher(Launcher):
 
     Args:
         logs: directory for one log file a process; created if missing.
+        answered: is told of every call that was answered, from the thread that hears of it.
     """
 
     address = ADDRESS
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, answered: Callable[[Call], None] = lambda call: None) -> None:
+        self.answered = answered
         self.id = uuid.uuid4().hex[:8]
         self.logs = Path(logs).resolve()
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -73,6 +77,9 @@ class LocalLauncher(Launcher):
         with contextlib.suppress(OSError):  # without a janitor, close() does its work
             self.janitor.stdin.write(f"{process.pid}\n".encode())
         return process
+
+    def compile_ahead(self, packages: Sequence[str]) -> str:
+        return bytecode.compile_packages(packages, environment(self, self.label("bytecode"), {}))
 
     def free_port(self) -> int:
         return free_port()

@@ -60,7 +60,7 @@ class LocalProcess(Process):
         with theirs:
             try:
                 self._popen = subprocess.Popen(
-                    command, cwd=ROOT, env=_environment(self.launcher, self.mark, env), pass_fds=[theirs.fileno()],
+                    command, cwd=ROOT, env=environment(self.launcher, self.mark, env), pass_fds=[theirs.fileno()],
                     start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 )  # fmt: skip
             finally:
@@ -208,11 +208,12 @@ class LocalProcess(Process):
             self._look()
         if "error" not in answer:
             call.finish(answer["result"])
-            return
-        error = RemoteError(self, answer["error"])
-        if starts:
-            error.add_note(f"The log ends with:\n{self.tail()}")
-        call.finish(error=error)
+        else:
+            error = RemoteError(self, answer["error"])
+            if starts:
+                error.add_note(f"The log ends with:\n{self.tail()}")
+            call.finish(error=error)
+        self.launcher.answered(call)
 
     def _fail_pending(self) -> None:
         """The process has ended: so have the calls that it was to answer, now and later."""
@@ -239,7 +240,7 @@ class LocalProcess(Process):
         return ProcessDied(said, self, f"{self._ended}; no answer to {call.what}")
 
 
-def _environment(launcher: "LocalLauncher", label: str, changes: dict[str, str | None]) -> dict[str, str]:
+def environment(launcher: "LocalLauncher", label: str, changes: dict[str, str | None]) -> dict[str, str]:
     """The environment of a process: pytest's own with the run's marks, a place for temporary files and `changes`."""
     search = [str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH", "")]
     own: dict[str, str | None] = {

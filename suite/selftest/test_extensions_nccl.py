@@ -303,7 +303,7 @@ def test_an_abort_from_another_thread_ends_a_call_and_a_wait(device: Device, ser
     blocked = group.wait if inside == "wait" else lambda: group.broadcast(torch.zeros(1), src=0)
     with pytest.raises(GroupError, match="rank 0: the optimiser failed; the group was aborted, make a new one"):
         blocked()
-    assert 0.2 <= time.monotonic() - began_s < 2
+    assert 0.2 <= time.monotonic() - began_s < 10
     assert device.aborted == ["a comm"]
     group.close()
     group.abort("too late")

@@ -279,3 +279,12 @@ def test_a_host_without_nccl_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("VLLM_NCCL_SO_PATH", str(tmp_path / "libnccl.so"))
     with pytest.raises(GroupError, match="vLLM finds no NCCL; is it installed with vLLM, or VLLM_NCCL_SO_PATH set"):
         nccl.load_library()
+
+
+@pytest.mark.parametrize("answers", [[nccl_binding.IN_PROGRESS] * 3 + [nccl_binding.SUCCESS], [FAILED]])
+def test_kernels_are_loaded_by_a_group_of_one_which_is_ended(fake: FakeNccl, monkeypatch, answers: list[int]):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(nccl, "load_library", lambda: Library(fake.library))
+    fake.states = answers
+    nccl.load_kernels.__wrapped__(torch.device("cpu"))  # it is done once a device
+    assert [one[:3] for one in fake.seen] == [(1, ID, 0), ("abort", HANDLE)]

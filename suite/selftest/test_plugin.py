@@ -316,7 +316,7 @@ def test_unknown_names_are_usage_errors(
     assert said in str(caught.value)
 
 
-UNNAMED = "None of the collected tests names it. Try: choose another model."
+UNNAMED = "None of the collected tests names it. Try: put it into models= above a test or choose another model."
 
 
 @pytest.mark.parametrize(
@@ -417,6 +417,12 @@ def test_what_the_subject_declares_to_lack_is_unsupported_and_no_success(tmp_pat
         (pytest.mark.requirement("update.exakt", models=["llama-tiny"]), "expected the id of a requirement"),
         (pytest.mark.requirement(), "expected the id of a requirement"),
         (pytest.mark.requirement("update.exact"), "takes a model and names none"),
+        (pytest.mark.requirement("update.exact", models=["llama-tiny", "lama"]), "models= lama: expected one of"),
+        (pytest.mark.requirement("update.exact", models={"cpu": ["lama"]}), "models= lama: expected one of"),
+        (
+            pytest.mark.requirement("update.exact", models={"cpu-tp9": ["llama-tiny"]}),
+            "cpu-tp9: expected one of cpu, gpu",
+        ),
     ],
 )
 def test_a_marker_that_names_no_requirement_or_no_model_is_refused(marker: pytest.MarkDecorator, said: str):
@@ -477,6 +483,32 @@ def test_what_judges_comes_first_and_what_measures_last_on_all_stages(tmp_path: 
     assert [case.partition("[")[0] for case in cases] == [name for name in in_order for _ in range(2)]
     assert ["cpu-tp1" in case for case in cases] == [True, False] * 3 + [False, True] * 2, "stage by stage, then back"
     assert ["qwen3-1m" in case for case in cases[-4:]] == [True, True, False, False], "model by model"
+
+
+def test_a_model_that_starts_slowly_comes_after_all_stages_of_its_phase(tmp_path: Path):
+    body = OF_EVERY_PHASE.replace(
+        '"update.exact", models=["qwen3-tied-tiny"]', '"update.exact", models=["qwen3-next-tiny", "gpt-oss-tiny"]'
+    )
+    finished = examine(tmp_path, body, "--subject=broadcast", "--collect-only", "-q", "-k", "judges or alone")
+    cases = [line.partition("::")[2].partition("[")[2] for line in finished.output.splitlines() if "::" in line]
+    assert ["next" in case for case in cases] == [False, False, True, True, False, False], "within its phase"
+
+
+SLOW = """
+@pytest.mark.requirement("update.exact", models=["qwen3-tied-tiny"])
+def test_it(subject, stage, model, launcher):
+    worker = launcher.start("worker", ECHO)
+    worker.call("echo", deadline_s=20)
+    worker.call("sleep", 1.1, deadline_s=20)
+"""
+
+
+def test_calls_that_take_long_are_put_down(tmp_path: Path):
+    finished = examine(tmp_path, SLOW, "--subject=broadcast", "--stage=cpu-tp1")
+    call = next(entry for entry in finished.document["slow_calls"] if entry["call"] == "sleep()")
+    assert call["process"] == "worker"
+    assert 1.1 <= call["elapsed_s"] < 5
+    assert "echo()" not in {entry["call"] for entry in finished.document["slow_calls"]}
 
 
 # ---- runs that end early

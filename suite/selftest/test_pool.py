@@ -62,7 +62,7 @@ class Engine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
-    def stop(self) -> None:
+    def stop(self, grace_s: float = 5) -> None:
         self.stopped.set()
 
     def tail(self, lines: int = 40) -> str:

@@ -26,7 +26,10 @@ IDS = [
 
 
 def test_every_id_is_there():
-    assert sorted(catalogue()) == sorted(IDS)
+    new, gone = sorted({*catalogue()} - {*IDS}), sorted({*IDS} - {*catalogue()})
+    assert not new, f"expected every id in IDS, found {new} above tests only; try next: put them into IDS"
+    assert not gone, f"expected every id above a test, found {gone} in IDS only"
+    assert len(set(IDS)) == len(IDS)
 
 
 @pytest.mark.parametrize("clause", catalogue().values(), ids=catalogue())
@@ -44,14 +47,18 @@ def test_is_well_formed(clause: Requirement):
 @pytest.mark.parametrize("clause", catalogue().values(), ids=catalogue())
 def test_stands_in_the_file_of_its_family(clause: Requirement):
     family = clause.id.partition(".")[0]
-    (place,) = [
+    places = [
         module
         for name, module in sys.modules.items()
         if name.startswith(f"{requirements.CONFORMANCE}.test_{family}")
         for test in vars(module).values()
         if getattr(test, "requirement", None) is clause
     ]
-    assert f"{family}." in place.__doc__.partition(":")[0]
+    assert len(places) == 1, f"expected {clause.id} above one test of suite/conformance/test_{family}*.py"
+    found = places[0].__doc__.partition(":")[0]
+    assert f"{family}." in found, (
+        f"expected {places[0].__name__} to begin with its families, as {family}.*:, not {found}"
+    )
 
 
 def test_a_declaration_marks_its_test():

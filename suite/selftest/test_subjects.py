@@ -35,6 +35,12 @@ class Inheriting(Broadcasting):
 class Sending(Broadcasting):
     weight_sync_sender = "ws_theirs:Sender"
 
+class Sender:
+    pass
+
+class Mistyped(Broadcasting):
+    weight_sync_sender = "ws_theirs:Sendr"
+
 class Both(Broadcasting, Handing):
     pass
 
@@ -205,6 +211,12 @@ def test_a_sender_of_its_own_is_taken_from_the_class(modules: Path):
     assert subject_from("ws_theirs:Broadcasting").sender == ""
 
 
+def test_a_sender_that_cannot_be_imported_is_told_from_the_extension(modules: Path):
+    said = "expected the sender that Mistyped.weight_sync_sender names as pkg.module:Class, found 'ws_theirs:Sendr': "
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}.*has no attribute 'Sendr'"):
+        subject_from("ws_theirs:Mistyped")
+
+
 def test_nobody_outside_asks_a_subject_for_a_transport():
     suite = ROOT / "suite"
     inside = (suite / "subjects", suite / "selftest")
@@ -225,6 +237,12 @@ def test_an_engine_calls_what_a_class_has_around_an_update(modules: Path, monkey
     half.abort()
     half.state()
     assert called == [*has]
+
+
+def test_a_subject_without_labels_is_told_to_say_so(modules: Path):
+    half = subject_from("ws_theirs:Broadcasting").trainer_half(SimpleNamespace(device=None))
+    with pytest.raises(NotImplementedError, match=r"override mislabelled\(\), or say .*'devices.wrong_handle': reason"):
+        half.mislabelled({}, "GPU-0")
 
 
 # ---- what installed packages bring

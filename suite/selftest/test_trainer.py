@@ -105,6 +105,15 @@ def test_fill_writes_the_seeds_weights_and_zero(trainer, written, name):
     assert not any(tensor.any() for _, tensor in trainer.named_tensors())
 
 
+def test_negating_twice_gives_the_weights_back(trainer, written):
+    name = next(iter(TINY))
+    trainer.load(str(written[name]))
+    trainer.negate()
+    assert_same(dict(trainer.named_tensors()), {key: -tensor for key, tensor in expected(name, SEED).items()})
+    trainer.negate()
+    assert_same(dict(trainer.named_tensors()), expected(name, SEED))
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_saves_the_file_that_was_loaded(trainer, written, name, tmp_path):
     trainer.load(str(written[name]))

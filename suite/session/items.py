@@ -52,15 +52,18 @@ def case_of(item: pytest.Item) -> Case | None:
 def place_of(item: pytest.Item) -> tuple[int, ...]:
     """Selftests first, then what needs no stage, while engines start; then phase by phase, stage and model.
 
+    Models whose engines start slowly come last in a phase, so that no other test waits for them.
     What measures comes by model: an engine ends, and gives its memory back, while one of another stage is measured.
     Stages come in reverse then: where they share no GPU, the largest engine starts beside the last measurement.
     """
     if is_selftest(item):
-        return (0, 0, 0, 0)
+        return (0, 0, 0, 0, 0)
     names, examined = names_of(item), state_of(item.config).selection
     stages = [None, *examined.stages, *examined.missing] if examined else []
     phase, stage, model = _phase(item), _index(stages, names["stage"]), _index([*MODELS], names["model"])
-    return (1, phase, model, -stage) if phase == len(PHASES) else (1, phase, stage, model)
+    spec = MODELS.get(names["model"])
+    late = spec is not None and spec.starts_slowly
+    return (1, phase, late, model, -stage) if phase == len(PHASES) else (1, phase, late, stage, model)
 
 
 def _phase(item: pytest.Item) -> int:

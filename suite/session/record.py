@@ -1,6 +1,7 @@
 """What a run leaves: run.json after every test, report.html at the end, and where its time went.
 
-run.json is pytest-benchmark's own JSON with the sections `schema`, `environment`, `conformance` and `timeline`.
+run.json is pytest-benchmark's own JSON with the sections `schema`, `environment`, `conformance` and `timeline`,
+and `slow_calls`, the calls of processes that took longer than SLOW_CALL_S.
 """
 
 import contextlib
@@ -16,11 +17,13 @@ from typing import Any
 import pytest
 
 from reports.load import SCHEMA
+from suite.processes.call import Call
 from suite.session import environment
 
 TRIED = pytest.StashKey[dict[str, int]]()  # what a test has tried and how often
 PACES = pytest.StashKey[dict[str, dict[str, Any]]]()  # by stage: the host's pace, once an engine has measured it
 TOLERANCES = pytest.StashKey[dict[str, str]]()  # by engine: how far cold ones answer apart, where they do
+SLOW_CALL_S = 1.0
 RUN, JUNIT, PAGE, LOGS = "run.json", "junit.xml", "report.html", "logs"
 
 
@@ -36,6 +39,7 @@ class Record:
     config: pytest.Config
     conformance: list[dict[str, Any]] = field(default_factory=list)
     timeline: list[dict[str, Any]] = field(default_factory=list)
+    slow_calls: list[dict[str, Any]] = field(default_factory=list)
     stale_waivers: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
@@ -67,6 +71,15 @@ class Record:
             with self._lock:
                 self.timeline.append(entry)
 
+    def answered(self, call: Call) -> None:
+        """Put down a call that took long, its time in the queue included; from any thread."""
+        if (elapsed_s := call.elapsed_s()) < SLOW_CALL_S:
+            return
+        began_s = round(call.started_at - self.started_s, 3)
+        entry = {"call": call.what, "process": call.process.name, "began_s": began_s, "elapsed_s": round(elapsed_s, 3)}
+        with self._lock:
+            self.slow_calls.append(entry)
+
     def document(self) -> dict[str, Any]:
         """The content of run.json as of now."""
         session = self.config._benchmarksession
@@ -89,6 +102,7 @@ class Record:
             measured["params"] = {name: getattr(value, "name", value) for name, value in params.items()}
         with self._lock:
             ours = {"conformance": list(self.conformance), "timeline": list(self.timeline)}
+            ours |= {"slow_calls": list(self.slow_calls)} if self.slow_calls else {}
         ours |= {"stale_waivers": self.stale_waivers} if self.stale_waivers else {}
         paces = self.config.stash.get(PACES, {})
         gathered = self._fixed["environment"] | ({"pace": paces} if paces else {})

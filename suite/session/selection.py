@@ -210,6 +210,10 @@ def _models(definition: pytest.Item) -> Models:
     wanted = (requirement and requirement.kwargs.get("models")) or (by_kind and by_kind.kwargs)
     if not wanted:
         raise pytest.UsageError(f"{definition.nodeid} takes a model and names none: requirement(..., models=[...])")
+    _expect_known(f"{definition.nodeid}: models=", _of_kind(wanted, None), models.MODELS)
+    if isinstance(wanted, Mapping):
+        known = [*KINDS, *(stage.name for stage in stages.STAGES)]
+        _expect_known(f"{definition.nodeid}: models= for stages", [*wanted], known)
     return wanted
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from suite.processes.call import Call
 from suite.processes.launcher import Launcher
 from suite.session.record import Record
 from suite.session.selection import Selection
@@ -48,6 +49,11 @@ class State:
             with _speaking:
                 terminal.write_line(f"{time.monotonic() - _started_s:7.1f} s  {text}")
                 terminal.flush()
+
+    def answered(self, call: Call) -> None:
+        """Put down in run.json a call of a process that took long."""
+        if self.record:
+            self.record.answered(call)
 
     def timeline(self, what: str, name: str) -> AbstractContextManager[None]:
         """Put down in run.json how long the block takes: "starting", "moving" or "judging", and what."""

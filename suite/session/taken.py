@@ -78,6 +78,7 @@ def _message(config: pytest.Config, given: str, option: str, takers: list[str]) 
     by_path = config.args_source == pytest.Config.ArgsSource.ARGS
     tries = [f"leave out {narrowed}"] if narrowed and takers else []
     tries += ["name no path of tests"] if by_path and not takers else []
+    tries += ["put it into models= above a test"] if option == "model" and not takers else []
     return (
         f"{given}: expected a test that takes this {option}, found none{narrowed and f' with {narrowed}'}. {by}."
         f" Try: {' or '.join([*tries, f'choose another {option}'])}."

@@ -35,7 +35,9 @@ class BroadcastTrainer(TrainerHalf):
 
     def invite(self, address: str, port: int, world_size: int) -> None:
         """Serve the group."""
-        self._sender = load(self.subject.sender or EXAMPLES_SENDER)(address, port, world_size, self.trainer.device)
+        self._sender = load(self.subject.sender or EXAMPLES_SENDER, "a sender")(
+            address, port, world_size, self.trainer.device
+        )
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Broadcast every tensor: what has been received may be changed."""

@@ -54,7 +54,7 @@ class HandlesTrainer(TrainerHalf):
 
     def invite(self, address: str, port: int, world_size: int) -> None:
         """Make the sender: there is nobody to meet."""
-        self._sender = load(self.subject.sender or EXAMPLES_SENDER)(self.trainer.device)
+        self._sender = load(self.subject.sender or EXAMPLES_SENDER, "a sender")(self.trainer.device)
 
     def gather(self, tensors: Tensors) -> None:
         """All at once: a sender's handles() takes them together."""

@@ -117,7 +117,10 @@ class TrainerHalf:
 
     def mislabelled(self, announcement: dict[str, Any], label: str) -> dict[str, Any]:
         """The same announcement for a device that it is not for; for none where `label` is empty. A test's fault."""
-        raise NotImplementedError(f"{self.subject.name} announces nothing that is labelled with a device")
+        raise NotImplementedError(
+            f"{self.subject.name} announces nothing that is labelled with a device; override mislabelled(), or say in"
+            " the subject's lacks={'devices.wrong_handle': reason} that it has no labels"
+        )
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Send all tensors and return the bytes sent; `acknowledged()` waits until all engines have ended the update.
@@ -227,13 +230,13 @@ def from_plain(plain: dict[str, str]) -> Subject:
     return load(plain["kind"])(plain["name"], plain["extension"], sender=plain["sender"])
 
 
-def load(extension: str) -> type:
-    """Import `pkg.module:Class`. Raises ValueError with the reason where that fails."""
+def load(named: str, what: str = "an extension") -> type:
+    """Import `pkg.module:Class`, of `what`. Raises ValueError with the reason where that fails."""
     try:
-        cls = target.load(extension)
+        cls = target.load(named)
     except Exception as error:  # an import may raise anything
         why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"expected an extension as pkg.module:Class, found {extension!r}: {why}") from error
+        raise ValueError(f"expected {what} as pkg.module:Class, found {named!r}: {why}") from error
     if not isinstance(cls, type):
-        raise ValueError(f"{extension} is a {type(cls).__name__}, not a class")
+        raise ValueError(f"{named} is a {type(cls).__name__}, not a class")
     return cls

@@ -30,13 +30,16 @@ def subject_from(extension: str) -> Subject:
     """The subject for a user's class, given as `pkg.module:Class`; its methods tell which kind of subject it is.
 
     An attribute `weight_sync_sender` names the class of its sender, where it has one of its own. Raises ValueError,
-    with what is missing, where it can't be imported or has the methods of no known kind.
+    with what is missing, where one of both can't be imported, or the class has the methods of no known kind.
     """
     cls = load(extension)
+    sender = getattr(cls, "weight_sync_sender", "")
+    if sender:
+        load(sender, f"the sender that {cls.__name__}.weight_sync_sender names")
     for kind in KINDS:
         if all(callable(getattr(cls, method, None)) for method in kind.methods):
             expect_known_forms(cls)
-            return kind(cls.__name__, extension, kind.lacking(cls), sender=getattr(cls, "weight_sync_sender", ""))
+            return kind(cls.__name__, extension, kind.lacking(cls), sender=sender)
     wanted = "; or ".join(f"{kind.__name__.lower()}: {', '.join(kind.methods)}" for kind in KINDS)
     raise ValueError(f"{extension} has the methods of no known kind of subject; expected {wanted}")
 
