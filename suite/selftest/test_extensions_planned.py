@@ -1,6 +1,7 @@
 """Planned updates go straight to where the plan says, and whatever does not fit them touches nothing."""
 
 import contextlib
+import functools
 import math
 import queue
 from collections.abc import Callable
@@ -30,23 +31,29 @@ MANIFEST = manifest_of(NEW.items())
 
 
 class Wire:
-    """A group of two ranks in one process: what a rank broadcasts waits for the other."""
+    """A rank of a group in one process: what a rank broadcasts waits for each of the others."""
 
-    def __init__(self, rank: int = 1, sent: dict[int, queue.Queue] | None = None) -> None:
-        self.rank, self.world_size, self.device = rank, 2, CPU
-        self.sent = sent or {0: queue.Queue(), 1: queue.Queue()}
+    def __init__(self, rank: int, sent: dict[tuple[int, int], queue.Queue]) -> None:
+        self.rank, self.sent, self.device = rank, sent, CPU
+        self.world_size = math.isqrt(len(sent))
         self.into: list[torch.Tensor] = []
         self.groups, self.breaks_after, self.aborted = 0, math.inf, ""
+
+    @staticmethod
+    def ranks(count: int) -> list["Wire"]:
+        sent = {(src, rank): queue.Queue() for src in range(count) for rank in range(count)}
+        return [Wire(rank, sent) for rank in range(count)]
 
     def broadcast_all(self, tensors: list[torch.Tensor], src: int) -> None:
         self.groups += 1
         if self.groups > self.breaks_after:
             raise GroupError("rank 0 is gone")
         if src == self.rank:
-            self.sent[src].put([flat_bytes(tensor).clone() for tensor in tensors])
+            for rank in range(self.world_size):
+                self.sent[src, rank].put([flat_bytes(tensor).clone() for tensor in tensors])
             return
         self.into += tensors
-        for mine, theirs in zip(tensors, self.sent[src].get(timeout=WAIT_S), strict=True):
+        for mine, theirs in zip(tensors, self.sent[src, self.rank].get(timeout=WAIT_S), strict=True):
             flat_bytes(mine).copy_(theirs)
 
     def wait(self) -> None: ...
@@ -63,9 +70,9 @@ class Worker(PlannedColocateWorkerExtension, PlannedWorkerExtension):
     def __init__(self) -> None:
         self.model = Live()
         self.model_runner = SimpleNamespace(get_model=lambda: self.model)
-        self.wire = self._weight_sync_group = Wire()
         self.sender = object.__new__(PlannedSender)
-        self.sender._group = Wire(0, self.wire.sent)
+        self.sender._group, self.wire = Wire.ranks(2)
+        self._weight_sync_group = self.wire
 
     def receive(self, call: Callable[[], int], tensors: dict, manifest: list | None = MANIFEST) -> int:
         """What the worker's call returns while the sender sends, and what the sender does: bytes, or its error."""
@@ -153,6 +160,28 @@ def test_another_update_than_was_planned_touches_nothing_and_both_sides_say_so(w
     expect_loaded(worker.model, NEW)
 
 
+@pytest.mark.parametrize("refusing", [1, 2])
+def test_where_one_worker_refuses_no_rank_touches_anything(worker: Worker, refusing: int):
+    workers = [worker, Worker()]
+    sender, worker._weight_sync_group, workers[1]._weight_sync_group = Wire.ranks(3)
+    worker.sender._group = sender
+    digests = [one.plan_update(MANIFEST) for one in workers]
+
+    def moved(digests: list[str]) -> list[futures.Future]:
+        calls = [in_a_thread(lambda: worker.sender.send(NEW.items(), MANIFEST))]
+        for one, digest in zip(workers, digests, strict=True):
+            calls.append(in_a_thread(functools.partial(one.receive_update, digest)))
+        futures.wait(calls, WAIT_S)
+        return calls
+
+    refused = moved(["abcdef" if rank == refusing else digests[0] for rank in (1, 2)])
+    errors = [str(call.exception(0)) for call in refused]
+    assert "expected the plan abcdef" in errors.pop(refusing)
+    assert all(f"rank {refusing} refuses the update" in error for error in errors)
+    assert all(map(untouched, workers))
+    assert [call.result(0) for call in moved(digests)][1:] == [len(NEW)] * 2
+
+
 @pytest.mark.parametrize("another", [False, True])
 def test_an_update_that_was_not_planned_touches_nothing(worker: Worker, another: bool):
     if another:
@@ -188,7 +217,7 @@ def test_a_broadcast_that_breaks_off_leaves_an_inconsistent_model(worker: Worker
         worker.update(digest, NEW)
     assert worker.update_state() == "inconsistent"
     worker.wire.breaks_after = math.inf
-    worker.wire.sent[0].get(timeout=WAIT_S)  # what did not arrive
+    worker.wire.sent[0, 1].get(timeout=WAIT_S)  # what did not arrive
     worker.update(digest, NEW)
     assert worker.update_state() == "ready"
     expect_loaded(worker.model, NEW)
