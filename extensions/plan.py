@@ -41,6 +41,8 @@ from extensions.manifest import SHOWN, Announced, Layout, Manifest, parse
 from extensions.model.headers import checkpoint_layouts
 from extensions.model.regions import Memory, Region, elements_filled
 from extensions.model.twin import (
+    REPLACES,
+    SPOILS,
     Fill,
     LoadFailed,
     TwinFailed,
@@ -126,6 +128,15 @@ class Plan:
     def converted(self) -> list[str]:
         """The announced tensors that `load_weights` itself has to load, in their order."""
         return [name for name in self.announced if name in self.by_name and name not in self.copied]
+
+    @cached_property
+    def spoilt(self) -> set[str]:
+        """The announced tensors that `load_weights` writes into, or leaves in the model: it has to get copies of them.
+
+        GPT-OSS fills a bias with zeros on each rank but the first, whosever memory it is (vLLM 0.32).
+        """
+        steps = {name: [step for fill in fills for step in fill.conversion] for name, fills in self._by_name.items()}
+        return {name for name, said in steps.items() if any(s == REPLACES or s.endswith(SPOILS) for s in said)}
 
     @cached_property
     def layers(self) -> dict[str, set[str]]:

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reports import export, issue, text, trend
+from reports import export, issue, repeated, text, trend
 from reports.compare import CAUSES, DEFAULT_CAUSES, compare, same_hardware
-from reports.load import Run, UnusableInput, labelled, only, read, read_all
+from reports.load import Run, UnusableInput, document_of, labelled, only, parse, read, read_all
 from reports.results import BASELINES, results_markdown
 from reports.statistics import THRESHOLD
 
@@ -56,8 +56,7 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(f"--{item}", action="append", default=[], help=f"only this {item}; repeatable")
         return added
 
-    added = command("show", _show, None, help="one run: requirements, throughput")
-    added.add_argument("file", type=Path, metavar="FILE")
+    added = command("show", _show, "+", help="runs: requirements, throughput; or counts of repeated cases")
     added.add_argument("--html", type=Path, metavar="FILE", help="write the page")
     _compare_options(command("compare", _compare, None, help="run B against run A"))
     added = command("trend", _trend, "+", help="several runs in the order of their versions")
@@ -127,13 +126,26 @@ def _chosen(runs: list[Run], options: argparse.Namespace) -> list[Run]:
 
 
 def _show(options: argparse.Namespace) -> int:
-    [run] = _chosen([read(options.file)], options)
+    if options.html and len(options.files) > 1:
+        raise UnusableInput(str(options.files[1]), "", "expected one file beside --html, found another")
+    shown = [_shown(file, options) for file in options.files]
+    heads = [f"{file}\n\n" if len(shown) > 1 else "" for file in options.files]
+    print("\n\n\n".join(head + said for head, said in zip(heads, shown, strict=True)))
+    return 0
+
+
+def _shown(file: Path, options: argparse.Namespace) -> str:
+    document = document_of(file)
+    if repeated.is_repeated(document):
+        if options.html or options.subject or options.stage or options.model:
+            raise UnusableInput(str(file), "", "expected a run for this option, found counts of repeated cases")
+        return repeated.repeated_text(repeated.parse(document, str(file)))
+    [run] = _chosen([parse(document, str(file))], options)
     if options.html:
         from reports import page
 
         _write(options.html, page.run_page(run))
-    print(text.run_text(run))
-    return 0
+    return text.run_text(run)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from reports.environment import differences
 from reports.load import Run, Timing, UnusableInput
 from reports.matrix import FOUND_WANTING, Cell, cells
 from reports.pace import Against
+from reports.pause import MEANING
 from reports.statistics import Ratio
 
 # What --fail-on may name. "failing" includes "failing-must".
@@ -150,7 +151,13 @@ class Comparison:
 
     @property
     def drift(self) -> list[tuple[str, Ratio]]:
-        return [(change.label, change.roofline) for change in self.timings if change.roofline]
+        timed = [change for change in self.timings if change.roofline and not change.after.pauses]
+        return [(change.label, change.roofline) for change in timed]
+
+    @property
+    def pause_meaning(self) -> str:
+        """What a pause is, where one is among the timings."""
+        return f"{MEANING}." if any((c.after or c.before).pauses for c in self.timings) else ""
 
     @property
     def pace_unknown(self) -> str:
@@ -176,7 +183,9 @@ def compare(a: Run, b: Run, threshold: float = statistics.THRESHOLD, across_mach
     if not across_machines:
         same_hardware([a, b])
     judged_a, judged_b = (cells(run.outcomes, "requirement", "subject", "stage", "model") for run in (a, b))
-    timed_a, timed_b = ({timing.key: timing for timing in run.timings} for run in (a, b))
+    timed_a, timed_b = ({timing.key: timing for timing in run.figures} for run in (a, b))
+    if not any(timing.pauses for timing in timed_a.values()):  # an older run: there is nothing to compare with
+        timed_b = {key: timing for key, timing in timed_b.items() if not timing.pauses}
     if not (judged_a.keys() & judged_b.keys() or timed_a.keys() & timed_b.keys()):
         raise UnusableInput(b.source, "", f"expected results that {a.source} has too, found none in common")
     return Comparison(

@@ -18,12 +18,13 @@ TIMING = ("group", "subject", "stage", "model", "name", "bytes_sent", "tensors",
           "roofline_kind", "roofline_gb_per_s", "fraction_of_roofline", "engine_peak_extra_bytes",
           "trainer_peak_extra_bytes")  # fmt: skip
 INTERVAL = ("samples", "low_s", "high_s")
+PAUSE = ("pause_s", "over_s", "token_s")
 
 
 def run_csv(run: Run) -> str:
     """One line for each judged case and each benchmark, told apart by the column `kind`."""
     stream = io.StringIO()
-    names = ["kind", *in_order([*CASE, *TIMING, *INTERVAL])]
+    names = ["kind", *in_order([*CASE, *TIMING, *INTERVAL, *PAUSE])]
     writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
     for outcome in run.outcomes:
@@ -31,7 +32,8 @@ def run_csv(run: Run) -> str:
     for timing in run.timings:
         low, high = statistics.median_interval(timing.samples_s) if timing.samples_s else ("", "")
         counted = {"samples": len(timing.samples_s), "low_s": low, "high_s": high}
-        row = {name: getattr(timing, name) for name in TIMING} | counted
+        paused = dict(zip(PAUSE, timing.pause.medians_s, strict=True)) if timing.pause else {}
+        row = {name: getattr(timing, name) for name in TIMING} | counted | paused
         writer.writerow({"kind": "benchmark", "verdict": timing.failed, **row})
     return stream.getvalue()
 
@@ -47,8 +49,7 @@ def run_markdown(run: Run) -> str:
         ]
         parts.append(markdown_table(("requirement", "level", "subject", "stage", "model", "verdict", "detail"), listed))
     if run.timings:
-        listed = [rows.throughput_row(timing) for timing in run.timings]
-        parts.append(markdown_table(rows.THROUGHPUT_HEAD, listed, rows.THROUGHPUT_RIGHT))
+        parts.append(markdown_table(*rows.throughput_table(run.timings), rows.THROUGHPUT_RIGHT))
     parts += [markdown(note) for note in run.notes]
     return "\n\n".join(parts) + "\n"
 

@@ -15,8 +15,9 @@ from reports import message
 from reports.environment import Environment, environment
 from reports.node import Node, UnusableInput, refuse_non_finite
 from reports.pace import Pace
+from reports.pause import Pause, pause
 
-__all__ = ["Outcome", "Run", "Timing", "UnusableInput", "labelled", "only", "parse", "read", "read_all"]
+__all__ = ["Outcome", "Run", "Timing", "UnusableInput", "document_of", "labelled", "only", "parse", "read", "read_all"]
 
 SCHEMA = 1
 RUN = "run.json"
@@ -90,7 +91,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Timing:
-    """One benchmark. Without raw samples (pytest-benchmark keeps them only when asked) `samples_s` is empty."""
+    """One benchmark. Without raw samples (pytest-benchmark keeps them only when asked) `samples_s` is empty.
+
+    pauses: whether its times are those for which an engine could not generate, see `figures`.
+    """
 
     group: str
     subject: str
@@ -113,6 +117,17 @@ class Timing:
     failed: str = ""
     distinct: str = ""
     pace: Pace | None = None
+    pause: Pause | None = None
+    pauses: bool = False
+
+    @property
+    def figures(self) -> tuple[Timing, ...]:
+        """What is compared of it: itself and, where it was measured, its pause as a benchmark of its own."""
+        if self.pause is None:
+            return (self,)
+        taken = {"samples_s": self.pause.samples_s, "median_s": statistics.median(self.pause.samples_s), "steps_s": ()}
+        named = {"distinct": f"{self.distinct} pause".strip(), "bytes_sent": None, "pause": None, "pauses": True}
+        return (self, replace(self, **taken, **named))
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
@@ -147,14 +162,15 @@ class Run:
     timeline: tuple[tuple[str, float, float], ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def figures(self) -> tuple[Timing, ...]:
+        """The timings, each followed by its pause where that was measured."""
+        return tuple(figure for timing in self.timings for figure in timing.figures)
+
 
 def read(path: str | Path) -> Run:
     """Read one file. Raises UnusableInput naming the file, the place and what was expected there."""
-    file = str(path)
-    try:
-        return parse(_document(file), file)
-    except RecursionError:
-        raise UnusableInput(file, "", "expected pytest-benchmark's JSON, found objects nested without end") from None
+    return parse(document_of(path), str(path))
 
 
 def read_all(paths: Iterable[str | Path]) -> list[Run]:
@@ -181,7 +197,10 @@ def only(run: Run, subjects: list[str], stages: list[str], models: list[str]) ->
 
 def parse(document: Any, file: str) -> Run:
     """Turn a document in memory into a Run. Raises UnusableInput as `read` does."""
-    refuse_non_finite(document, file)
+    try:
+        refuse_non_finite(document, file)
+    except RecursionError:
+        raise _nested(file) from None
     root = Node(document, file)
     root.of(dict, "an object, as pytest-benchmark writes")
     _check_schema(root)
@@ -203,7 +222,9 @@ def parse(document: Any, file: str) -> Run:
     )
 
 
-def _document(file: str) -> Any:
+def document_of(path: str | Path) -> Any:
+    """The JSON document in a file. Raises UnusableInput where there is none."""
+    file = str(path)
     text = _text(file)
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _members(pairs, file))
@@ -213,6 +234,12 @@ def _document(file: str) -> Any:
         raise UnusableInput(file, f"line {error.lineno} column {error.colno}", hint) from None
     except ValueError as error:
         raise UnusableInput(file, "", f"not JSON: {error}") from None
+    except RecursionError:
+        raise _nested(file) from None
+
+
+def _nested(file: str) -> UnusableInput:
+    return UnusableInput(file, "", "expected pytest-benchmark's JSON, found objects nested without end")
 
 
 def _text(file: str) -> str:
@@ -315,6 +342,7 @@ def _timing(node: Node, notes: list[str]) -> Timing:
         engine_peak_extra_bytes=extra["engine_peak_extra_bytes"].optional_number(),
         trainer_peak_extra_bytes=extra["trainer_peak_extra_bytes"].optional_number(),
         steps_s=steps_s,
+        pause=pause(extra),
     )
 
 

@@ -14,6 +14,7 @@ from reports.compare import DEFAULT_CAUSES, Change, Comparison, compare
 from reports.load import Run
 from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order, legend
 from reports.message import parts
+from reports.pause import LEGEND
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def run_page(run: Run) -> str:
     """The page of one run: verdict, requirements, throughput, time split, environment."""
     verdict, sentence = headline(run)
+    head, timings = rows.throughput_table(run.timings)
     return _render(
         "run.html",
         title=f"Weight sync into vLLM {run.environment.vllm}".strip(),
@@ -35,8 +37,9 @@ def run_page(run: Run) -> str:
         pace=rows.pace_lines(run),
         throughput=_plots(plots.throughput(run), "throughput", "GB/s against model size, with the roofline"),
         steps=_plots(plots.steps(run), "steps", "Time of an update split by step"),
-        timings=[rows.throughput_row(timing) for timing in run.timings],
-        head=rows.THROUGHPUT_HEAD,
+        head=head,
+        timings=timings,
+        paused=LEGEND if any(timing.pause for timing in run.timings) else "",
         timeline=rows.time_spent(run),
     )
 
@@ -56,6 +59,7 @@ def compare_page(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES) ->
         timings=[(change, rows.timing_row(change)) for change in found.timings],
         drift=rows.roofline_drift(found),
         pace_drift=rows.pace_drift(found),
+        paused=found.pause_meaning,
         trend=_plots(plots.trend([found.a, found.b]), "trend", "Seconds of both runs"),
     )
 
@@ -90,7 +94,7 @@ def trend_page(runs: Sequence[Run], threshold: float) -> str:
         found=[cells(run.outcomes, "requirement") for run in runs],
         requirements=in_order(outcome.requirement for run in runs for outcome in run.outcomes),
         trend=_plots(plots.trend(runs), "trend", "Seconds over versions, with intervals"),
-        legend_of_times=trend.LEGEND,
+        legend_of_times=trend.legend(runs),
         timings=trend.seconds_rows(runs, threshold, intervals=True),
         paces=trend.pace_rows(runs, threshold),
     )

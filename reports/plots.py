@@ -137,7 +137,7 @@ def trend_picture(runs: Sequence[Run]) -> Figure | None:
 
 
 def _trend_panels(runs: Sequence[Run]) -> list[Callable[[Axes], None]]:
-    places = dict.fromkeys((t.group, t.subject, t.stage) for run in runs for t in run.timings)
+    places = dict.fromkeys((t.group, t.subject, t.stage) for run in runs for t in run.figures)
     return [_trend_panel(runs, place) for place in places]
 
 
@@ -182,7 +182,7 @@ def _steps_panel(axes: Axes, timed: list[Timing], names: list[str], title: str) 
 
 
 def _trend_panel(runs: Sequence[Run], place: tuple[str, str, str]) -> Callable[[Axes], None]:
-    chosen = [{t.key: t for t in run.timings if (t.group, t.subject, t.stage) == place} for run in runs]
+    chosen = [{t.key: t for t in run.figures if (t.group, t.subject, t.stage) == place} for run in runs]
     keys = list(dict.fromkeys(key for timings in chosen for key in timings))
 
     def draw(axes: Axes) -> None:

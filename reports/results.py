@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from reports import trend
 from reports.compare import same_hardware
-from reports.load import Run, UnusableInput, read_all
+from reports.load import Run, UnusableInput, document_of, read_all
 from reports.matrix import SYMBOL, cells
-from reports.node import Node
+from reports.repeated import parse
 from reports.table import markdown, markdown_table
 from reports.units import counted, seconds
 
@@ -33,6 +32,8 @@ How to read it:
 * *GB/s* are the bytes that were sent, divided by that time. GB are 1e9 bytes.
 * The percentage is the share of roofline. The roofline is what the same hardware takes, in the same run, to move the
   same bytes once, by one broadcast or one copy.
+* A row that ends in *pause* has the time the engine could not generate: from the last token before an update to the
+  first after it, with requests in flight.
 * ▲ and ▼ compare a run with the one before it. They stand where the difference is significant and beyond 5 %.
   A ? stands where the hardware or the host became slower or faster too, so that the cause stays open.
 * *The host's pace* is what a call to all workers takes that does nothing, and one that carries the manifest of a model
@@ -93,15 +94,9 @@ def _not_met(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 def _repeated(files: Sequence[Path]) -> str:
     rows = []
     for file in files:
-        try:
-            node = Node(json.loads(file.read_text(encoding="utf-8")), str(file))
-        except ValueError as error:
-            raise UnusableInput(str(file), "", f"expected JSON in UTF-8: {error}") from None
-        counts = node["counts"]
-        said = ", ".join(f"{counts[name].number():.0f} {name}" for name in counts.of(dict, "counts by verdict"))
-        requirements = len(node["requirements"].of(dict, "counts by requirement"))
-        times = f"{node['times'].number():.0f} times"
-        rows.append((file.stem, times, counted(requirements, "requirement"), said, str(len(list(node["problems"])))))
+        found = parse(document_of(file), str(file))
+        requirements, problems = counted(len(found.requirements), "requirement"), str(len(found.problems))
+        rows.append((file.stem, f"{found.times} times", requirements, found.verdicts, problems))
     head = ("run", "every case", "of", "verdicts", "problems")
     return f"""\
 ## The references, judged many times in a row

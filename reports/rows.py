@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from reports import units
+from reports import pause, units
 from reports.causes import and_more, by_cause, together
 from reports.compare import DEFAULT_CAUSES, Change, Comparison, TimingChange
 from reports.load import Outcome, Run, Timing
@@ -19,8 +19,10 @@ HEADLINE = ("newly failing", "newly in error", "newly waived", "slower", "no lon
             "inconclusive", "not compared", "changed", "only in B", "still failing", "still failing (waived)",
             "newly passing", "faster")  # fmt: skip
 VERDICT_SYMBOL = {"slower": "▲", "faster": "▼", "same": "=", "inconclusive": "?"}
-THROUGHPUT_HEAD = ("subject", "stage", "model", "sent", "median", "n", "GB/s", "roof", "of it", "engine+", "trainer+")
-THROUGHPUT_RIGHT = range(3, 11)
+THROUGHPUT_HEAD = ("subject", "stage", "model", "sent", "median", "n", "GB/s", "roof", "of it", "engine+", "trainer+",
+                   "pause", "over", "token")  # fmt: skip
+THROUGHPUT_RIGHT = range(3, 14)
+PAUSE_COLUMNS = (0, 1, 2, 4, 11, 12, 13)  # of a table of its own, where all of them are too wide
 
 
 def time_spent(run: Run) -> str:
@@ -46,6 +48,12 @@ def pace_lines(run: Run) -> list[str]:
     return [f"The host's pace on {stage}: {found}." for stage, found in run.environment.paces]
 
 
+def throughput_table(timings: Sequence[Timing]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """THROUGHPUT_HEAD and its rows; without a pause's columns where none was measured."""
+    width = len(THROUGHPUT_HEAD) if any(timing.pause for timing in timings) else PAUSE_COLUMNS[4]
+    return THROUGHPUT_HEAD[:width], [throughput_row(timing)[:width] for timing in timings]
+
+
 def throughput_row(timing: Timing) -> tuple[str, ...]:
     """The cells of THROUGHPUT_HEAD."""
     named = (timing.subject or timing.distinct, timing.stage, timing.model)
@@ -61,6 +69,7 @@ def throughput_row(timing: Timing) -> tuple[str, ...]:
         units.percent(timing.fraction_of_roofline),
         units.size(timing.engine_peak_extra_bytes),
         units.size(timing.trainer_peak_extra_bytes),
+        *pause.cells(timing.pause),
     )
 
 

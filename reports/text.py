@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import zip_longest
 
 from reports import rows, units
@@ -10,6 +11,7 @@ from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChan
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, MEANING, SYMBOL, Cell, cells, headline, in_order, legend
 from reports.message import message_text
+from reports.pause import LEGEND
 from reports.table import text_table, wrapped
 
 
@@ -76,18 +78,27 @@ def _reasons(run: Run, width: int) -> list[str]:
 
 
 def _throughput(timings: tuple[Timing, ...], width: int) -> str:
+    kinds = in_order(timing.roofline_kind for timing in timings if timing.roofline_gb_per_s)
+    roof = f"roof: the hardware's own GB/s for the same bytes, same run ({', '.join(kinds)}). " if kinds else ""
+    peak = "+: peak memory beyond the weights. " if any(timing.engine_peak_extra_bytes for timing in timings) else ""
+    others = [column for column in range(len(rows.THROUGHPUT_HEAD)) if column not in rows.PAUSE_COLUMNS[4:]]
+    parts = ["Throughput", _throughput_table(timings, others, width), wrapped(roof + peak, width, "")]
+    paused = [timing for timing in timings if timing.pause]
+    if paused:
+        parts += [_throughput_table(paused, rows.PAUSE_COLUMNS, width), wrapped(LEGEND, width, "")]
+    return "\n\n".join(filter(None, parts)).rstrip()
+
+
+def _throughput_table(timings: Sequence[Timing], columns: Sequence[int], width: int) -> str:
+    """These columns of the table, but for those in which nothing stands."""
     listed, head = [rows.throughput_row(timing) for timing in timings], rows.THROUGHPUT_HEAD
-    used = [column for column in range(len(head)) if any(row[column] not in ("", "-") for row in listed)]
-    table = text_table(
+    used = [column for column in columns if any(row[column] not in ("", "-") for row in listed)]
+    return text_table(
         [head[column] for column in used],
         [[row[column] for column in used] for row in listed],
         width,
         [place for place, column in enumerate(used) if column in rows.THROUGHPUT_RIGHT],
     )
-    kinds = in_order(timing.roofline_kind for timing in timings if timing.roofline_gb_per_s)
-    roof = f"roof: the hardware's own GB/s for the same bytes, same run ({', '.join(kinds)}). " if kinds else ""
-    peak = "+: peak memory beyond the weights. " if any(timing.engine_peak_extra_bytes for timing in timings) else ""
-    return f"Throughput\n\n{table}\n\n{wrapped(roof + peak, width, '')}".rstrip()
 
 
 def compare_text(found: Comparison, causes: tuple[str, ...] = DEFAULT_CAUSES, width: int = 100) -> str:
@@ -133,6 +144,7 @@ def _timings(found: Comparison, width: int) -> str:
         listed = [_timing_line(change) for change in found.timings if _place(change) == place]
         table = text_table(head if place else ("verdict", "benchmark", *head[2:]), listed, width, (2, 3))
         parts.append(f"{wrapped(place, width, '')}\n{table}" if place else table)
+    parts.append(wrapped(found.pause_meaning, width, ""))
     whys = [f"{change.verdict}: {change.label}: {change.why}" for change in found.timings if change.why]
     parts.append("\n".join(wrapped(why, width, "  ") for why in whys))
     for title, drift in rows.drifts(found):

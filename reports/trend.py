@@ -9,6 +9,7 @@ from reports import statistics, units
 from reports.compare import TimingChange, compare_timing
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, SYMBOL, Cell, cells
+from reports.pause import MEANING
 from reports.rows import VERDICT_SYMBOL
 from reports.table import markdown_table, text_table, wrapped
 
@@ -41,11 +42,12 @@ def seconds_rows(
 ) -> list[tuple[str, ...]]:
     """One row a benchmark: seconds, GB/s and fraction of roofline in each run, marked where it became slower.
 
-    Benchmarks of one subject and stage stand together, small models first; a run may lack some of them.
+    A pause has a row of its own, after the row of its update. Benchmarks of one subject and stage stand together, small
+    models first; a run may lack some of them.
     """
     rows = []
-    for key in _ordered(timing for run in runs for timing in run.timings):
-        found = [next((timing for timing in run.timings if timing.key == key), None) for run in runs]
+    for key in _ordered(timing for run in runs for timing in run.figures):
+        found = [next((timing for timing in run.figures if timing.key == key), None) for run in runs]
         label = next(timing.label for timing in found if timing)
         befores = [None, *found]  # what is missing in one run is not compared over the gap
         rows.append(
@@ -80,7 +82,7 @@ def trend_text(runs: Sequence[Run], threshold: float = statistics.THRESHOLD, wid
     parts += [text_table(head, rows, width, range(1, len(head)))] if rows else []
     paces = pace_rows(runs, threshold)
     parts += [text_table((PACE, *labels), paces, width, range(1, len(head)))] if paces else []
-    return "\n\n".join([*parts, *([wrapped(LEGEND, width, "")] if rows or paces else [])])
+    return "\n\n".join([*parts, *([wrapped(legend(runs), width, "")] if rows or paces else [])])
 
 
 def markdown_tables(runs: Sequence[Run], threshold: float = statistics.THRESHOLD) -> str:
@@ -94,8 +96,14 @@ def markdown_tables(runs: Sequence[Run], threshold: float = statistics.THRESHOLD
         parts += [markdown_table(head, seconds_rows(runs, threshold), range(1, len(head)))]
         paces = pace_rows(runs, threshold)
         parts += [markdown_table((PACE, *labels), paces, range(1, len(head)))] if paces else []
-        parts.append(LEGEND)
+        parts.append(legend(runs))
     return "\n\n".join(parts)
+
+
+def legend(runs: Sequence[Run]) -> str:
+    """What the marks at times mean, and what a pause is where one is shown."""
+    paused = any(timing.pause for run in runs for timing in run.timings)
+    return f"{LEGEND} {MEANING}." if paused else LEGEND
 
 
 def _ordered(timings: Iterable[Timing]) -> list[tuple[str, ...]]:

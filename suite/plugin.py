@@ -110,9 +110,8 @@ def pytest_collection_modifyitems(
     order = {item.nodeid: index for index, item in enumerate(items)}
     yield
     if (chosen := state_of(config).selection) and not session.testsfailed:  # all files could be collected
-        left = any(map(examines, items))
         with _no_items_where_refused(items):
-            expect_taken(config, chosen, collected, left)
+            expect_taken(config, chosen, collected, [*items])
     items.sort(key=lambda item: (*place_of(item), order[item.nodeid]))
     ending.end_if_told()
 

@@ -159,9 +159,14 @@ class Load(ABC):
             for fill in (fill for name in tensors for fill in self._planned(name)):
                 self._restore(split(fill.into)[0])
             with unwrapped(self._model), Writes() as writes:
-                self._model.load_weights(iter(tensors.items()))
+                self._model.load_weights(self._kept_whole(tensors))
             self._require_writes(writes, tensors)
             self._written(tensors)
+
+    def _kept_whole(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, or copies where `load_weights` may write into them: their memory may be the trainer's."""
+        for name, tensor in tensors.items():
+            yield name, tensor.clone() if self._plan is None or name in self._plan.spoilt else tensor
 
     def _require_writes(self, writes: "Writes", tensors: dict[str, torch.Tensor]) -> None:
         """Raise LoadError where `load_weights` wrote fewer elements than it did when the plan was made."""

@@ -22,6 +22,7 @@ HEAD = "lm_head.weight"
 ONLINE_LOADER = "online_process_loader"  # how vLLM's layerwise reload calls the loaders that it puts around others
 LORA_WRAPPED = ".base_layer."  # where vLLM has put the layer that it wraps
 REPLACES = "replaces the tensor"  # the conversion of a loader that puts another tensor in the place of the parameter
+SPOILS = " of the tensor itself"  # ends a conversion that writes into the announced tensor
 # Operations that take a tensor's shape and not its values.
 SHAPE_ONLY = (
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
@@ -78,7 +79,7 @@ class Recorder(TorchDispatchMode):
             return into
         given = self._origin_of((args[1:], kwargs) if writes else (args, kwargs))
         if writes and (given is not None or self._is_known(into)):
-            self._derive(into, given or Origin(), name)
+            self._derive(into, given or Origin(), name + (SPOILS if memory_id(into) in self._sources else ""))
             return into  # a meta tensor has no values to carry over
         result = function(*args, **kwargs)
         if given is not None and name not in SHAPE_ONLY:

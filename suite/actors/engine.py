@@ -8,6 +8,7 @@ from typing import Any
 from suite.actors import answers
 from suite.actors.cuda import cuda_is_initialised
 from suite.actors.dialogue import EngineSide
+from suite.actors.in_flight import InFlight
 from suite.actors.link import Link, Listener
 from suite.actors.probe import EXTENSION, PROBED
 from suite.actors.watch import Watch, WorkerDied
@@ -66,7 +67,6 @@ class Engine:
             model=model,
             tensor_parallel_size=tensor_parallel_size,
             worker_extension_cls=PROBED,
-            skip_tokenizer_init=True,
             **self._subject.engine_arguments(),
             **options,
         )
@@ -187,13 +187,32 @@ class Engine:
         """Take the memory back."""
         self._llm.wake_up()
 
-    def pause(self, prompt: list[int], *args: Any) -> dict:
-        """As `update`, between two generated tokens; `pause_s` is from the end of the one to the end of the other."""
-        self.generate([prompt], 1)
-        before = time.monotonic()
-        half = self.update(*args)
-        self.generate([prompt], 1)
-        return half | {"pause_s": time.monotonic() - before}
+    def pause(self, prompts: list[list[int]], max_tokens: int, tokens: int) -> None:
+        """Start requests, and pause generation once each has given this many tokens; `update_paused` goes on."""
+        self._in_flight = InFlight(self._llm)
+        try:
+            with self._watch.waiting():
+                self._in_flight.start(prompts, greedy(max_tokens), tokens)
+                self._in_flight.pause()
+        except Exception as error:
+            self._end_requests(error)
+            raise
+
+    def update_paused(self, *args: Any) -> dict:
+        """As `update`, after `pause`: generation goes on right after it, and the requests are ended.
+
+        Adds "pause_s" and "token_s", see `InFlight.go_on`.
+        """
+        try:
+            half = self.update(*args)
+            with self._watch.waiting():
+                half |= self._in_flight.go_on(half["started_s"], half["ended_s"])
+        except Exception as error:
+            self._end_requests(error)
+            raise
+        with self._watch.waiting():
+            self._in_flight.end()
+        return half
 
     def update(self, deadline_s: float, reset_cache: bool = True, bracket: bool = True) -> dict:
         """The engine's half of one update. Returns when it started and ended (monotonic clock), its steps' seconds, and
@@ -290,6 +309,13 @@ class Engine:
                 f" {expected}, found {found!r:.300}"
             )
         self._doubtful = False
+
+    def _end_requests(self, cause: Exception) -> None:
+        try:
+            with self._watch.waiting():
+                self._in_flight.end()
+        except Exception as error:
+            cause.add_note(f"nor could the requests be ended: {type(error).__name__}: {error}")
 
     def _abort(self, cause: Exception) -> None:
         try:

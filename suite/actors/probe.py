@@ -102,6 +102,18 @@ class Probe:
         counts = {"elements": elements, "weights": len(shapes), "differing": len(weights), "others": len(others)}
         return {"rank": self.rank, **counts, "first": [*weights, *others][:SHOWN], "shapes": shapes}
 
+    def probe_alike(self, path: str, other: str) -> dict:
+        """Which weights equal, bit by bit, those that a cold engine wrote at `path`.
+
+        Only those are looked at, and counted as "weights", in which `path` and `other`, of another checkpoint, differ.
+        """
+        with of_the_suite("read what another engine computes with"):
+            expected = recording.telling(recording.read_weights(path, self.rank), other, self.rank)
+        looked_at = {name: weight for name, weight in self._probe_weights() if name in expected}
+        differing = {said.partition(": ")[0] for said in recording.differing_weights(looked_at.items(), expected)}
+        same = [name for name in expected if name not in differing]
+        return {"rank": self.rank, "weights": len(expected), "same": len(same), "first": same[:SHOWN]}
+
     def probe_zero(self) -> dict:
         """How many effective elements there are, and which weights have some that aren't zero."""
         elements, nonzero = 0, []

@@ -228,6 +228,16 @@ def differing_beside(found: Beside, expected: Beside, unsteady: Tensors) -> list
     return sentences
 
 
+def telling(weights: Tensors, other: str, rank: int) -> Tensors:
+    """Those of a cold engine's weights that differ from what a cold engine of another checkpoint wrote at `other`.
+
+    What both have in common depends on neither checkpoint: a rank of GPT-OSS has zeros for a bias that another adds.
+    """
+    differing = differing_weights(weights.items(), read_weights(other, rank))
+    names = {said.partition(": ")[0] for said in differing}
+    return {name: weight for name, weight in weights.items() if name in names}
+
+
 def agreed(paths: Sequence[str], unsteady_at: str, rank: int) -> tuple[Beside, Tensors]:
     """What the engines that wrote at `paths` agree on, and masks of what is to be left out.
 

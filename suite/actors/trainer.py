@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from datetime import timedelta
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from suite.actors.sending import Sending
 
 GROUP_TIMEOUT = timedelta(seconds=120)
 BATCH = (8, 64)  # sequences and tokens of one training step on one rank
+KEPT_MODELS = 2  # tests go back and forth between two checkpoints, and loading one takes longer than most updates
 
 
 class LoadError(RuntimeError):
@@ -49,6 +51,7 @@ class Trainer:
             torch.cuda.set_device(self.device)
         self._mesh = self._join(master_address, master_port) if world_size > 1 else None
         self._sending, self._roofline = Sending(self), Roofline(self.device)
+        self._kept: dict[tuple[str, str, int], tuple[models.ModelSpec, torch.nn.Module]] = {}  # as they were loaded
         self._forget()
 
     def warm_up(self) -> None:
@@ -73,6 +76,7 @@ class Trainer:
     def forget(self) -> None:
         """Let go of the weights, of what trains them, and of what updates and rooflines still hold."""
         self._roofline.forget()
+        self._kept.clear()
         self._forget()
 
     def close(self) -> None:
@@ -106,22 +110,36 @@ class Trainer:
     def load(self, path: str, dtype: str = "bfloat16") -> dict[str, int]:
         """Load a checkpoint directory as transformers does, in place of what was held; its sizes.
 
-        Raises LoadError where the checkpoint lacks tensors of the model or has others.
+        The last checkpoints stay loaded, each in memory of its own, until their weights are changed here. Raises
+        LoadError where the checkpoint lacks tensors of the model or has others.
         """
+        key = (path, dtype, (Path(path) / "model.safetensors").stat().st_mtime_ns)
+        kept = self._kept.pop(key, None)
+        self._forget()
+        while len(self._kept) >= KEPT_MODELS:
+            del self._kept[next(iter(self._kept))]
+        self._kept[key] = kept or (models.read_spec(path), self._loaded(path, dtype))
+        self._spec, self._model = self._kept[key]
+        return self._sizes()
+
+    def _loaded(self, path: str, dtype: str) -> torch.nn.Module:
         from transformers import AutoModelForCausalLM, logging
 
-        self._forget()
         logging.disable_progress_bar()
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
         )
         if any(info.values()):
             raise LoadError(f"{path} does not hold exactly the tensors of the model: {info}")
-        self._spec, self._model = models.read_spec(path), self._placed(model.eval())
-        return self._sizes()
+        return self._placed(model.eval())
+
+    def _changes(self) -> None:
+        """The weights that are held are about to be changed: they are no checkpoint's any more."""
+        self._kept = {key: kept for key, kept in self._kept.items() if kept[1] is not self._model}
 
     def load_random(self, path: str, dtype: str, seed: int | None) -> dict[str, int]:
         """Hold tensors, as `fill(seed)` does, of the names and shapes in `path`'s config.json, without a model."""
+        self._kept.clear()
         self._forget()
         self._spec = models.read_spec(path)
         self._tensors = {
@@ -134,6 +152,7 @@ class Trainer:
     @torch.no_grad()
     def fill(self, seed: int | None) -> None:
         """Give every weight the value that models.write_checkpoint would write for this seed; None: zero."""
+        self._changes()
         self._optimizer = None
         for parameter, tensor in self._parameters().items():
             local = _local(tensor)
@@ -151,6 +170,7 @@ class Trainer:
     @torch.no_grad()
     def negate(self) -> None:
         """Give every weight the opposite sign, at the speed of memory."""
+        self._changes()
         self._optimizer = None
         for tensor in self._parameters().values():
             _local(tensor).neg_()
@@ -161,6 +181,7 @@ class Trainer:
         Returns this rank's loss before each step, and how many elements of the whole model differ at the end from
         what they were (a second copy of this rank's weights is held meanwhile).
         """
+        self._changes()
         before = [_local(tensor).detach().clone() for tensor in self._parameters().values()]
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(self._trained().parameters())

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from suite.architectures import processors
 from suite.architectures.configs import CONFIGS, LAYOUTS
 from suite.models.own import Layout, layout_of
 from suite.models.values import values
@@ -27,6 +28,8 @@ def write(name: str, seed: int, path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     said = {"architectures": [layout.architecture], "torch_dtype": "bfloat16", **config}
     (path / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+    if "vision_config" in config:
+        processors.write(config, path)
     save_file(tensors_of(layout, seed), path / "model.safetensors", metadata={"format": "pt"})
     return path
 

@@ -30,6 +30,7 @@ KINDS = {
     "GPT-NeoX": "q, k and v of every head in turn",
     "LFM2": "convolutions between attention layers",
     "Mamba2": "state spaces, without attention",
+    "Qwen3-VL": "a vision tower, whose weights are judged, beside a language model, which is asked",
 }
 EXACT, REFUSED, WRONG, NOT_RUN = "exact", "refused", "wrong", "not run"
 OUTCOMES = (EXACT, REFUSED, WRONG, NOT_RUN)

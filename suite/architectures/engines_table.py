@@ -17,9 +17,8 @@ CPU. The suite judges `update.exact` and `update.behaviour` with both reference 
 an update and after the update back, all that an engine computes with, and what it answers, equal those of an engine
 that loaded the same checkpoint, bit by bit. The second checkpoint differs in every element.
 
-Two are left out. Qwen3-VL: vLLM starts no engine of a vision-language model without a tokenizer, and these checkpoints
-have no tokenizer. Nemotron-H: with prefix caching, vLLM raises an IndexError on CPUs at prompts longer than one chunk
-of its state spaces (vllm#54504).
+Nemotron-H is left out: with prefix caching, vLLM raises an IndexError on CPUs at prompts longer than one chunk of its
+state spaces (vllm#54504).
 
 | outcome | meaning |
 | --- | --- |

@@ -36,11 +36,12 @@ def run(names: list[str], jobs: int, logs: Path) -> Iterator[tuple[Task, dict[st
     logs.mkdir(parents=True, exist_ok=True)
     waiting = [(name, judge) for name in names for judge in JUDGES]
     running: dict[Connection, tuple[Task, multiprocessing.Process, list[Any]]] = {}
+    scratch = Path(tempfile.mkdtemp(prefix="ws-architectures-"))  # a killed process can't remove what it has written
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 task = waiting.pop(0)
-                receiving, process = _start(task, logs)
+                receiving, process = _start(task, logs, scratch / "-".join(task))
                 running[receiving] = (task, process, [])
             for receiving in wait(list(running), timeout=DEADLINE_S + ENDING_S):
                 task, process, said = running[receiving]
@@ -49,10 +50,13 @@ def run(names: list[str], jobs: int, logs: Path) -> Iterator[tuple[Task, dict[st
                 except EOFError:
                     del running[receiving]
                     process.join(ENDING_S)
+                    shutil.rmtree(scratch / "-".join(task), ignore_errors=True)
                     yield task, _found(said, process)
     finally:
         for _, process, _ in running.values():
             process.kill()
+            process.join(ENDING_S)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _import_vllm() -> None:
@@ -63,10 +67,11 @@ def _import_vllm() -> None:
         importlib.import_module(name)
 
 
-def _start(task: Task, logs: Path) -> tuple[Connection, multiprocessing.Process]:
+def _start(task: Task, logs: Path, directory: Path) -> tuple[Connection, multiprocessing.Process]:
     receiving, sending = multiprocessing.Pipe(duplex=False)
     forking = multiprocessing.get_context("fork")
-    process = forking.Process(target=_child, args=(task, sending, logs / f"{'-'.join(task)}.log"), daemon=True)
+    given = (task, sending, logs / f"{directory.name}.log", directory)
+    process = forking.Process(target=_child, args=given, daemon=True)
     process.start()
     sending.close()
     return receiving, process
@@ -82,7 +87,7 @@ def _found(said: list[Any], process: multiprocessing.Process) -> dict[str, Any]:
     return {"step": said[-1] if said else "start", "kind": "ProcessDied", "message": message, "within": ""}
 
 
-def _child(task: Task, sending: Connection, log: Path) -> None:
+def _child(task: Task, sending: Connection, log: Path, directory: Path) -> None:
     """Judge in this process, which the kernel ends at its deadline, whatever it is busy with."""
     signal.alarm(DEADLINE_S)
     os.setpgrp()
@@ -98,14 +103,12 @@ def _child(task: Task, sending: Connection, log: Path) -> None:
         steps.append(step)
         say(step)
 
-    directory = Path(tempfile.mkdtemp(prefix="ws-architecture-"))
+    directory.mkdir()
     try:
         say(_judged(task, directory, entered))
     except Exception as error:
         traceback.print_exc()
         say({"step": steps[-1] if steps else "start", **_told(error)})
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
     sending.close()
 
 

@@ -7,17 +7,20 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from suite.benchmarks import pace
 from suite.benchmarks.clock import moved_clock
+from suite.driver.measuring import REQUESTS
 from suite.driver.moving import Moved
 from suite.driver.pool import Pool
 from suite.driver.room import GB
 from suite.driver.sync import Sync
 from suite.driver.trainers import Trainers
+from suite.session.state import selection_of
 
-ROUNDS = 10
+ROUNDS, IN_FLIGHT_ROUNDS = 10, 5
 SEED = 1
 GENERATED_TOKENS = 24
 LADDER = ["qwen3-1m", "qwen3-10m", "qwen3-100m"]
 PUBLISHED = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"]
+IN_FLIGHT = ["qwen3-10m", "qwen3-100m", "qwen3-0.6b", "qwen3-8b"]  # sizes also updated with requests in flight
 UPDATE = pytest.mark.benchmark(group="update", timer=moved_clock)
 
 
@@ -42,24 +45,21 @@ def test_update_published(
     sync.update()
     before = sync.tokens_per_s(GENERATED_TOKENS)
     sync.trainer.negate()
-    rounds = _measure(benchmark, sync, pool, trainers, pytestconfig, pause=True)
+    _measure(benchmark, sync, pool, trainers, pytestconfig)
     sync.expect_sent()  # by the updates that were timed: the first one has brought other values
-    pauses_s = [moved.pause_s for moved in rounds]
     after = sync.tokens_per_s(GENERATED_TOKENS, warm_ups=0)
-    benchmark.extra_info.update(tokens_per_s_before=before, tokens_per_s_after=after, pause_samples_s=pauses_s)
+    benchmark.extra_info.update(tokens_per_s_before=before, tokens_per_s_after=after)
 
 
-def _measure(
-    benchmark: BenchmarkFixture, sync: Sync, pool: Pool, trainers: Trainers, config: pytest.Config, pause: bool = False
-) -> list[Moved]:
-    """Time updates, the roofline, the host's pace and peak memory, and put them beside pytest-benchmark's samples.
+def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, trainers: Trainers, config: pytest.Config) -> None:
+    """Time updates, pauses, the roofline, the host's pace and peak memory; put them beside pytest-benchmark's samples.
 
-    `pause` has the engine generate before and after each update, outside of what is timed. Returns the updates.
+    How `in_flight` is read says reports/pause.py.
     """
     rounds: list[Moved] = []
 
     def one_update() -> None:
-        rounds.append(sync.update(pause=pause))
+        rounds.append(sync.update())
         moved_clock.add(rounds[-1].elapsed_s)
 
     with trainers.quiet(), pool.quiet():
@@ -68,22 +68,35 @@ def _measure(
         kind, roofline_s = sync.roofline(nbytes, ROUNDS)
         pace.measure(config, sync.engines[0], quiet=True)
         engine_bytes, trainer_bytes = sync.peak_memory()
-    update_s, hardware_s = statistics.median(r.elapsed_s for r in rounds), statistics.median(roofline_s)
-    benchmark.extra_info.update(
-        subject=sync.subject.name,
-        stage=sync.stage.name,
-        model=sync.model,
-        parameters=sync.spec.elements,
-        bytes_sent=nbytes,
-        tensors=rounds[0].tensors,
-        worker_calls=rounds[0].calls,
-        gb_per_s=nbytes / update_s / GB,
-        roofline_kind=kind,
-        roofline_samples_s=roofline_s,
-        roofline_gb_per_s=nbytes / hardware_s / GB,
-        fraction_of_roofline=hardware_s / update_s,
-        engine_peak_extra_bytes=engine_bytes,
-        trainer_peak_extra_bytes=trainer_bytes,
-        steps_s={step: [r.steps_s[step] for r in rounds] for step in rounds[0].steps_s},
-    )
-    return rounds
+        update_s, hardware_s = statistics.median(r.elapsed_s for r in rounds), statistics.median(roofline_s)
+        benchmark.extra_info.update(
+            subject=sync.subject.name,
+            stage=sync.stage.name,
+            model=sync.model,
+            parameters=sync.spec.elements,
+            bytes_sent=nbytes,
+            tensors=rounds[0].tensors,
+            worker_calls=rounds[0].calls,
+            gb_per_s=nbytes / update_s / GB,
+            roofline_kind=kind,
+            roofline_samples_s=roofline_s,
+            roofline_gb_per_s=nbytes / hardware_s / GB,
+            fraction_of_roofline=hardware_s / update_s,
+            engine_peak_extra_bytes=engine_bytes,
+            trainer_peak_extra_bytes=trainer_bytes,
+            steps_s={step: [r.steps_s[step] for r in rounds] for step in rounds[0].steps_s},
+        )
+        benchmark.extra_info.update(_in_flight(sync, config))  # last: a subject may fail only with requests in flight
+
+
+def _in_flight(sync: Sync, config: pytest.Config) -> dict[str, dict]:
+    """Time updates with requests in flight; nothing for a size that is left out where --model names none."""
+    if sync.model not in IN_FLIGHT and not selection_of(config).models:
+        return {}
+    rounds = sync.with_requests(IN_FLIGHT_ROUNDS)
+    samples = {
+        "pause_samples_s": [r.pause_s for r in rounds],
+        "update_samples_s": [r.elapsed_s for r in rounds],
+        "token_samples_s": [r.token_s for r in rounds],
+    }
+    return {"in_flight": {"requests": REQUESTS, **samples}}

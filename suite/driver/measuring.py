@@ -1,7 +1,10 @@
 """Measurements beside those of an update's own time: what the hardware takes, peak memory, tokens per second."""
 
-from suite.driver.moving import Moving
+from suite.driver.moving import Moved, Moving
 from suite.processes.call import gather
+
+# Requests in flight: few and short, since they are computed anew after an update, whatever has moved the weights.
+REQUESTS, PROMPT_TOKENS, TOKENS_BEFORE, TOKENS_ASKED = 2, 4, 8, 400
 
 
 class Measuring(Moving):
@@ -52,6 +55,20 @@ class Measuring(Moving):
         self.update()
         peaks = self._call(engine, "probe_memory_peak")
         return sum(peaks), sum(self.trainer.call("memory_peak"))
+
+    def with_requests(self, updates: int) -> list[Moved]:
+        """Updates with requests in flight, for which generation is paused and after which it goes on at once.
+
+        They are started anew for each update. Their prefixes are cached nowhere afterwards.
+        """
+        prompts = self.prompts(REQUESTS, PROMPT_TOKENS)
+        moved = []
+        for _ in range(updates):
+            self.connect()
+            paused = (prompts, TOKENS_ASKED, TOKENS_BEFORE)
+            self.engines[0].process.call("pause", *paused, deadline_s=self.call_deadline_s)
+            moved.append(self.update(paused=True))
+        return moved
 
     def tokens_per_s(self, max_tokens: int, warm_ups: int = 1) -> float:
         """Generated tokens per second of the first engine, of a batch of prompts that it has seen `warm_ups` times."""

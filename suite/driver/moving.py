@@ -24,7 +24,8 @@ class Moved:
     tensors: int
     steps_s: dict[str, float]
     calls: int  # that the first engine made to all its workers
-    pause_s: float | None = None  # from the last token before to the first after, where that was asked for
+    pause_s: float | None = None  # from the last token before to the first after, where requests were in flight
+    token_s: float | None = None  # between two tokens before, likewise
     cache_is_held: bool = False  # whether requests that ran kept reset_prefix_cache() from resetting at first
 
 
@@ -69,25 +70,25 @@ class Moving(Together):
         self,
         deadline_s: float | None = None,
         reset_cache: bool = True,
-        pause: bool = False,
+        paused: bool = False,
         bracket: bool = True,
         running: dict | None = None,
         **how: object,
     ) -> Moved:
         """One update of all engines; `how` is order=, alter=, relabel= and call_off= of the trainer's update.
 
-        `pause=True` has the engines generate a token right before and after; `bracket=False` leaves out begin_update
-        and end_update; `running` are requests during the update, see `ServingEngine.update_running`. Raises the first
-        failure of either side, and GivenUp where earlier ones leave no hope.
+        `paused=True` has engines that were paused go on right after it, see `Engine.update_paused`; `bracket=False`
+        leaves out begin_update and end_update; `running` are requests during the update, see
+        `ServingEngine.update_running`. Raises the first failure of either side, and GivenUp where earlier ones leave no
+        hope.
         """
         deadline_s = self.deadline_s if deadline_s is None else deadline_s
         self.pool.patience.expect_hope(self.subject.name)
         self.connect()
         self.updates += 1
         with self.pool.timeline("moving", str(self.engines[0].key)):
-            method, between = ("pause", self.prompts(1)) if pause else ("update", [])
-            method, between = ("update_running", [running]) if running else (method, between)
-            asked = [*between, deadline_s, reset_cache, bracket]
+            method, first = ("update_running", [running]) if running else ("update_paused" if paused else "update", [])
+            asked = [*first, deadline_s, reset_cache, bracket]
             calls = [engine.process.submit(method, *asked) for engine in self.engines]
             ranks = self.trainer.processes
             calls += [rank.submit("update", deadline_s, **how) for rank in ranks]
@@ -97,8 +98,8 @@ class Moving(Together):
         ended = max(half["ended_s"] for half in halves)
         sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])
         first = halves[0]
-        steps_s, calls, held = first["steps_s"], first["calls"], first.get("cache_is_held", False)
-        return Moved(ended - started, sent["bytes_sent"], sent["tensors"], steps_s, calls, first.get("pause_s"), held)
+        given = {name: first[name] for name in ("pause_s", "token_s", "cache_is_held") if name in first}
+        return Moved(ended - started, sent["bytes_sent"], sent["tensors"], first["steps_s"], first["calls"], **given)
 
     def refusal(self, deadline_s: float, **how: object) -> str:
         """Attempt an update that has to be refused and return the error; fails if it succeeds."""

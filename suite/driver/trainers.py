@@ -218,7 +218,7 @@ class Trainers:
         place = _place(stage, world_size)
         with self._lock:
             waiting = self._spare.setdefault(place, [])
-            group = waiting.pop(0) if waiting else TrainerGroup.of_stage(self._launcher, "spare", stage, world_size)
+            group = waiting.pop(0) if waiting else self._start_spare(stage, world_size)
             self._fill(stage, world_size)
         group.ready()
         return group
@@ -261,7 +261,12 @@ class Trainers:
         """Trainers of several ranks are never lost on purpose: none is kept ready for them."""
         spare = self._spare.setdefault(_place(stage, world_size), [])
         while world_size == 1 and len(spare) < self._ahead:
-            spare.append(TrainerGroup.of_stage(self._launcher, "spare", stage, world_size))
+            spare.append(self._start_spare(stage, world_size))
+
+    def _start_spare(self, stage: Stage, world_size: int) -> TrainerGroup:
+        group = TrainerGroup.of_stage(self._launcher, "spare", stage, world_size)
+        group.expect_computing()
+        return group
 
 
 def _place(stage: Stage, world_size: int) -> Place:

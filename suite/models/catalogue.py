@@ -18,7 +18,8 @@ class ModelSpec:
     tiny: correctness anywhere; ladder: throughput on CPUs; published: the released dimensions, for GPUs;
     reduced: correctness on GPUs, at dimensions that their kernels are made for; given: read from a directory; own: a
     user's model, of any architecture. layout is then `{name: (dtype, shape)}` of its checkpoint, and source the
-    directory with its weights, empty where there are none.
+    directory with its weights, empty where there are none. processor is the directory with the tokenizer and the
+    processor of a model that takes more than text: vLLM starts none without them. It is empty for others.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ModelSpec:
     purpose: str
     layout: dict[str, tuple[str, Shape]] | None = None
     source: str = ""
+    processor: str = ""
 
     @property
     def elements(self) -> int:

@@ -17,11 +17,15 @@ LAYOUT = "layout.json"  # beside the config.json of a user's model: what its che
 
 
 def write_config(spec: ModelSpec, directory: Path | str, dtype: torch.dtype | str = "bfloat16") -> Path:
-    """Write config.json alone, which is enough for an engine with load_format="dummy"."""
+    """Write config.json, which is enough for an engine with load_format="dummy"; a processor is linked beside it."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = spec.config | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in own.processor_files(Path(spec.processor)) if spec.processor else ():
+        link = directory / file.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(file)
     if spec.layout is not None:
         (directory / LAYOUT).write_text(json.dumps({"layout": spec.layout, "source": spec.source}))
     return directory

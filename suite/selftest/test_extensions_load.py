@@ -81,6 +81,31 @@ def test_tensors_that_are_not_contiguous_are_copied_as_they_read():
     assert torch.equal(model.inner.rows[:3], NEW["upper"])
 
 
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("spoil", ["written into", "kept"])
+def test_what_load_weights_does_to_a_tensor_does_not_reach_the_trainers_memory(
+    monkeypatch: pytest.MonkeyPatch, planned: bool, spoil: str
+):
+    def load_weights(self: Live, named) -> None:
+        for name, tensor in named:
+            if name == "scale" and spoil == "kept":
+                self.scale.data = tensor
+            elif name == "scale":
+                self.scale.data.copy_(tensor.zero_())
+
+    monkeypatch.setattr(Live, "load_weights", load_weights)
+    monkeypatch.setitem(NEW, "scale", torch.rand(4).to(HALF))
+    model, before = Live(), NEW["scale"].clone()
+    model.held = []
+    load = DirectLoad(model, None, replace(plan_for(model), views=[]) if planned else None)
+    load.load({"scale": NEW["scale"]})
+    load.end()
+    assert torch.equal(NEW["scale"], before)
+    assert torch.equal(model.scale, before if spoil == "kept" else torch.zeros(4, dtype=HALF))
+    model.scale.data.fill_(3)
+    assert torch.equal(NEW["scale"], before)
+
+
 def test_an_element_that_load_weights_drops_is_named():
     model = Live()
     plan, model.drops = plan_for(model), ("scale",)

@@ -142,7 +142,7 @@ def also_into_table(twin: Twin, tensor: torch.Tensor) -> None:
     [
         (through_function, [("scale", 0, (4,), ("exp", "neg"))]),
         (through_clone, [("scale", 0, (4,), ("copy_", "mul_"))]),
-        (in_place, [("scale", 0, (4,), ("mul_",))]),
+        (in_place, [("scale", 0, (4,), ("mul_ of the tensor itself",))]),
         (replace_tensor, [("scale", 0, (4,), ("clone", "replaces the tensor"))]),
         (replace_data, [("scale", 0, (4,), ("replaces the tensor",))]),
         (also_into_table, [("scale", 0, (4,), ()), ("table", 0, (3,), ("computed from scale",))]),
@@ -358,6 +358,20 @@ def test_only_what_is_copied_element_by_element_is_left_to_the_plan(
     assert {"upper", "lower"} <= {*plan.copied}
     cast = planned(monkeypatch, when("scale", load), scale=torch.empty(4, dtype=WHOLE))
     assert ("scale" in cast.copied) == (copied and not cast.problems())
+
+
+@pytest.mark.parametrize(
+    ("load", "spoilt"),
+    [
+        (in_place, True), (replace_data, True), (through_function, False), (through_clone, False),
+        (lambda twin, tensor: twin.scale.data.copy_(tensor[1:].zero_()[0]), True),
+        (lambda twin, tensor: twin.scale.data.copy_(tensor), False),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_load_weights_writes_into_or_keeps_is_known(
+    monkeypatch: pytest.MonkeyPatch, load: Callable, spoilt: bool
+):
+    assert planned(monkeypatch, when("scale", load)).spoilt == ({"scale"} if spoilt else set())
 
 
 def test_what_needs_its_neighbours_is_loaded_together(monkeypatch: pytest.MonkeyPatch):

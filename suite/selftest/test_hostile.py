@@ -182,6 +182,7 @@ def test_a_prefix_cache_that_keeps_the_old_weights_keys_is_no_success(
     ("method", "args", "doing"),
     [
         ("probe_compare", ("/missing", [], ""), "read what another engine computes with"),
+        ("probe_alike", ("/missing", ""), "read what another engine computes with"),
         ("probe_receive", (64,), "receive a roofline's broadcast"),
         ("probe_copy", (-1,), "copy for a roofline"),
     ],

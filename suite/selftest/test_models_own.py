@@ -2,8 +2,9 @@
 
 import json
 import re
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from suite import ROOT, models
 from suite.conformance.requirements import catalogue
+from suite.driver.engines import engine_options
 from suite.models import own
 from suite.selftest.runs import ONE_CASE, examine
 from suite.session import selection
+from suite.stages import STAGES
 
 CONFIG = {
     "model_type": "olmo2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 32,
@@ -130,6 +133,62 @@ def test_a_quantised_or_unreadable_checkpoint_is_refused(whole: Path):
     (whole / "other.safetensors").write_bytes(b"nothing")
     with pytest.raises(own.UnknownModel, match="expected readable safetensors files"):
         own.spec_of(whole)
+
+
+# ---- models that take more than text
+
+
+@pytest.fixture
+def sees(whole: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of a model with a vision tower, its processor in files that are links, as a download cache has."""
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    config = json.loads((whole / "config.json").read_text()) | {"vision_config": {}}
+    (whole / "config.json").write_text(json.dumps(config))
+    for name in ("preprocessor_config.json", "tokenizer.json"):
+        blob = whole.parent / f"blob-of-{name}"
+        blob.write_text(name)
+        (whole / name).symlink_to(blob)
+    return whole
+
+
+def test_a_processor_is_beside_every_checkpoint_that_is_written(sees: Path, tmp_path: Path, monkeypatch):
+    spec = own.spec_of(sees)
+    for times in range(2):  # an engine may ask for a config that is there
+        written = models.write_checkpoint(spec, times, tmp_path / "written")
+    for name in ("preprocessor_config.json", "tokenizer.json"):
+        assert (written / name).read_text() == name
+    monkeypatch.setitem(models.MODELS, spec.name, spec)
+    options = engine_options(STAGES[0], spec.name)
+    assert (options["skip_tokenizer_init"], options["skip_mm_profiling"]) == (False, True)
+    assert engine_options(STAGES[0], models.TIED)["skip_tokenizer_init"]
+
+
+def test_a_model_of_text_alone_gets_no_tokenizer(whole: Path, tmp_path: Path):
+    (whole / "tokenizer.json").write_text("{}")
+    spec = own.spec_of(whole)
+    assert spec.processor == ""
+    assert not (models.write_config(spec, tmp_path / "written") / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [
+        ("preprocessor_config.json", r"its tokenizer and its processor; found no \*processor_config.json there"),
+        ("tokenizer.json", r"its tokenizer and its processor; found no tokenizer\* there\. Put the model's files"),
+    ],
+)
+def test_a_model_of_pictures_without_its_processor_is_refused(sees: Path, lacks: str, message: str):
+    (sees / lacks).unlink()
+    with pytest.raises(own.UnknownModel, match=f"{sees}: a new takes more than text, and vLLM starts no .*{message}"):
+        own.spec_of(sees)
+
+
+def test_a_model_of_pictures_is_refused_where_vllm_cannot_import_its_class(sees: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(
+        own.UnknownModel, match=r"starts no engine of one without torchvision, .*: import of torchvision"
+    ):
+        own.spec_of(sees)
 
 
 # ---- the option

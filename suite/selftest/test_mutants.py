@@ -304,6 +304,7 @@ def test_repeated():
     passed = verdicts.repeated([CONTROL, entry("colocate", "unsupported", requirement="devices.wrong_handle")], 20)
     assert (passed["problems"], passed["counts"]) == ([], {"pass": 1, "unsupported": 1})
     assert passed["requirements"]["update.exact"] == {"pass": 1}
+    assert passed["subjects"]["devices.wrong_handle"] == {"colocate": {"unsupported": 1}}
     alarmed = verdicts.repeated([CONTROL, entry("broadcast", "fail", RIGHT), entry("colocate", "error", "no")], 20)
     assert [problem.split(":")[0] for problem in alarmed["problems"]] == ["test_it[broadcast]", "test_it[colocate]"]
     assert verdicts.repeated([], 20)["problems"] == ["nothing was judged"]

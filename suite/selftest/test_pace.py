@@ -147,9 +147,9 @@ def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.Mon
     now = lambda: sorted(quiet)  # noqa: E731
     moved = SimpleNamespace(elapsed_s=1.0, bytes_sent=8, tensors=1, steps_s={}, calls=3)
     sync = SimpleNamespace(
-        update=lambda pause: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
-        engines=["engine"], subject=SimpleNamespace(name="s"), stage=SimpleNamespace(name="t"), model="m",
-        spec=SimpleNamespace(elements=4),
+        update=lambda: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
+        engines=["engine"], subject=SimpleNamespace(name="s"), stage=SimpleNamespace(name="t"), model="qwen3-10m",
+        spec=SimpleNamespace(elements=4), with_requests=lambda updates: [],
     )  # fmt: skip
     benchmark = SimpleNamespace(extra_info={}, pedantic=lambda function, **how: function())
     pool, trainers = (SimpleNamespace(quiet=lambda whom=whom: of(whom)) for whom in ("engines", "trainers"))

@@ -18,7 +18,7 @@ from suite.conformance import requirements
 from suite.processes import janitor
 from suite.selftest import runs
 from suite.selftest.runs import CONFTEST, ONE_CASE, Finished, begin, examine, finish
-from suite.session import environment, selection
+from suite.session import environment, selection, taken
 from suite.subjects import SUBJECTS
 
 # ---- runs that share a process with others before they begin
@@ -330,6 +330,11 @@ UNNAMED = "None of the collected tests names it. Try: put it into models= above 
         (("--subject=colocate", "-k", "no"), "--subject=colocate", "taken by update.exact, names.free. Try: leave out"),
         (("--extension=suite.selftest.targets:Reference", "-k", "no"), "--extension=suite.selftest.targets:Reference",
          "taken by update.exact, names.free."),
+        (("--model=qwen3-tied-tiny", "--model=llama-tiny", "-k", "tied"), "--model=llama-tiny",
+         "taken by update.exact. Try: leave out -k 'tied' or choose another model."),
+        (("--stage=cpu-tp1", "--stage=cpu-tp2", "-k", "tp2"), "--stage=cpu-tp1", "Try: leave out -k 'tp2' or"),
+        (("--subject=broadcast", "--subject=colocate", "-k", "broadcast"), "--subject=colocate",
+         "taken by update.exact, names.free. Try: leave out -k 'broadcast' or"),
     ],
 )  # fmt: skip
 def test_a_value_that_no_test_takes_is_a_usage_error(tmp_path: Path, arguments: tuple[str, ...], given: str, said: str):
@@ -345,12 +350,25 @@ def test_a_value_that_no_test_takes_is_a_usage_error(tmp_path: Path, arguments: 
     [
         ("--model=qwen3-0.6b", "-m", "gpu", "--subject=broadcast"),  # on a stage that this machine cannot hold
         ("--stage=cpu-tp1", "--model=llama-tiny", "-k", "names"),
+        ("--stage=cpu-tp1", "--model=llama-tiny", "--model=qwen3-tied-tiny", "-k", "exact"),
+        ("--subject=broadcast", "--stage=cpu-tp1", "--model=llama-tiny", "--model=qwen3-tied-tiny",
+         "--deselect=test_it.py::test_exact[broadcast-cpu-tp1-llama"),
         ("test_it.py::test_names[broadcast]", "--subject=broadcast", "--stage=cpu-tp1", "--model=llama-tiny"),
     ],
-)
+)  # fmt: skip
 def test_values_that_tests_take_or_that_repeat_a_case_are_no_error(tmp_path: Path, arguments: tuple[str, ...]):
     finished = examine(tmp_path, SELECTING, "--collect-only", "-q", *arguments)
     assert finished.code == pytest.ExitCode.OK
+
+
+def test_a_subject_on_whose_engines_the_cases_that_are_left_are_judged_is_no_error(monkeypatch: pytest.MonkeyPatch):
+    guest = replace(SUBJECTS["colocate"], name="guest", host="broadcast")
+    chosen = SimpleNamespace(subjects={"broadcast": SUBJECTS["broadcast"], "guest": guest})
+    config = SimpleNamespace(getoption=lambda name, default: default)
+    monkeypatch.setattr(taken, "_taken", lambda item: {("subject", item), ("stage", "cpu-tp1")})
+    of_left = {("subject", "guest"), ("stage", "cpu-tp1")}
+    assert of_left | {("subject", "broadcast")} <= taken._of_left(config, chosen, ["guest"])
+    assert ("subject", "guest") not in taken._of_left(config, chosen, ["broadcast"])
 
 
 def test_a_subject_on_the_engines_of_one_that_is_not_chosen_is_a_usage_error(monkeypatch: pytest.MonkeyPatch):
@@ -509,6 +527,9 @@ def test_calls_that_take_long_are_put_down(tmp_path: Path):
     assert call["process"] == "worker"
     assert 1.1 <= call["elapsed_s"] < 5
     assert "echo()" not in {entry["call"] for entry in finished.document["slow_calls"]}
+    calls = finished.document["calls"]
+    assert (calls["Echo: echo()"]["count"], calls["Echo: sleep()"]["count"]) == (1, 1)
+    assert calls["Echo: sleep()"]["elapsed_s"] == call["elapsed_s"]
 
 
 # ---- runs that end early

@@ -135,6 +135,43 @@ def test_of_several_checkpoints_counts_what_they_have_in_common(tmp_path: Path, 
     assert Worker(updated).probe_compare(snapshot, [cold, other], cold)["first"] == ["table: 1 of 8 elements differ"]
 
 
+@pytest.fixture
+def zeroed(tmp_path: Path) -> tuple[str, str]:
+    """Where cold engines of seeds 0 and 1 have written, on a rank that has zeros for a bias whatever is loaded."""
+    paths = str(tmp_path / "cold-0"), str(tmp_path / "cold-1")
+    for seed, path in enumerate(paths):
+        Worker(with_bias(seed)).probe_save(path)
+    return paths
+
+
+def with_bias(seed: int) -> torch.nn.Module:
+    built = model(seed)
+    built.norm = torch.nn.Module()
+    built.norm.weight = torch.nn.Parameter(torch.ones(6, dtype=torch.bfloat16) + seed, requires_grad=False)
+    built.proj.bias = torch.nn.Parameter(torch.zeros(6, dtype=torch.bfloat16), requires_grad=False)
+    return built
+
+
+def test_what_two_checkpoints_have_in_common_need_not_differ(zeroed: tuple[str, str]):
+    of_one, of_other = zeroed
+    found = Worker(with_bias(1)).probe_alike(of_one, of_other)
+    assert found == {"rank": RANK, "weights": 2, "same": 0, "first": []}
+    assert recording.read_weights(of_one, RANK).keys() == {"proj.weight", "proj.bias", "norm.weight"}
+
+
+def test_a_weight_that_is_the_checkpoints_already_is_found(zeroed: tuple[str, str]):
+    of_one, of_other = zeroed
+    half_moved = with_bias(1)
+    half_moved.norm.weight.data.copy_(torch.ones(6))
+    assert Worker(half_moved).probe_alike(of_one, of_other)["first"] == ["norm.weight"]
+    found = Worker(with_bias(0)).probe_alike(of_one, of_other)
+    assert found == {"rank": RANK, "weights": 2, "same": 2, "first": ["norm.weight", "proj.weight"]}
+
+
+def test_of_one_checkpoint_nothing_can_be_told(zeroed: tuple[str, str]):
+    assert Worker(with_bias(0)).probe_alike(zeroed[0], zeroed[0])["weights"] == 0
+
+
 def test_a_snapshot_has_all_that_it_is_compared_with(tmp_path: Path, cold: str):
     snapshot, built = str(tmp_path / "snapshot"), model(3)
     Worker(built).probe_save(snapshot)

@@ -105,6 +105,33 @@ def test_fill_writes_the_seeds_weights_and_zero(trainer, written, name):
     assert not any(tensor.any() for _, tensor in trainer.named_tensors())
 
 
+@pytest.mark.parametrize("change", [lambda t: t.fill(3), lambda t: t.negate(), lambda t: t.step(1, 0, 0.1)])
+def test_a_checkpoint_that_is_loaded_again_is_as_it_was_whatever_became_of_the_first(trainer, written, change):
+    name = next(iter(TINY))
+    trainer.load(str(written[name]))
+    change(trainer)
+    trainer.load(str(written[name]))
+    assert_same(dict(trainer.named_tensors()), expected(name, SEED))
+
+
+def test_two_checkpoints_stay_loaded_and_a_third_takes_the_place_of_the_older(trainer, written, tmp_path):
+    first, other = (str(models.write_checkpoint(MODELS[TIED], seed, tmp_path / str(seed))) for seed in (0, 2))
+    places = []
+    for path in (first, other, first, str(written[TIED]), first, other):
+        trainer.load(path)
+        places.append(next(trainer.named_tensors())[1].data_ptr())
+    assert places[0] == places[2] == places[4], "the first stays"
+    assert places[1] != places[0], "each has memory of its own"
+    assert_same(dict(trainer.named_tensors()), expected(TIED, 2))
+
+
+def test_a_checkpoint_that_was_written_anew_is_loaded_anew(trainer, tmp_path):
+    for seed in (0, 2):
+        path = models.write_checkpoint(MODELS[TIED], seed, tmp_path / "it")
+        trainer.load(str(path))
+        assert_same(dict(trainer.named_tensors()), expected(TIED, seed))
+
+
 def test_negating_twice_gives_the_weights_back(trainer, written):
     name = next(iter(TINY))
     trainer.load(str(written[name]))

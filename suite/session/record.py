@@ -1,7 +1,8 @@
 """What a run leaves: run.json after every test, report.html at the end, and where its time went.
 
 run.json is pytest-benchmark's own JSON with the sections `schema`, `environment`, `conformance` and `timeline`,
-and `slow_calls`, the calls of processes that took longer than SLOW_CALL_S.
+and with `calls`, what all calls of processes took together by class and method, and `slow_calls`, those that took
+longer than SLOW_CALL_S.
 """
 
 import contextlib
@@ -40,6 +41,7 @@ class Record:
     conformance: list[dict[str, Any]] = field(default_factory=list)
     timeline: list[dict[str, Any]] = field(default_factory=list)
     slow_calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: dict[str, dict[str, float]] = field(default_factory=dict)
     stale_waivers: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
@@ -72,13 +74,16 @@ class Record:
                 self.timeline.append(entry)
 
     def answered(self, call: Call) -> None:
-        """Put down a call that took long, its time in the queue included; from any thread."""
-        if (elapsed_s := call.elapsed_s()) < SLOW_CALL_S:
-            return
-        began_s = round(call.started_at - self.started_s, 3)
-        entry = {"call": call.what, "process": call.process.name, "began_s": began_s, "elapsed_s": round(elapsed_s, 3)}
+        """Put down what a call took, its time in the queue included; from any thread."""
+        elapsed_s, began_s = round(call.elapsed_s(), 3), round(call.started_at - self.started_s, 3)
+        kind = f"{call.process.target.partition(':')[2]}: {call.what}"
         with self._lock:
-            self.slow_calls.append(entry)
+            of_its_kind = self.calls.setdefault(kind, {"count": 0, "elapsed_s": 0.0})
+            of_its_kind["count"] += 1
+            of_its_kind["elapsed_s"] = round(of_its_kind["elapsed_s"] + elapsed_s, 3)
+            if elapsed_s >= SLOW_CALL_S:
+                entry = {"call": call.what, "process": call.process.name, "began_s": began_s, "elapsed_s": elapsed_s}
+                self.slow_calls.append(entry)
 
     def document(self) -> dict[str, Any]:
         """The content of run.json as of now."""
@@ -102,7 +107,8 @@ class Record:
             measured["params"] = {name: getattr(value, "name", value) for name, value in params.items()}
         with self._lock:
             ours = {"conformance": list(self.conformance), "timeline": list(self.timeline)}
-            ours |= {"slow_calls": list(self.slow_calls)} if self.slow_calls else {}
+            calls = {kind: dict(found) for kind, found in self.calls.items()}
+            ours |= {"calls": calls, "slow_calls": list(self.slow_calls)} if calls else {}
         ours |= {"stale_waivers": self.stale_waivers} if self.stale_waivers else {}
         paces = self.config.stash.get(PACES, {})
         gathered = self._fixed["environment"] | ({"pace": paces} if paces else {})

@@ -51,7 +51,7 @@ class State:
                 terminal.flush()
 
     def answered(self, call: Call) -> None:
-        """Put down in run.json a call of a process that took long."""
+        """Put down in run.json what a call of a process took."""
         if self.record:
             self.record.answered(call)
 

@@ -11,23 +11,42 @@ from suite.session.selection import MissingStage, Selection
 from suite.stages import Stage
 
 NAMED = 6  # takers that a message names
+BY_LAST_RUN = ("lf", "stepwise", "deselect")  # options of pytest that leave out tests, whatever they take
 
 
-def expect_taken(config: pytest.Config, chosen: Selection, items: Sequence[pytest.Item], left: bool) -> None:
+def expect_taken(
+    config: pytest.Config, chosen: Selection, items: Sequence[pytest.Item], left: Sequence[pytest.Item]
+) -> None:
     """Raise pytest.UsageError for the first value that none of these tests takes.
 
-    items: all that were collected. left: whether -k, -m and their like leave any of them that judges or measures. Where
-    the command line names single tests, nothing is expected: a case repeats with all options of its run.
+    items: all that were collected. left: those that -k, -m and their like leave. Of what none of those takes, a value
+    is refused where they take another of its kind: it would be dropped in silence. Where the command line names single
+    tests, nothing is expected: a case repeats with all options of its run.
     """
     examining = [item for item in items if examines(item)]
     if not examining or any("::" in argument for argument in config.args):
         return
     asked = _kinds_asked(config.getoption("markexpr"))
+    left = [item for item in left if examines(item)]
     taken = {value for item in examining if _kind(item) in (None, *asked) for value in _taken(item)} if left else set()
+    of_left = _of_left(config, chosen, left)
+    kinds = {option for option, _ in of_left}
     for option, value, given in _given(config, chosen):
-        if (option, value) not in taken:
+        if (option, value) not in taken or (option in kinds and (option, value) not in of_left):
             takers = [_called(item) for item in examining if (option, value) in _could_take(item, chosen)]
             raise pytest.UsageError(_message(config, given, option, [*dict.fromkeys(takers)]))
+
+
+def _of_left(config: pytest.Config, chosen: Selection, left: Sequence[pytest.Item]) -> set[tuple[str, str]]:
+    """What the tests that are left take; nothing where they were chosen by more than their names and markers.
+
+    A subject is taken, too, where another one's cases are judged on its engines.
+    """
+    if any(config.getoption(name, None) for name in BY_LAST_RUN):
+        return set()
+    taken = {value for item in left for value in _taken(item)}
+    hosts = {subject.host for name, subject in chosen.subjects.items() if ("subject", name) in taken}
+    return taken | {("subject", host) for host in hosts}
 
 
 def _given(config: pytest.Config, chosen: Selection) -> Iterator[tuple[str, str, str]]:

@@ -146,6 +146,9 @@ def summary(outcomes: Sequence[Outcome], entries: Sequence[Entry], kind: str, wh
 def repeated(entries: Sequence[Entry], times: int) -> dict[str, Any]:
     """How often the references passed each requirement, of `times` in a row; `problems` are the other verdicts."""
     verdicts = Counter((entry["requirement"], entry["verdict"]) for entry in entries)
+    subjects: dict[str, dict[str, Counter]] = {}
+    for entry in entries:
+        subjects.setdefault(entry["requirement"], {}).setdefault(entry["subject"], Counter())[entry["verdict"]] += 1
     wrong = [entry for entry in entries if entry["verdict"] in ("fail", "error")]
     problems = [f"{entry['nodeid']}: {entry['verdict']}: {entry['detail']}" for entry in wrong]
     return {
@@ -155,5 +158,6 @@ def repeated(entries: Sequence[Entry], times: int) -> dict[str, Any]:
             name: {verdict: count for (of, verdict), count in verdicts.items() if of == name}
             for name in dict.fromkeys(entry["requirement"] for entry in entries)
         },
+        "subjects": subjects,
         "problems": problems or ([] if verdicts else ["nothing was judged"]),
     }
