@@ -135,7 +135,7 @@ class Plan:
 
         GPT-OSS fills a bias with zeros on each rank but the first, whosever memory it is (vLLM 0.32).
         """
-        steps = {name: [step for fill in fills for step in fill.conversion] for name, fills in self._by_name.items()}
+        steps = {name: [step for fill in fills for step in fill.conversion] for name, fills in self.by_name.items()}
         return {name for name, said in steps.items() if any(s == REPLACES or s.endswith(SPOILS) for s in said)}
 
     @cached_property
