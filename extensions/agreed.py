@@ -2,20 +2,17 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from extensions.bracket import Update, UpdateBracket, UpdateError
 from extensions.manifest import Announced, Manifest, parse
 from extensions.model.load import DirectLoad, Load
 from extensions.model.loading import new_load
+from extensions.pieces import GROUP_BYTES, STAGED_BYTES, Groups, cut, room_for, whole
 from extensions.plan import Plan
 from extensions.tensors import dtype_name
 
-GROUP_BYTES = 512 * 2**20  # of tensors that are moved together
 DIGEST_BYTES = 32
 
 
@@ -23,22 +20,25 @@ DIGEST_BYTES = 32
 class Agreed:
     """An update that a worker has planned.
 
-    kept: which of the worker's kept plans it is of. batches: the names in their order, cut at GROUP_BYTES.
+    kept: which of the worker's kept plans it is of. groups: how it travels, by whether it is cut.
     load: kept for the next update where it holds nothing of the last.
+    beside_bytes: the most of a group that can't be received where it belongs.
     """
 
     digest: bytes
     announced: Announced
     plan: Plan | None
     kept: int
-    batches: list[list[str]]
-    load: Load | None = None
+    groups: dict[bool, Groups]
+    load: Load | None
+    beside_bytes: int
 
 
 class PlansUpdates(UpdateBracket):
     """Mixed into a vLLM worker."""
 
     _weight_sync_agreed: Agreed | None = None
+    _weight_sync_group_bytes, _weight_sync_staged_bytes = GROUP_BYTES, STAGED_BYTES
 
     def plan_update(self, manifest: Manifest) -> str:
         """Agree on the updates to come: `[{"name", "dtype", "shape"}, ...]` with full shapes, in the order of sending.
@@ -48,20 +48,32 @@ class PlansUpdates(UpdateBracket):
         """
         self._weight_sync_require_none()
         announced = parse(manifest)
-        plans = self._weight_sync_plans()
-        plan = plans.whole(self.model_runner.get_model(), self.vllm_config, announced)
-        cut = [*batches(announced, GROUP_BYTES)]
-        self._weight_sync_agreed = Agreed(digest_of(announced), announced, plan, plans.kept, cut)
-        return self._weight_sync_agreed.digest.hex()
+        digest = digest_of(announced)
+        if self._weight_sync_has_planned(digest.hex()):
+            return digest.hex()
+        model, plans = self.model_runner.get_model(), self._weight_sync_plans()
+        plan = plans.whole(model, self.vllm_config, announced)
+        load = new_load(model, self.vllm_config, plan)
+        in_groups, in_pieces = self._weight_sync_group_bytes, self._weight_sync_staged_bytes
+        groups = {False: whole(announced, in_groups), True: cut(announced, in_pieces)}
+        beside_bytes = room_for(groups[False], lambda piece: load.place(piece.name) is None)
+        self._weight_sync_agreed = Agreed(digest, announced, plan, plans.kept, groups, _for_again(load), beside_bytes)
+        return digest.hex()
+
+    def _weight_sync_has_planned(self, digest: str) -> bool:
+        """Whether this is the update that was planned last, and the model's tensors are where they were then."""
+        agreed, plans = self._weight_sync_agreed, self._weight_sync_plans()
+        is_that = agreed is not None and agreed.digest.hex() == digest
+        return is_that and plans.kept == agreed.kept and plans.holds(self.model_runner.get_model())
 
     def _weight_sync_require_agreed(self, digest: str) -> Agreed:
         """What was agreed on. Raises UpdateError where it is another update, or the model's tensors have moved."""
         self._weight_sync_require_none()
-        agreed, plans = self._weight_sync_agreed, self._weight_sync_plans()
+        agreed = self._weight_sync_agreed
         if agreed is None or agreed.digest.hex() != digest:
             found = "none" if agreed is None else agreed.digest.hex()[:12]
             raise UpdateError(f"expected the plan {digest:.12}, found {found}: call plan_update(manifest) first")
-        if plans.kept != agreed.kept or not plans.holds(self.model_runner.get_model()):
+        if not self._weight_sync_has_planned(digest):
             self._weight_sync_agreed = None
             raise UpdateError(
                 "the model's tensors have moved since the update was planned: call plan_update(manifest) again;"
@@ -69,46 +81,27 @@ class PlansUpdates(UpdateBracket):
             )
         return agreed
 
-    def _weight_sync_move(self, agreed: Agreed, move: Callable[[Update, list[str]], None]) -> int:
-        """One whole update: `move` moves the tensors of these names. Returns how many there were."""
+    def _weight_sync_move(self, agreed: Agreed, move: Callable[[Update], None]) -> int:
+        """One whole update: `move` moves all its tensors. Returns how many there were."""
         load = agreed.load or new_load(self.model_runner.get_model(), self.vllm_config, agreed.plan)
+        agreed.load = None  # until the update has succeeded: what one that fails has left is not used again
         update = self._weight_sync_open(load, agreed.announced)
         try:
-            for names in agreed.batches:
-                move(update, names)
+            move(update)
             moved = self.end_update()
         except BaseException:
             self.abort_update()
             raise
-        agreed.load = load.again() if isinstance(load, DirectLoad) else None
+        agreed.load = _for_again(load)
         return moved
 
 
-def places_of(update: Update, names: list[str]) -> dict[str, torch.Tensor]:
-    """Where tensors may be written to as they are, which is put down as done: what breaks off has written some."""
-    found = {name: place for name in names if (place := update.load.place(name)) is not None}
-    if found:
-        update.load.written_past(found)
-        update.arrived.update(found)
-    return found
+def _for_again(load: Load) -> Load | None:
+    """The load of the next update; None where that has to be a new one."""
+    return load.again() if isinstance(load, DirectLoad) else None
 
 
 def digest_of(announced: Announced) -> bytes:
     """The same for two updates of the same names, dtypes and shapes in the same order: DIGEST_BYTES bytes."""
     told = [[name, dtype_name(dtype), list(shape)] for name, (dtype, shape) in announced.items()]
     return hashlib.sha256(json.dumps(told).encode()).digest()
-
-
-def batches(announced: Announced, limit: int) -> Iterator[list[str]]:
-    """The names in their order, cut so that the tensors of each part have at most `limit` bytes, or are one."""
-    names: list[str] = []
-    total = 0
-    for name, (dtype, shape) in announced.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        if names and total + nbytes > limit:
-            yield names
-            names, total = [], 0
-        names.append(name)
-        total += nbytes
-    if names:
-        yield names

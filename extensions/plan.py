@@ -1,18 +1,43 @@
 """Where each announced tensor goes in a model: which parts of which parameters it fills, and through which conversion.
 
-A plan is made before an update touches anything. It comes from the model's own `load_weights`, recorded on a copy of
-the model without memory (see `model/twin.py`), so it needs no table of names.
+Method. A model's own `load_weights` knows how a checkpoint's tensors become its parameters: which are fused, cut
+for a rank, transposed or cast. It does not say so; it copies. A plan is what it was seen to do:
+
+1. A twin of the live model, of the same class and configuration, is built on the meta device: it has no memory, and
+   what the live model ties is tied (`model/twin.py`).
+2. The twin's `load_weights` gets the announced tensors as meta tensors, while a dispatch mode notes every write into a
+   parameter or buffer, instead of doing it: the region written, the regions of announced tensors that its values come
+   from, and the operations between the two, followed by their storages.
+3. The notes are judged before anything is touched. Every element of every parameter has to be filled once, and every
+   announced element has to go somewhere, on this rank or, by twins of the other ranks, on another.
+
+Then an update is what its notes say. A tensor that fills one contiguous part of one parameter as it is can be received
+there, by NCCL straight into the live weight. One of which regions are copied, and cast at most, can come in pieces of
+any size. Only what is more than a copy goes through `load_weights` again, and what that writes is counted.
+
+To record a loader and to replay it is known, from vLLM's sharded transfer over NIXL and from prime-rl. What is done
+with it here, over plain NCCL and IPC, is to receive in the recorded places, and to refuse what would not fit.
+
+Limits. A loader that reads values can't be recorded. Then there is no plan, and updates go through `load_weights`.
+What `load_weights` drops after computing with it, and a constant that it writes over a part that a tensor fills too,
+are not seen. Layers whose weights are processed after loading (packed, quantised, experts) are written to in their
+loaded form, and processed again (`model/loading.py`). A plan takes 0.02 to 0.8 s, and is of one rank and one manifest.
+
+Safety. A plan is kept (`kept.py`) as long as the same tensors are announced and every parameter and buffer of the
+model is at the address and of the shape that it had. Both ends compare a digest of names, dtypes, shapes and order
+before each update (`planned.py`). Each target is compared with the twin's, in dtype, shape and strides, before it is
+written to. So an update that does not fit is refused by name with nothing touched; one that breaks off later leaves a
+model that says that it is inconsistent.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
-from extensions.manifest import SHOWN, Announced, Layout, Manifest, parse, shown, wrong_dtype
+from extensions.manifest import SHOWN, Announced, Layout, Manifest, parse
 from extensions.model.headers import checkpoint_layouts
 from extensions.model.regions import Memory, Region, elements_filled
 from extensions.model.twin import (
@@ -29,6 +54,7 @@ from extensions.model.twin import (
     twin_of,
 )
 from extensions.model.views import View, views_of
+from extensions.problems import misfits, missing, names_of, unread
 
 MAX_SAID = 120  # characters of a loader's error
 MAX_APART = 256  # tensors that are tried in a call of their own; of more, none is loaded before all are there
@@ -69,10 +95,11 @@ class Plan:
 
     def of(self, name: str) -> list[Fill]:
         """The parts of parameters and buffers that the tensor announced as `name` fills, in the order of loading."""
-        return self._by_name.get(name, [])
+        return self.by_name.get(name, [])
 
     @cached_property
-    def _by_name(self) -> dict[str, list[Fill]]:
+    def by_name(self) -> dict[str, list[Fill]]:
+        """As `of`, for every announced tensor that fills anything."""
         found: dict[str, list[Fill]] = defaultdict(list)
         for fill in self.fills:
             for name in dict.fromkeys(name for name, _ in fill.reads):
@@ -93,14 +120,14 @@ class Plan:
         constants = {fill.into for fill in self.fills if _is_constant(fill)}
         return {
             name: fills
-            for name, fills in self._by_name.items()
+            for name, fills in self.by_name.items()
             if all(_is_copy(fill) and fill.into not in constants for fill in fills)
         }
 
     @cached_property
     def converted(self) -> list[str]:
         """The announced tensors that `load_weights` itself has to load, in their order."""
-        return [name for name in self.announced if name in self._by_name and name not in self.copied]
+        return [name for name in self.announced if name in self.by_name and name not in self.copied]
 
     @cached_property
     def spoilt(self) -> set[str]:
@@ -108,7 +135,7 @@ class Plan:
 
         GPT-OSS fills a bias with zeros on each rank but the first, whosever memory it is (vLLM 0.32).
         """
-        steps = {name: [step for fill in fills for step in fill.conversion] for name, fills in self._by_name.items()}
+        steps = {name: [step for fill in fills for step in fill.conversion] for name, fills in self.by_name.items()}
         return {name for name, said in steps.items() if any(s == REPLACES or s.endswith(SPOILS) for s in said)}
 
     @cached_property
@@ -131,24 +158,11 @@ class Plan:
 
     def misfits(self) -> list[str]:
         """The problems of the tensors that were announced; not those of weights for which none was."""
-        if self.refused and not self.fills:
-            return [*self._refused()]  # the recording was given up: nothing is known of the other tensors
-        return [*self._refused(), *self._unknown(), *self._dtypes(), *self._other_shapes(), *self._filled_twice()]
+        return misfits(self)
 
     def missing(self) -> list[str]:
         """The parameters that no announced tensor fills, or not in every element."""
-        if self.refused and not self.fills:
-            return []
-        found = []
-        for name, missing in self.unfilled.items():
-            if missing and missing != self.kept.get(name) and name not in self.refused:
-                sources = _names(read for fill in self.into.get(name, ()) for read in fill.reads)
-                rest = f"; the others are filled by {sources}" if sources else ""
-                elements = f"{missing} of {self.parameters[name].elements} elements"
-                absent = ", ".join(other for other in self.absent.get(name, ()) if other != name)
-                where = f"{absent}: missing, {elements} of {name}" if absent else f"{name}: missing, {elements}"
-                found.append(f"{where} are filled by no announced tensor{rest}")
-        return found
+        return missing(self)
 
     @cached_property
     def unfilled(self) -> dict[str, int]:
@@ -164,7 +178,7 @@ class Plan:
     @cached_property
     def filled(self) -> dict[str, list[str]]:
         """The paths of the layers that each announced tensor fills."""
-        return {n: list(dict.fromkeys(split(f.into)[0] for f in fills)) for n, fills in self._by_name.items()}
+        return {n: list(dict.fromkeys(split(f.into)[0] for f in fills)) for n, fills in self.by_name.items()}
 
     @cached_property
     def left(self) -> set[str]:
@@ -179,49 +193,6 @@ class Plan:
         for fill in self.fills:
             found[fill.into].append(fill)
         return dict(found)
-
-    def _refused(self) -> Iterable[str]:
-        for name, said in self.refused.items():
-            yield f"{name}: load_weights refuses it in shape {list(self.announced[name][1])}: {said}"
-
-    def _unknown(self) -> Iterable[str]:
-        for name in self.announced:
-            known = name in self._by_name or name in self.elsewhere or name in self.refused or name in self.aliases
-            if not known:
-                yield f"{name}: unknown, load_weights writes it nowhere"
-
-    def _dtypes(self) -> Iterable[str]:
-        for name, fills in self._by_name.items():
-            yield from wrong_dtype(name, self.announced[name][0], self.tensors[fills[0].into].dtype)
-        for name in self.aliases:  # of embeddings, which are floating-point
-            yield from wrong_dtype(name, self.announced[name][0], torch.float32)
-
-    def _other_shapes(self) -> Iterable[str]:
-        for name, other in self.aliases.items():
-            if other is None:
-                continue
-            found, expected = (list(self.announced[tensor][1]) for tensor in (name, other))
-            if found != expected:
-                yield f"{name}: expected shape {expected}, that of {other}, found {found}"
-        for fill in self.fills:
-            if fill.misfit:
-                yield f"{_names(fill.reads)}: other shape than {fill.into} takes, {fill.misfit}"
-        yield from self._partly_read()
-
-    def _partly_read(self) -> Iterable[str]:
-        for name in self.elsewhere | self.reads:
-            shape, parts = self.announced[name][1], [*self.elsewhere.get(name, ()), *self.reads.get(name, ())]
-            if unread := _unread(self.announced[name], parts):
-                total = math.prod(shape)
-                yield f"{name}: other shape than expected, {unread} of {total} elements of {list(shape)} go nowhere"
-
-    def _filled_twice(self) -> Iterable[str]:
-        for name, memory in self.parameters.items():
-            loaded = [fill for fill in self.into.get(name, ()) if fill.reads]
-            filled = elements_filled([fill.region for fill in loaded], memory)
-            if twice := sum(elements for times, elements in filled.items() if times > 1):
-                sources = _names(read for fill in loaded for read in fill.reads)
-                yield f"{name}: {twice} of {memory.elements} elements are filled more than once, by {sources}"
 
 
 def plan_of(model: torch.nn.Module, vllm_config: object, manifest: Manifest) -> Plan:
@@ -292,7 +263,7 @@ def _with_other_ranks(plan: Plan, model: torch.nn.Module, vllm_config: object) -
     refused = dict(plan.refused)
     for ranks in [(tp, pp) for pp in range(sizes[1]) for tp in range(sizes[0])] if others else ():
         other = _recorded(model, vllm_config, others, ranks)
-        refused |= other.refused | {_names(fill.reads): fill.misfit for fill in other.fills if fill.misfit}
+        refused |= other.refused | {names_of(fill.reads): fill.misfit for fill in other.fills if fill.misfit}
         for name, regions in other.reads.items():
             elsewhere[name] = [*elsewhere.get(name, ()), *regions]
     return replace(plan, elsewhere=elsewhere, refused=refused)
@@ -304,7 +275,7 @@ def _not_read_whole(plan: Plan) -> list[str]:
         for name, layout in plan.announced.items()
         if name not in plan.aliases
         and name not in plan.refused
-        and (name not in plan.reads or _unread(layout, plan.reads[name]))
+        and (name not in plan.reads or unread(layout, plan.reads[name]))
     ]
 
 
@@ -379,11 +350,6 @@ def _is_copy(fill: Fill) -> bool:
     return all(step.startswith("cast ") for step in fill.conversion) and fill.reads[0][1].shape == fill.region.shape
 
 
-def _unread(layout: Layout, parts: list[Region]) -> int:
-    dtype, shape = layout
-    return elements_filled(parts, Memory(math.prod(shape) * dtype.itemsize, dtype.itemsize)).get(0, 0)
-
-
 def _whole(layout: Layout) -> Region:
     dtype, shape = layout
     return Region(0, (math.prod(shape),), (dtype.itemsize,), dtype.itemsize)
@@ -393,7 +359,3 @@ def _first_line(error: Exception) -> str:
     """The type of an error and the begin of what it says. vLLM may add the names of all parameters."""
     said = str(error).partition("\n")[0][:MAX_SAID]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
-def _names(reads: Iterable[tuple[str, Region]]) -> str:
-    return shown(list(dict.fromkeys(name for name, _ in reads)))

@@ -1,25 +1,32 @@
 """Weights by broadcast, straight to where they belong: one call to the workers an update, no copy on the way.
 
 The plan (`extensions.plan`) knows of each announced tensor to which part of which parameter `load_weights` copies it.
-Where that part is contiguous and of the same dtype, it is what the broadcast receives into. All other tensors are
-received beside the model and loaded as `WorkerExtension` loads them.
+Where that part is contiguous and of the same dtype, it is what the broadcast receives into. Other tensors pass through
+a buffer of STAGED_BYTES, in pieces that the plan's regions are copied from: a rank's shard, or what is cast on the way.
+What is more than a copy is received whole, and loaded as `WorkerExtension` loads it.
 
     plan_update(manifest)     once for a manifest: refuses what does not fit the model, and returns the plan's digest
     receive_update(digest)    every update: receives all tensors in the order of the manifest, and loads them
 
-The sender says the digest of what it sends first. Workers that expect another update touch nothing.
+First every rank says the digest of the update that it is about to move. Where one says another, all refuse it, nothing
+is touched, and the group can be used again.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from extensions.agreed import DIGEST_BYTES, GROUP_BYTES, PlansUpdates, batches, digest_of, places_of
+from extensions.agreed import DIGEST_BYTES, PlansUpdates, digest_of
 from extensions.bracket import Update, UpdateError
 from extensions.broadcast import BroadcastSender, WorkerExtension
-from extensions.group import Communicator
+from extensions.group import Communicator, GroupError
 from extensions.manifest import Announced, Manifest, manifest_of, parse
+from extensions.pieces import GROUP_BYTES, STAGED_BYTES, Groups, cut, part_of, whole
+from extensions.staging import Staging
 from extensions.tensors import dtype_name
+
+REFUSED = bytes(DIGEST_BYTES)  # said in the place of a digest
 
 
 class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
@@ -35,17 +42,25 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
 
         The model computes with the new weights when this returns. Raises UpdateError without a plan of this digest, or
         where the model's tensors have moved since it was made: call `plan_update` again. Raises UpdateError where the
-        sender sends another update, and GroupError as `WorkerExtension` does. Nothing was touched by an UpdateError;
-        the group is given up then, so that no sender waits.
+        sender sends another update, or another worker refuses it. Nothing was touched by an UpdateError, and the sender
+        hears of it. Raises GroupError as `WorkerExtension` does.
         """
         group = self._weight_sync_joined()
         try:
             agreed = self._weight_sync_require_agreed(digest)
-            _require_sent(agreed.digest, group)
-        except UpdateError as error:
-            group.abort(str(error))
+        except UpdateError:
+            self._weight_sync_refuse()
             raise
-        return self._weight_sync_move(agreed, self._weight_sync_receive)
+        is_cut = self._weight_sync_agree(agreed.digest, agreed.beside_bytes > self._weight_sync_staged_bytes)
+        buffer_bytes = self._weight_sync_staged_bytes if is_cut else agreed.beside_bytes
+
+        def receive(update: Update) -> None:
+            staging = Staging(update, self.device, buffer_bytes)
+            for pieces in agreed.groups[is_cut]:
+                group.broadcast_all(staging.places(pieces), src=0)
+                staging.settle(pieces)
+
+        return self._weight_sync_move(agreed, receive)
 
     def receive_alone(self, manifest: Manifest) -> int:
         """Receive tensors outside an update, in the order of the manifest. Returns their number.
@@ -55,22 +70,21 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
         group = self._weight_sync_joined()
         self._weight_sync_require_none()
         announced = parse(manifest)
-        _require_sent(digest_of(announced), group)
-        for names in batches(announced, GROUP_BYTES):
-            staged = {name: self._weight_sync_staged(announced, name) for name in names}
+        self._weight_sync_agree(digest_of(announced), is_cut=False)
+        for pieces in whole(announced, self._weight_sync_group_bytes):
+            staged = {piece.name: self._weight_sync_staged(announced, piece.name) for piece in pieces}
             group.broadcast_all([*staged.values()], src=0)
             group.wait()
             self._weight_sync_accept(staged)
         return len(announced)
 
-    def _weight_sync_receive(self, update: Update, names: list[str]) -> None:
-        """Receive some tensors by one call: each where it belongs, or else beside the model, and load those."""
-        places = places_of(update, names)
-        staged = {name: self._weight_sync_staged(update.announced, name) for name in names if name not in places}
-        into = places | staged
-        self._weight_sync_group.broadcast_all([into[name] for name in names], src=0)
-        if staged:
-            update.take(staged)
+    def _weight_sync_agree(self, digest: bytes, is_cut: bool) -> bool:
+        return agree(self._weight_sync_group, digest, is_cut)
+
+    def _weight_sync_refuse(self) -> None:
+        """Have the sender and all other workers hear that the update which they are about to move is refused."""
+        with contextlib.suppress(UpdateError, GroupError):
+            agree(self._weight_sync_joined(), REFUSED, is_cut=False)
 
     def _weight_sync_staged(self, announced: Announced, name: str) -> torch.Tensor:
         dtype, shape = announced[name]
@@ -80,17 +94,19 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
 class PlannedSender(BroadcastSender):
     """The trainer's half: rank 0 of the group. It sends whole updates, by as few calls as the workers receive them."""
 
+    _group_bytes, _staged_bytes = GROUP_BYTES, STAGED_BYTES
     _manifest: Manifest | None = None  # of the last update, and what was made of it
     _announced: Announced
     _digest: bytes
-    _batches: list[list[str]]
+    _groups: dict[bool, Groups]  # by whether they are cut
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], manifest: Manifest | None = None) -> int:
         """Broadcast every tensor, in the order of `plan_update`'s manifest. Returns the bytes sent.
 
         `manifest` is that of the tensors; where it is not given, all tensors are held at once to make it. When this
-        returns, the workers have received all tensors and the next optimiser step may write to them. Raises ValueError
-        where the tensors are not those of the manifest, and GroupError as `BroadcastSender.send` does.
+        returns, the workers have received all tensors and the next optimiser step may write to them. Raises UpdateError
+        where a worker refuses the update or expects another, and nothing was sent then. Raises ValueError where the
+        tensors are not those of the manifest, and GroupError as `BroadcastSender.send` does.
         """
         if manifest is None:
             named_tensors = list(named_tensors)
@@ -98,34 +114,56 @@ class PlannedSender(BroadcastSender):
         if manifest != self._manifest:
             announced = parse(manifest)
             self._manifest, self._announced = [dict(entry) for entry in manifest], announced
-            self._digest, self._batches = digest_of(announced), [*batches(announced, GROUP_BYTES)]
-        announced, named, sent = self._announced, iter(named_tensors), 0
-        self._group.broadcast_all([_as_tensor(self._digest, self._group.device)], src=0)
-        for names in self._batches:
-            tensors = [self._next(named, name, announced) for name in names]
-            self._group.broadcast_all(tensors, src=0)
-            sent += sum(tensor.nbytes for tensor in tensors)
+            self._digest = digest_of(announced)
+            self._groups = {False: whole(announced, self._group_bytes), True: cut(announced, self._staged_bytes)}
+        groups = self._groups[self._agree()]
+        named, sent = iter(named_tensors), 0
+        tensor = torch.empty(0)
+        for pieces in groups:
+            parts = []
+            for piece in pieces:
+                if piece.start == 0:
+                    tensor = self._next(named, piece.name)
+                parts.append(part_of(tensor, piece))
+            self._group.broadcast_all(parts, src=0)
+            sent += sum(piece.nbytes for piece in pieces)
         self._group.wait()
+        if (more := next(named, None)) is not None:
+            raise ValueError(f"{more[0]} is not in the manifest: it was not sent, the others were")
         return sent
 
-    def _next(self, named: Iterator[tuple[str, torch.Tensor]], expected: str, announced: Announced) -> torch.Tensor:
+    def _agree(self) -> bool:
+        return agree(self._group, self._digest, is_cut=False)
+
+    def _next(self, named: Iterator[tuple[str, torch.Tensor]], expected: str) -> torch.Tensor:
         name, tensor = next(named, ("nothing", torch.empty(0)))
-        if name != expected or (tensor.dtype, tuple(tensor.shape)) != announced[expected]:
+        if name != expected or (tensor.dtype, tuple(tensor.shape)) != self._announced[expected]:
             found = f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}"
             self._group.abort(f"the sender has another tensor than {expected}: {found}")
             raise ValueError(f"expected {expected} as in the manifest, found {found}")
         return tensor.detach().to(self._group.device).contiguous()
 
 
-def _require_sent(expected: bytes, group: Communicator) -> None:
-    """Hear what the sender is about to send. Raises UpdateError where it is another update."""
-    told = _as_tensor(bytes(DIGEST_BYTES), group.device)
-    group.broadcast_all([told], src=0)
+def agree(group: Communicator, digest: bytes, is_cut: bool) -> bool:
+    """Hear of every rank which update it is about to move, and whether it needs the tensors in pieces.
+
+    Returns whether any of them does. Raises UpdateError where a rank says another digest, on every rank.
+    """
+    said = torch.zeros(group.world_size, DIGEST_BYTES + 1, dtype=torch.uint8)
+    said[group.rank] = torch.tensor([*digest, is_cut], dtype=torch.uint8)
+    said = said.to(group.device)
+    for rank in range(group.world_size):
+        group.broadcast_all([said[rank]], src=rank)
     group.wait()
-    found = bytes(told.tolist())
-    if found != expected:
-        raise UpdateError(f"expected the update {expected.hex()[:12]}, the sender sends {found.hex()[:12]}")
+    told = [bytes(row) for row in said.tolist()]
+    for rank, found in enumerate(told):
+        if found[:DIGEST_BYTES] != digest or digest == REFUSED:
+            raise UpdateError(_refusal(rank, digest, found[:DIGEST_BYTES]))
+    return any(found[DIGEST_BYTES] for found in told)
 
 
-def _as_tensor(digest: bytes, device: torch.device) -> torch.Tensor:
-    return torch.tensor([*digest], dtype=torch.uint8, device=device)
+def _refusal(rank: int, expected: bytes, found: bytes) -> str:
+    if found == REFUSED:
+        return f"rank {rank} refuses the update: its worker says why; nothing was touched"
+    who = "the sender sends" if rank == 0 else f"the worker of rank {rank} expects"
+    return f"expected the update {expected.hex()[:12]}, {who} {found.hex()[:12]}; nothing was touched"

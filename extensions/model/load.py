@@ -3,6 +3,7 @@
 A plan says where each tensor goes. What it copies is copied there, and `load_weights` loads what is more than a copy.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,10 +12,12 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extensions.model.regions import Region, memory_id, part, region_of
+from extensions.model.regions import Region, memory_id, overlaps, part, region_of
 from extensions.model.twin import REPLACES, Fill, split, without_lora
 from extensions.model.views import View, resolve
 from extensions.plan import Plan
+
+COMPARED_BYTES = 4 * 2**20  # of a piece at a time: to compare takes memory
 
 
 class LoadError(RuntimeError):
@@ -46,6 +49,8 @@ class Load(ABC):
         self._touched = False  # whether load() has been called
         self._held: dict[str, torch.Tensor] = {}  # what has to be loaded together
         self._heads: dict[str, torch.Tensor] = {}  # output embeddings that are tied: compared at the end
+        self._unequal: dict[str, list[torch.Tensor]] = {}  # of those that came in pieces: whether a part was unequal
+        self._there: set[str] = set()  # what has been copied
         self._layers = layers_of(model)
         self._views = _views_by_layer(model, plan)
 
@@ -74,7 +79,56 @@ class Load(ABC):
     def written_past(self, names: Iterable[str]) -> None:
         """These tensors are being received into their places, past `load`."""
         self._touched = True
+        self._there.update(names)
         self._written(names)
+
+    def takes_pieces(self, name: str) -> bool:
+        """Whether a tensor can be given to `load_pieces`; any other has to be whole when it is loaded."""
+        if self._plan is None:
+            return False
+        if name in self._plan.aliases:
+            embedding = self._plan.aliases[name]
+            return embedding is None or embedding in self._there
+        return self._is_copied(name) or not self._plan.of(name)
+
+    def load_pieces(self, pieces: Iterable[tuple[str, int, torch.Tensor]]) -> None:
+        """Copy (checkpoint name, first byte, bytes) of tensors: the pieces of each in their order, without a gap.
+
+        Nothing of a piece is kept. It is a uint8 tensor of one dimension that begins and ends between two elements.
+        """
+        self._touched = True
+        for name, start, piece in pieces:
+            dtype, shape = self._plan.announced[name]
+            values, end = piece.view(dtype), start + piece.numel()
+            if name in self._plan.aliases:
+                self._compare(name, start, values)
+                continue
+            for read, target in self._targets_of(name, start, end):
+                target.copy_(part(values, read))
+            if end == math.prod(shape) * dtype.itemsize:
+                self._there.add(name)
+                self._written([name])
+
+    def _targets_of(self, name: str, start: int, end: int) -> list[tuple[Region, torch.Tensor]]:
+        """The parts of a piece, from byte `start` to `end` of its tensor, and where each belongs in the model."""
+        return [
+            (read, part(target, write))
+            for fill in self._plan.of(name)
+            for target in [self._target(fill.into)]
+            for read, write in overlaps(fill.reads[0][1], fill.region, start, end)
+        ]
+
+    def _compare(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Find out whether a piece of a tied output embedding, flat, is that of the input embedding, which is there."""
+        size, embedding = values.element_size(), self._plan.aliases[name]
+        for fill in self._plan.of(embedding) if embedding is not None else ():
+            live, region = self._tensor(fill.into), _of_itemsize(size, fill.reads[0][1])
+            for index, some in enumerate(values.split(COMPARED_BYTES // size)):
+                begin = start + index * COMPARED_BYTES
+                for read, write in overlaps(region, fill.region, begin, begin + some.nbytes):
+                    there, sent = part(live, write), part(some, read).to(live.dtype)
+                    unequal = there.contiguous().view(torch.uint8) != sent.contiguous().view(torch.uint8)
+                    self._unequal.setdefault(name, []).append(unequal.any())
 
     def _copied(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy what the plan copies. Returns what is left, which `load_weights` has to load."""
@@ -85,6 +139,7 @@ class Load(ABC):
                     self._heads[name] = tensor
                 elif self._is_copied(name):
                     self._copy(self._plan.copied[name], tensor)
+                    self._there.add(name)
                     self._written([name])
                 elif self._plan.of(name):
                     left[name] = tensor
@@ -174,14 +229,13 @@ class Load(ABC):
     def _require_equal_heads(self) -> None:
         """Raise LoadError where a tied output embedding came with other values than the input embedding has now."""
         for name, tensor in self._heads.items():
-            embedding = self._plan.aliases[name]
-            for fill in self._plan.of(embedding) if embedding is not None else ():
-                live = part(self._tensor(fill.into), fill.region)
-                sent = part(tensor.detach().contiguous(), _of_shape(tensor, fill.reads[0][1]))
-                if not same_bits(live, sent.to(live.dtype)):
-                    raise LoadError(
-                        f"{name}: its values are not those of {embedding}, and this engine has one tensor for the two"
-                    )
+            self._compare(name, 0, tensor.contiguous().view(-1))
+        for name, unequal in self._unequal.items():
+            if any(found.item() for found in unequal):
+                raise LoadError(
+                    f"{name}: its values are not those of {self._plan.aliases[name]}, and this engine has one tensor"
+                    " for the two"
+                )
 
     @abstractmethod
     def end(self) -> None:
@@ -198,12 +252,15 @@ class DirectLoad(Load):
     def __init__(self, model: torch.nn.Module, vllm_config: object, plan: Plan | None) -> None:
         super().__init__(model, vllm_config, plan)
         self._places: dict[str, torch.Tensor | None] = {}
+        self._targets: dict[tuple[str, int, int], list[tuple[Region, torch.Tensor]]] = {}
 
     def again(self) -> "DirectLoad | None":
         """This load, for another update of the same tensors; None where it holds tensors of this one."""
         if self._held or self._heads:
             return None
         self._touched = False
+        self._there.clear()
+        self._unequal.clear()
         return self
 
     def place(self, name: str) -> torch.Tensor | None:
@@ -221,6 +278,13 @@ class DirectLoad(Load):
         whole = region_of(torch.empty(shape, dtype=dtype, device="meta"))
         as_sent = found.dtype == dtype and fill.reads[0][1] == whole
         return found if as_sent and found.is_contiguous() else None
+
+    def _targets_of(self, name: str, start: int, end: int) -> list[tuple[Region, torch.Tensor]]:
+        """As in Load; found once, for the updates after this one."""
+        key = (name, start, end)
+        if key not in self._targets:
+            self._targets[key] = super()._targets_of(name, start, end)
+        return self._targets[key]
 
     def begin(self) -> None:
         """Nothing is to be prepared."""
@@ -279,12 +343,7 @@ def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {without_lora(path): module for path, module in model.named_modules()}
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one dtype have the same bits: a NaN equals itself, and 0 is not -0."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
-def _of_shape(tensor: torch.Tensor, region: Region) -> Region:
-    """The same elements of a tensor of another dtype."""
-    size, old = tensor.element_size(), region.itemsize
+def _of_itemsize(size: int, region: Region) -> Region:
+    """The same elements of a tensor whose elements have another size."""
+    old = region.itemsize
     return Region(region.offset // old * size, region.shape, tuple(s // old * size for s in region.stride), size)

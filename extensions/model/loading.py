@@ -64,6 +64,10 @@ class LayerwiseReload(Load):
         with configured(self._vllm_config):
             initialize_layerwise_reload(self._model)
 
+    def load_pieces(self, pieces: Iterable[tuple[str, int, torch.Tensor]]) -> None:
+        with configured(self._vllm_config):  # a layer that is whole is processed
+            super().load_pieces(pieces)
+
     def end(self) -> None:
         self._settle()
         with configured(self._vllm_config):

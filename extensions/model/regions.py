@@ -1,9 +1,12 @@
 """Parts of a tensor's memory, and how many of its elements lie in them."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+Box = tuple[int, int]  # of a dimension: the first index, and how many
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,48 @@ def part(tensor: torch.Tensor, region: Region) -> torch.Tensor:
     size = region.itemsize
     stride = [step // size for step in region.stride]
     return tensor.as_strided(region.shape, stride, tensor.storage_offset() + region.offset // size)
+
+
+def overlaps(source: Region, target: Region, start: int, end: int) -> Iterator[tuple[Region, Region]]:
+    """What of a copy from `source` to `target`, two regions of one shape, lies in the bytes of the source in a range.
+
+    Yields parts of both, of one shape each. The offsets of the source's parts count from `start`. No element may lie on
+    both sides of `start` or `end`.
+    """
+    dims = sorted(zip(source.shape, source.stride, target.stride, strict=True), key=lambda dim: -dim[1])
+    steps = [(size, step) for size, step, _ in dims]
+    for box in _boxes(source.offset, steps, source.itemsize, start, end):
+        shape = tuple(count for _, count in box)
+        read, write = source.offset - start, target.offset
+        for (first, _), (_, step, other) in zip(box, dims, strict=True):
+            read, write = read + first * step, write + first * other
+        yield (
+            Region(read, shape, tuple(step for _, step, _ in dims), source.itemsize),
+            Region(write, shape, tuple(other for _, _, other in dims), target.itemsize),
+        )
+
+
+def _boxes(offset: int, dims: list[tuple[int, int]], nbytes: int, start: int, end: int) -> Iterator[list[Box]]:
+    """The elements between two bytes as boxes: (first index, number of indices) by dimension.
+
+    Dimensions are (size, stride). An index of the first one that lies in the range whole needs no closer look.
+    """
+    if not dims:
+        if start <= offset < end:
+            yield []
+        return
+    (size, step), *inner = dims
+    span = nbytes + sum((count - 1) * stride for count, stride in inner if count)
+    if not step:
+        yield from ([(0, size), *box] for box in _boxes(offset, inner, nbytes, start, end))
+        return
+    first = min(max(0, -(-(start - offset) // step)), size)
+    behind = max(first, min(size, (end - span - offset) // step + 1))
+    if first < behind:
+        yield [(first, behind - first), *((0, count) for count, _ in inner)]
+    touched = range(max(0, (start - offset - span) // step + 1), min(size, -(-(end - offset) // step)))
+    for index in (index for index in touched if not first <= index < behind):
+        yield from ([(index, 1), *box] for box in _boxes(offset + index * step, inner, nbytes, start, end))
 
 
 def elements_filled(regions: list[Region], memory: Memory) -> dict[int, int]:

@@ -9,6 +9,7 @@ from suite.models import TIED
 from suite.processes.call import RemoteError
 from suite.selftest.vllm_models import NO_ENGINE, Held
 
+BUFFER_BYTES = 2**13  # less than most tensors of tiny models have
 NAMES = [name for name, spec in models.MODELS.items() if spec.purpose == "tiny"]
 # Copies past the loaders, derived tensors, views, a head that is repeated: architectures, and what is changed of them.
 OF_THEIR_OWN = [
@@ -34,9 +35,10 @@ def cold(held: Held, name: str, seed: int) -> dict[str, str]:
     return held.computes_with()
 
 
-def update(held: Held, seed: int) -> None:
+def update(held: Held, seed: int, in_pieces: bool = False) -> None:
     count = held.begin(seed)
-    assert held.send() == count == held.end()
+    sent = held.send_in_pieces(BUFFER_BYTES) if in_pieces else held.send()
+    assert sent == count == held.end()
     assert held.state() == "ready"
 
 
@@ -49,8 +51,8 @@ def test_updates_give_what_a_cold_load_gives_in_place(held: Held, name: str):
     held.build(name, 0)
     assert all(after[what] != before[what] for what in after)
     addresses = held.addresses()
-    for seed, expected in ((1, after), (0, before), (1, after)):
-        update(held, seed)
+    for seed, expected, in_pieces in ((1, after, False), (0, before, True), (1, after, False)):
+        update(held, seed, in_pieces)
         assert held.computes_with() == expected
         assert held.addresses() == addresses, "expected the addresses that CUDA graphs would have captured"
 
@@ -65,6 +67,9 @@ def test_an_output_embedding_may_be_sent_though_it_is_tied(held: Held, together:
     while count := held.send(together):
         sent += count
     assert held.end() == announced == sent
+    assert held.computes_with() == expected
+    announced = held.begin(1, True)
+    assert held.send_in_pieces(BUFFER_BYTES) == announced == held.end()
     assert held.computes_with() == expected
 
 

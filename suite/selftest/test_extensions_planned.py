@@ -1,48 +1,60 @@
 """Planned updates go straight to where the plan says, and whatever does not fit them touches nothing."""
 
 import contextlib
+import functools
+import math
+import queue
+from collections.abc import Callable
+from concurrent import futures
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from extensions import agreed, bracket, kept
-from extensions.agreed import batches, digest_of
+from extensions import agreed, bracket, kept, planned, planned_colocate
+from extensions.agreed import digest_of
 from extensions.bracket import UpdateError
 from extensions.group import GroupError
+from extensions.group.basics import in_a_thread
 from extensions.manifest import ManifestError, manifest_of, parse
 from extensions.model import load as loads
 from extensions.model.load import DirectLoad
 from extensions.planned import PlannedSender, PlannedWorkerExtension
 from extensions.planned_colocate import KeptHandleSender, PlannedColocateWorkerExtension
+from extensions.tensors import flat_bytes
 from suite.selftest.test_extensions_load import NEW, Live, plan_for
 
 CPU = torch.device("cpu")
+WAIT_S = 5.0
 MANIFEST = manifest_of(NEW.items())
 
 
 class Wire:
-    """A group's two ends in one thread: what rank 0 has sent waits for the worker."""
+    """A rank of a group in one process: what a rank broadcasts waits for each of the others."""
 
-    def __init__(self) -> None:
-        self.device, self.sent, self.aborted = CPU, [], ""
+    def __init__(self, rank: int, sent: dict[tuple[int, int], queue.Queue]) -> None:
+        self.rank, self.sent, self.device = rank, sent, CPU
+        self.world_size = math.isqrt(len(sent))
         self.into: list[torch.Tensor] = []
+        self.groups, self.breaks_after, self.aborted = 0, math.inf, ""
 
-    def sender(self) -> PlannedSender:
-        made = object.__new__(PlannedSender)
-        made._group = SimpleNamespace(
-            device=CPU, wait=lambda: None, abort=self.abort,
-            broadcast_all=lambda tensors, src: self.sent.append([tensor.clone() for tensor in tensors]),
-        )  # fmt: skip
-        return made
+    @staticmethod
+    def ranks(count: int) -> list["Wire"]:
+        sent = {(src, rank): queue.Queue() for src in range(count) for rank in range(count)}
+        return [Wire(rank, sent) for rank in range(count)]
 
     def broadcast_all(self, tensors: list[torch.Tensor], src: int) -> None:
-        if not self.sent:
+        self.groups += 1
+        if self.groups > self.breaks_after:
             raise GroupError("rank 0 is gone")
+        if src == self.rank:
+            for rank in range(self.world_size):
+                self.sent[src, rank].put([flat_bytes(tensor).clone() for tensor in tensors])
+            return
         self.into += tensors
-        for mine, theirs in zip(tensors, self.sent.pop(0), strict=True):
-            mine.copy_(theirs)
+        for mine, theirs in zip(tensors, self.sent[src, self.rank].get(timeout=WAIT_S), strict=True):
+            flat_bytes(mine).copy_(theirs)
 
     def wait(self) -> None: ...
 
@@ -58,7 +70,20 @@ class Worker(PlannedColocateWorkerExtension, PlannedWorkerExtension):
     def __init__(self) -> None:
         self.model = Live()
         self.model_runner = SimpleNamespace(get_model=lambda: self.model)
-        self.wire = self._weight_sync_group = Wire()
+        self.sender = object.__new__(PlannedSender)
+        self.sender._group, self.wire = Wire.ranks(2)
+        self._weight_sync_group = self.wire
+
+    def receive(self, call: Callable[[], int], tensors: dict, manifest: list | None = MANIFEST) -> int:
+        """What the worker's call returns while the sender sends, and what the sender does: bytes, or its error."""
+        sent = in_a_thread(lambda: self.sender.send(tensors.items(), manifest))
+        received = in_a_thread(call)
+        futures.wait([sent, received], WAIT_S)
+        self.heard = sent.exception(0) or sent.result()
+        return received.result(0)
+
+    def update(self, digest: str, tensors: dict, manifest: list | None = MANIFEST) -> int:
+        return self.receive(lambda: self.receive_update(digest), tensors, manifest)
 
 
 def accepted(model: Live, _: object, announced: dict, whole: bool = True) -> Any:
@@ -98,8 +123,8 @@ def test_what_is_copied_as_it_is_is_received_in_place_and_the_rest_beside(worker
     rows = worker.model.inner.rows
     for by in (0, 1, 2):
         worker.wire.into.clear()
-        assert worker.wire.sender().send(changed(by).items(), MANIFEST) == sum(t.nbytes for t in NEW.values())
-        assert worker.receive_update(digest) == len(NEW)
+        assert worker.update(digest, changed(by)) == len(NEW)
+        assert worker.heard == sum(t.nbytes for t in NEW.values())
         expect_loaded(worker.model, changed(by))
         addresses = [tensor.data_ptr() for tensor in worker.wire.into[1:]]
         assert addresses[:2] == [rows[:3].data_ptr(), rows[3:].data_ptr()]
@@ -118,87 +143,114 @@ def test_a_load_is_used_again_as_if_it_were_new_unless_it_holds_tensors(worker: 
 
 
 def test_the_sender_makes_the_manifest_itself_where_none_is_given(worker: Worker):
-    digest, sender = worker.plan_update(MANIFEST), worker.wire.sender()
+    digest = worker.plan_update(MANIFEST)
     for by in (0, 1):
-        sender.send(changed(by).items())
-        worker.receive_update(digest)
+        worker.update(digest, changed(by), None)
     expect_loaded(worker.model, changed(1))
 
 
-def test_another_update_than_was_planned_touches_nothing_and_keeps_no_sender_waiting(worker: Worker):
+def test_another_update_than_was_planned_touches_nothing_and_both_sides_say_so(worker: Worker):
     digest = worker.plan_update(MANIFEST)
-    other = {"upper": NEW["upper"]}
-    worker.wire.sender().send(other.items())
     with pytest.raises(UpdateError, match=f"expected the update {digest[:12]}, the sender sends "):
-        worker.receive_update(digest)
+        worker.update(digest, {"upper": NEW["upper"]}, None)
     assert untouched(worker)
-    assert "the sender sends" in worker.wire.aborted
+    assert isinstance(worker.heard, UpdateError)
+    assert f"the worker of rank 1 expects {digest[:12]}" in str(worker.heard)
+    worker.update(digest, NEW)  # by the same group
+    expect_loaded(worker.model, NEW)
 
 
-@pytest.mark.parametrize("planned", [False, True])
-def test_an_update_that_was_not_planned_touches_nothing(worker: Worker, planned: bool):
-    if planned:
+@pytest.mark.parametrize("refusing", [1, 2])
+def test_where_one_worker_refuses_no_rank_touches_anything(worker: Worker, refusing: int):
+    workers = [worker, Worker()]
+    sender, worker._weight_sync_group, workers[1]._weight_sync_group = Wire.ranks(3)
+    worker.sender._group = sender
+    digests = [one.plan_update(MANIFEST) for one in workers]
+
+    def moved(digests: list[str]) -> list[futures.Future]:
+        calls = [in_a_thread(lambda: worker.sender.send(NEW.items(), MANIFEST))]
+        for one, digest in zip(workers, digests, strict=True):
+            calls.append(in_a_thread(functools.partial(one.receive_update, digest)))
+        futures.wait(calls, WAIT_S)
+        return calls
+
+    refused = moved(["abcdef" if rank == refusing else digests[0] for rank in (1, 2)])
+    errors = [str(call.exception(0)) for call in refused]
+    assert "expected the plan abcdef" in errors.pop(refusing)
+    assert all(f"rank {refusing} refuses the update" in error for error in errors)
+    assert all(map(untouched, workers))
+    assert [call.result(0) for call in moved(digests)][1:] == [len(NEW)] * 2
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_an_update_that_was_not_planned_touches_nothing(worker: Worker, another: bool):
+    if another:
         worker.plan_update(MANIFEST)
-    found = "found none" if not planned else "found [0-9a-f]{12}"
+    found = "found none" if not another else "found [0-9a-f]{12}"
     with pytest.raises(UpdateError, match=rf"expected the plan abcdef, {found}: call plan_update"):
-        worker.receive_update("abcdef")
+        worker.update("abcdef", NEW)
     assert untouched(worker)
-    assert worker.wire.aborted
+    assert isinstance(worker.heard, UpdateError)
+    assert "rank 1 refuses the update" in str(worker.heard)
 
 
 def test_a_plan_from_before_the_models_tensors_moved_is_void(worker: Worker):
     digest = worker.plan_update(MANIFEST)
-    worker.wire.sender().send(NEW.items(), MANIFEST)
-    worker.receive_update(digest)
+    worker.update(digest, NEW)
     old = worker.model.inner.rows
     worker.model.inner.rows = torch.nn.Parameter(old.data.clone(), requires_grad=False)
     worker.begin_update(MANIFEST)  # which plans anew
     worker.abort_update()
-    worker.wire.sender().send(changed(1).items(), MANIFEST)
     with pytest.raises(UpdateError, match="have moved since the update was planned: call plan_update"):
-        worker.receive_update(digest)
+        worker.update(digest, changed(1))
     for rows in (old, worker.model.inner.rows):
         assert torch.equal(rows[:3], NEW["upper"])
-    worker.wire.sent.clear()
     assert worker.plan_update(MANIFEST) == digest
-    worker.wire.sender().send(changed(1).items(), MANIFEST)
-    worker.receive_update(digest)
+    worker.update(digest, changed(1))
     assert torch.equal(worker.model.inner.rows[:3], changed(1)["upper"])
 
 
 def test_a_broadcast_that_breaks_off_leaves_an_inconsistent_model(worker: Worker):
     digest = worker.plan_update(MANIFEST)
-    worker.wire.sender().send(NEW.items(), MANIFEST)
-    del worker.wire.sent[1:]
+    worker.wire.breaks_after = 2  # what both ranks say
     with pytest.raises(GroupError, match="rank 0 is gone"):
-        worker.receive_update(digest)
+        worker.update(digest, NEW)
     assert worker.update_state() == "inconsistent"
-    worker.wire.sender().send(NEW.items(), MANIFEST)
-    worker.receive_update(digest)
+    worker.wire.breaks_after = math.inf
+    worker.wire.sent[0, 1].get(timeout=WAIT_S)  # what did not arrive
+    worker.update(digest, NEW)
     assert worker.update_state() == "ready"
     expect_loaded(worker.model, NEW)
 
 
-def test_a_sender_with_another_tensor_than_announced_gives_the_group_up(worker: Worker):
+def test_a_sender_with_another_tensor_than_announced_gives_the_group_up(worker: Worker, monkeypatch):
+    monkeypatch.setattr(planned, "agree", lambda *_, **__: False)
     for wrong in (NEW | {"lower": NEW["lower"].float()}, {"upper": NEW["upper"]}):
         with pytest.raises(ValueError, match=r"expected lower as in the manifest, found (lower float32|nothing)"):
-            worker.wire.sender().send(wrong.items(), MANIFEST)
-        assert "another tensor than lower" in worker.wire.aborted
+            worker.sender.send(wrong.items(), MANIFEST)
+        assert "another tensor than lower" in worker.sender._group.aborted
+
+
+def test_a_tensor_that_was_not_announced_is_named(worker: Worker):
+    digest = worker.plan_update(MANIFEST)
+    assert worker.update(digest, NEW | {"ghost": NEW["upper"]}) == len(NEW)
+    assert isinstance(worker.heard, ValueError)
+    assert "ghost is not in the manifest: it was not sent" in str(worker.heard)
+    expect_loaded(worker.model, NEW)
 
 
 def test_a_manifest_that_does_not_fit_leaves_what_was_planned(worker: Worker):
     digest = worker.plan_update(MANIFEST)
     with pytest.raises(ManifestError):
         worker.plan_update(MANIFEST[:1])
-    worker.wire.sender().send(NEW.items(), MANIFEST)
-    worker.receive_update(digest)
+    worker.update(digest, NEW)
     expect_loaded(worker.model, NEW)
 
 
 def test_an_update_under_way_is_not_disturbed(worker: Worker):
     digest = worker.plan_update(MANIFEST)
     worker.begin_update(MANIFEST)
-    for call in (lambda: worker.plan_update(MANIFEST), lambda: worker.receive_update(digest)):
+    for call in (lambda: worker.plan_update(MANIFEST), lambda: worker.update(digest, NEW)):
         with pytest.raises(UpdateError, match="an update is under way"):
             call()
     assert worker.update_state() == "updating"
@@ -206,24 +258,16 @@ def test_an_update_under_way_is_not_disturbed(worker: Worker):
 
 def test_tensors_alone_are_received_by_one_call(worker: Worker):
     alone = {"upper": NEW["upper"]}
-    worker.wire.sender().send(alone.items())
-    assert worker.receive_alone(manifest_of(alone.items())) == 1
+    assert worker.receive(lambda: worker.receive_alone(manifest_of(alone.items())), alone, None) == 1
     assert torch.equal(worker.model.inner.rows[:3], NEW["upper"])
     assert not worker.model.inner.rows[3:].any()
 
 
-def test_large_updates_are_cut_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch, worker: Worker):
-    announced = parse(MANIFEST)
-    sizes = [tensor.nbytes for tensor in NEW.values()]
-    assert [*batches(announced, sum(sizes))] == [[*NEW]]
-    assert [*batches(announced, sizes[0])] == [[name] for name in NEW]
-    assert [*batches(announced, 1)] == [[name] for name in NEW]
-    for module in ("extensions.agreed", "extensions.planned"):
-        monkeypatch.setattr(f"{module}.GROUP_BYTES", sizes[0])
-    digest = worker.plan_update(MANIFEST)
-    worker.wire.sender().send(NEW.items(), MANIFEST)
-    assert len(worker.wire.sent) == 1 + len(NEW)
-    worker.receive_update(digest)
+def test_large_updates_go_in_groups(monkeypatch: pytest.MonkeyPatch, worker: Worker):
+    monkeypatch.setattr(PlannedWorkerExtension, "_weight_sync_group_bytes", 1)
+    monkeypatch.setattr(PlannedSender, "_group_bytes", 1)
+    worker.update(worker.plan_update(MANIFEST), NEW)
+    assert worker.wire.groups == 2 + len(NEW)
     expect_loaded(worker.model, NEW)
 
 
@@ -245,7 +289,9 @@ def copied(worker: Worker, sender: KeptHandleSender, digest: str, tensors: dict[
     return sender.opened
 
 
-def test_handles_are_opened_once(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("large_bytes", [1, 2**20])
+def test_handles_are_opened_once(worker: Worker, monkeypatch: pytest.MonkeyPatch, large_bytes: int):
+    monkeypatch.setattr(planned_colocate, "LARGE_BYTES", large_bytes)
     digest, sender, opened = worker.plan_update(MANIFEST), KeptHandleSender(CPU), ""
     for by in (0, 1, 2):
         opened = copied(worker, sender, digest, changed(by), opened)

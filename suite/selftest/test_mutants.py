@@ -19,9 +19,10 @@ from suite.conformance.requirements import catalogue
 from suite.driver.together import Together
 from suite.selftest import fakes
 from suite.selftest.mutants import MUTANTS, Mutant, plugin, registry, verdicts
+from suite.selftest.mutants import __main__ as runner
 from suite.selftest.mutants.__main__ import _stages, main
 from suite.stages import STAGES
-from suite.subjects import SUBJECTS, load, subject_from
+from suite.subjects import load, subject_from
 
 STAGE_NAMES = {stage.name: stage for stage in STAGES}
 THREADS = {thread for requirement in catalogue().values() for thread in requirement.seen_in}
@@ -60,7 +61,7 @@ def test_what_meddles_gets_each_tensor_between_the_checks_and_the_model(monkeypa
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
 def test_a_mutant_is_well_formed(mutant: Mutant):
     subject = subject_from(mutant.extension)
-    assert issubclass(subject.load(), SUBJECTS[mutant.host].load())
+    assert issubclass(subject.load(), registry.REFERENCES[mutant.host].load())
     assert re.compile(mutant.says)
     assert mutant.does[0].isupper()
     assert mutant.does.endswith(".")
@@ -68,7 +69,7 @@ def test_a_mutant_is_well_formed(mutant: Mutant):
         assert mutant.thread in THREADS, (
             f"expected a thread that the catalogue or the notes cite, found {mutant.thread}"
         )
-    assert issubclass(load(subject.sender), load(SUBJECTS[mutant.host].sender))
+    assert issubclass(load(subject.sender), load(registry.REFERENCES[mutant.host].sender))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
@@ -163,6 +164,15 @@ def test_the_stages_that_are_held():
     assert _stages([ONE], "gpu") == ["gpu-split"]
     assert _stages([MUTANTS["UpdatesTheFirstEngineOnly"]], "cpu") == ["cpu-tp1", "cpu-tp2"]
     assert _stages([MUTANTS["UpdatesTheFirstEngineOnly"]], "gpu") == ["gpu-fanout"]
+
+
+def test_mutants_of_named_subjects_are_judged_beside_these(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    given: list[str] = []
+    monkeypatch.setattr(runner, "_judged", lambda report, kind, arguments: given.extend(arguments))
+    assert main(["IgnoresTheDigest", "ReadsStaleHandles", "--report", str(tmp_path)]) == 2
+    hosts = [argument for argument in given if argument.startswith("--subject")]
+    assert hosts == ["--subject=planned", "--subject=planned-colocate"]
+    assert verdicts.controls([entry("planned", "pass")])
 
 
 # ---- which cases are left

@@ -15,7 +15,7 @@ from suite.models import TIED
 from suite.selftest.fakes import fake_module
 from suite.session import waivers
 from suite.stages import STAGES
-from suite.subjects import known_subjects, native, native_gloo, native_ipc, native_nccl, native_senders
+from suite.subjects import known_subjects, native, native_gloo, native_ipc, native_nccl, native_planned, native_senders
 from suite.subjects.native_versions import Api, api_of
 
 RELEASES = [(0, minor) for minor in range(20, 34)]
@@ -92,7 +92,7 @@ class Llm:
 @pytest.fixture(params=RELEASES, ids=lambda r: f"0.{r[1]}")
 def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """A release of vLLM, taken for the installed one."""
-    for module in (native, native_gloo, native_ipc, native_nccl, native_senders):
+    for module in (native, native_gloo, native_ipc, native_nccl, native_planned, native_senders):
         monkeypatch.setattr(module, "installed", lambda: Api(request.param), raising=False)
     native_senders.source_class.cache_clear()
     yield request.param
@@ -348,12 +348,14 @@ def test_the_stages_of_every_backend():
     assert fit == {
         "native-gloo": {"cpu-tp1", "cpu-tp2", "cpu-serve"},
         "native-ipc": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
+        "native-planned": {"cpu-tp1", "cpu-tp2", "cpu-serve"} | apart,
         **dict.fromkeys((*DENSE, "native-sparse"), apart),
     }
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "first"), [("native-gloo", "cpu-tp1", 22), ("native-sparse", "gpu-split", 29)]
+    ("name", "stage", "first"),
+    [("native-gloo", "cpu-tp1", 22), ("native-planned", "cpu-tp1", 25), ("native-sparse", "gpu-split", 29)],
 )
 def test_what_an_early_release_cannot_do_says_so(release: tuple[int, int], name: str, stage: str, first: int):
     (place,) = [known for known in STAGES if known.name == stage]

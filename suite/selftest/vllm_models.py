@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 from extensions.manifest import manifest_of
 from extensions.model import loading
 from extensions.model.weights import effective_weights
+from extensions.pieces import cut, part_of
 from extensions.plan import plan_of
+from extensions.staging import Staging
+from extensions.tensors import flat_bytes
 from suite import models
 from suite.actors import arrived
 from suite.architectures.live import Live, Worker, configured, digest, join, loaded
@@ -168,6 +171,16 @@ class Models:
         if names:
             self._worker._weight_sync_accept({name: self._tensors.pop(name) for name in names})
         return len(names)
+
+    def send_in_pieces(self, buffer_bytes: int) -> int:
+        """Send all tensors as a planned update does, through a buffer of this size. Returns how many there were."""
+        update = self._worker._weight_sync_state.update
+        staging = Staging(update, self._worker.device, buffer_bytes)
+        for group in cut(update.announced, buffer_bytes):
+            for piece, place in zip(group, staging.places(group), strict=True):
+                flat_bytes(place).copy_(flat_bytes(part_of(self._tensors[piece.name], piece)))
+            staging.settle(group)
+        return len(update.arrived)
 
     def load_directly(self, *names: str) -> dict[str, bool]:
         """Load tensors one by one as on GPUs, where nothing is packed. Returns whether parameters are these then."""

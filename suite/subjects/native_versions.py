@@ -36,6 +36,11 @@ class Api:
         return self.release >= (0, 22)
 
     @property
+    def engines_load(self) -> bool:
+        """Whether an engine starts, loads and finishes an update itself; before 0.25 vLLM's worker does."""
+        return self.release >= (0, 25)
+
+    @property
     def nccl_trainer_engine(self) -> bool:
         """Whether an engine of the trainer's sends by NCCL; before 0.28, static methods of the worker's engine do."""
         return self.release >= (0, 28)

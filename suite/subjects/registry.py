@@ -3,7 +3,7 @@
 from functools import cache
 from importlib import metadata
 
-from suite.subjects import broadcast, example, handles, native_gloo, native_ipc, native_nccl, planned
+from suite.subjects import broadcast, example, handles, native_gloo, native_ipc, native_nccl, native_planned, planned
 from suite.subjects.adapting import expect_known_forms
 from suite.subjects.protocol import Subject, load
 
@@ -20,6 +20,7 @@ NAMED: dict[str, Subject] = {
         native_gloo.SUBJECT,
         native_ipc.SUBJECT,
         *native_nccl.SUBJECTS,
+        native_planned.SUBJECT,
         *planned.SUBJECTS,
     )
 }

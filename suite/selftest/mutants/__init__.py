@@ -9,6 +9,7 @@ from suite.selftest.mutants import (
     faults,
     hopeless,
     inflight,
+    planned,
     planning,
     refusals,
     sent,
@@ -22,8 +23,8 @@ from suite.selftest.mutants.registry import CLASSES, MUTANTS, Mutant
 
 __all__ = [
     "MUTANTS", "Mutant",
-    "devices", "faults", "hopeless", "inflight", "planning", "refusals", "sent", "sequences", "server", "states",
-    "unseen", "values",
+    "devices", "faults", "hopeless", "inflight", "planned", "planning", "refusals", "sent", "sequences", "server",
+    "states", "unseen", "values",
 ]  # fmt: skip
 
 

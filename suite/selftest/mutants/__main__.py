@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.repeat:
         only = [f"-k={options.k}"] if options.k else []
-        entries = _judged(report, options.kind, [f"--repeat={options.repeat}", *only])
+        references = [f"--subject={name}" for name in SUBJECTS]
+        entries = _judged(report, options.kind, [*references, f"--repeat={options.repeat}", *only])
         return 2 if entries is None else _tell_repeated(entries, options.repeat, report)
     chosen, away = verdicts.held(chosen, options.kind, unavailable(machine()), len(machine().devices))
     for mutant, reason in away.items():
@@ -50,8 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         print("this machine can hold none of their stages", file=sys.stderr)
         return 2
+    hosts = [f"--subject={host}" for host in dict.fromkeys(mutant.host for mutant in chosen)]
     names = [f"--extension={mutant.extension}" for mutant in chosen]
-    entries = _judged(report, options.kind, [*names, *(f"--stage={stage}" for stage in _stages(chosen, options.kind))])
+    stages = [f"--stage={stage}" for stage in _stages(chosen, options.kind)]
+    entries = _judged(report, options.kind, [*hosts, *names, *stages])
     return 2 if entries is None else _tell(chosen, away, entries, options, report)
 
 
@@ -85,7 +88,7 @@ def _judged(report: Path, kind: str, arguments: list[str]) -> list[verdicts.Entr
     command = [
         sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-p", "suite.plugin",
         "-p", "suite.selftest.mutants.plugin", "-p", "no:cacheprovider", "-m", kind, "--tb=no", f"--report={report}",
-        *(f"--subject={name}" for name in SUBJECTS), *arguments,
+        *arguments,
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     overdue = threading.Timer(DEADLINE_S, process.terminate)

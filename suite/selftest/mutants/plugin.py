@@ -13,7 +13,6 @@ from suite.driver.together import Together
 from suite.selftest.mutants import MUTANTS, Mutant
 from suite.session.selection import requirement_of
 from suite.session.state import selection_of
-from suite.subjects import SUBJECTS
 
 PATIENCE_S = 40.0  # a mutant that hangs costs this; what does not hang takes a few seconds
 SHORTER = {"DEADLINE_S": PATIENCE_S, "SHRINKING_S": 5.0}  # what tests of mutants wait for at the most, by its name
@@ -66,7 +65,7 @@ def _wanted(item: pytest.Item, mutants: list[Mutant]) -> bool:
         return False
     kinds = (stage.kind,) if stage else ("cpu", "gpu")
     for mutant in mutants:
-        concerned = mutant.name == subject.name or (subject.name in SUBJECTS and mutant.host == subject.name)
+        concerned = subject.name in (mutant.name, mutant.host)
         name = stage.name if stage else None
         if concerned and any(mutant.judged_by(kind, requirement.id, name, item.callspec.id) for kind in kinds):
             return True

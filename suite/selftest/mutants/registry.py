@@ -12,11 +12,13 @@ from extensions.model.loading import new_load
 from suite import stages
 from suite.conformance.requirements import catalogue
 from suite.stages import hardware
-from suite.subjects import SUBJECTS, subject_from
+from suite.subjects import SUBJECTS, Subject, subject_from
+from suite.subjects.registry import NAMED
 
 PACKAGE = __package__
 Loader = Callable[[str, torch.Tensor], None]
 Named = Iterable[tuple[str, torch.Tensor]]
+REFERENCES: dict[str, Subject] = SUBJECTS | NAMED  # of which mutants are broken versions
 
 # Where it shows, by the kind of machine.
 BROADCAST = {"cpu": "cpu-tp1", "gpu": "gpu-split"}
@@ -60,7 +62,7 @@ class Mutant:
     def host(self) -> str:
         """The reference subject that it is a broken version of, and that lends its engines."""
         kind = type(subject_from(self.extension))
-        return next(name for name, subject in SUBJECTS.items() if type(subject) is kind)
+        return next(name for name, subject in REFERENCES.items() if type(subject) is kind)
 
     @property
     def threads(self) -> tuple[str, ...]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from suite.conformance.requirements import catalogue
-from suite.selftest.mutants.registry import MUTANTS, Mutant
-from suite.subjects import SUBJECTS
+from suite.selftest.mutants.registry import MUTANTS, REFERENCES, Mutant
 
 KILLED, SURVIVED, ERROR = "killed", "SURVIVED", "error"
 Entry = dict[str, Any]  # of the section "conformance" of run.json
@@ -85,7 +84,7 @@ def outcome_of(mutant: Mutant, kind: str, entries: Iterable[Entry]) -> Outcome:
 
 def controls(entries: Iterable[Entry]) -> list[Entry]:
     """The references' cases."""
-    return [entry for entry in entries if entry["subject"] in SUBJECTS]
+    return [entry for entry in entries if entry["subject"] in REFERENCES]
 
 
 def lacking_controls(outcomes: Iterable[Outcome], entries: Iterable[Entry]) -> list[str]:
