@@ -217,7 +217,7 @@ def test_a_trainer_that_lets_go_releases_what_a_failed_update_has_left(
 ):
     trainer = ModelTrainer.__new__(ModelTrainer)
     trainer.device = torch.device("cpu")
-    trainer._sending, trainer._roofline = rank[0], Roofline(trainer.device)
+    trainer._sending, trainer._roofline, trainer._kept = rank[0], Roofline(trainer.device), {}
     trainer._roofline._buffer = torch.ones(1)
     trainer.forget()
     assert (rank[0]._half.released, trainer._roofline._buffer) == (1, None)
