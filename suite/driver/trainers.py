@@ -264,8 +264,10 @@ class Trainers:
             spare.append(self._start_spare(stage, world_size))
 
     def _start_spare(self, stage: Stage, world_size: int) -> TrainerGroup:
+        """On CPUs one that may never compute would take the cores of others with what it imports."""
         group = TrainerGroup.of_stage(self._launcher, "spare", stage, world_size)
-        group.expect_computing()
+        if stage.kind == "gpu":
+            group.expect_computing()
         return group
 
 

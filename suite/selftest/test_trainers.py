@@ -137,9 +137,6 @@ def test_none_is_kept_ready_for_trainers_of_several_ranks(starting: Ranks, ranks
     assert len(ranks) == 2
 
 
-PREPARED = [("warm_up", ()), ("warm_up_computing", ())]  # what every trainer does before anyone waits for it
-
-
 def test_a_spare_trainer_takes_the_place_of_one_that_has_ended_and_holds_the_same(starting: Ranks, ranks: list[Rank]):
     given = Trainers(starting, ahead=1)
     trainer = given.of(CPU, 1)
@@ -151,9 +148,9 @@ def test_a_spare_trainer_takes_the_place_of_one_that_has_ended_and_holds_the_sam
     assert given.of(CPU, 1) is trainer
     assert trainer.processes == [ranks[1]]
     trainer.restore()
-    assert ranks[1].calls == [*PREPARED, ("load", ("there", "bfloat16")), ("fill", (1,))]
+    assert ranks[1].calls == [("warm_up", ()), ("load", ("there", "bfloat16")), ("fill", (1,))]
     trainer.restore()
-    assert len(ranks[1].calls) == 4, "expected it to be restored once"
+    assert len(ranks[1].calls) == 3, "expected it to be restored once"
 
 
 def test_what_a_new_trainer_is_to_load_is_all_that_it_loads(starting: Ranks, ranks: list[Rank]):
@@ -162,7 +159,15 @@ def test_what_a_new_trainer_is_to_load_is_all_that_it_loads(starting: Ranks, ran
     trainer.renew()
     trainer.load("elsewhere", "float32")
     trainer.load("elsewhere", "float32")
-    assert ranks[1].calls == [*PREPARED, ("load", ("elsewhere", "float32"))]
+    assert ranks[1].calls == [("warm_up", ()), ("load", ("elsewhere", "float32"))]
+
+
+@pytest.mark.parametrize(("stage", "computes"), [(CPU, False), (SHARED, True)])
+def test_a_spare_trainer_on_a_gpu_has_computed_before_it_is_needed(
+    starting: Ranks, ranks: list[Rank], stage: Stage, computes: bool
+):
+    Trainers(starting, ahead=1).spare(stage)
+    assert [("warm_up_computing", ()) in rank.calls for rank in ranks] == [computes] * 2
 
 
 def test_a_trainer_that_can_not_do_what_the_suite_asks_says_nothing_of_the_subject(starting: Ranks, ranks: list[Rank]):
