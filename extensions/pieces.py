@@ -15,6 +15,7 @@ from extensions.tensors import flat_bytes
 
 GROUP_BYTES = 512 * 2**20  # of whole tensors that are moved together
 STAGED_BYTES = 48 * 2**20  # of pieces that are moved together, and of the buffer that receives them
+GROUP_PIECES = 1024  # that are moved together at most: NCCL documents that it refuses more than 2048
 ALIGNMENT_BYTES = 512  # pieces begin at multiples of this in their tensor and in the buffer
 
 
@@ -45,7 +46,7 @@ def whole(announced: Announced, limit: int) -> Groups:
     """All tensors in their order, cut so that each group has at most `limit` bytes, or is one tensor."""
     groups, room = [[]], limit
     for name, nbytes in _sizes(announced):
-        if groups[-1] and nbytes > room:
+        if groups[-1] and (nbytes > room or len(groups[-1]) == GROUP_PIECES):
             groups.append([])
             room = limit
         groups[-1].append(Piece(name, 0, nbytes, nbytes))
@@ -58,7 +59,7 @@ def cut(announced: Announced, limit: int) -> Groups:
     groups, room = [[]], limit
     for name, total in _sizes(announced):
         for start, nbytes in _parts(total, room, limit):
-            if aligned(nbytes) > room:
+            if aligned(nbytes) > room or len(groups[-1]) == GROUP_PIECES:
                 groups.append([])
                 room = limit
             groups[-1].append(Piece(name, start, nbytes, total))

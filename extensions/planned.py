@@ -13,6 +13,7 @@ is touched, and the group can be used again.
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -21,6 +22,7 @@ from extensions.agreed import DIGEST_BYTES, PlansUpdates, digest_of
 from extensions.bracket import Update, UpdateError
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.group import Communicator, GroupError
+from extensions.group.basics import first_line
 from extensions.manifest import Announced, Manifest, manifest_of, parse
 from extensions.pieces import GROUP_BYTES, STAGED_BYTES, Groups, cut, part_of, whole
 from extensions.staging import Staging
@@ -43,7 +45,8 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
         The model computes with the new weights when this returns. Raises UpdateError without a plan of this digest, or
         where the model's tensors have moved since it was made: call `plan_update` again. Raises UpdateError where the
         sender sends another update, or another worker refuses it. Nothing was touched by an UpdateError, and the sender
-        hears of it. Raises GroupError as `WorkerExtension` does.
+        hears of it. Raises GroupError as `WorkerExtension` does. What else it raises before all was received ends the
+        group too: the sender is somewhere in the middle.
         """
         group = self._weight_sync_joined()
         try:
@@ -53,14 +56,20 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
             raise
         is_cut = self._weight_sync_agree(agreed.digest, agreed.beside_bytes > self._weight_sync_staged_bytes)
         buffer_bytes = self._weight_sync_staged_bytes if is_cut else agreed.beside_bytes
+        awaited = deque(agreed.groups[is_cut])
 
         def receive(update: Update) -> None:
             staging = Staging(update, self.device, buffer_bytes)
-            for pieces in agreed.groups[is_cut]:
-                group.broadcast_all(staging.places(pieces), src=0)
-                staging.settle(pieces)
+            while awaited:
+                group.broadcast_all(staging.places(awaited[0]), src=0)
+                staging.settle(awaited.popleft())
 
-        return self._weight_sync_move(agreed, receive)
+        try:
+            return self._weight_sync_move(agreed, receive)
+        except BaseException as error:
+            if awaited:  # a later call would receive what is left of this update
+                group.abort(f"rank {group.rank} broke off the update: {type(error).__name__}: {first_line(error)}")
+            raise
 
     def receive_alone(self, manifest: Manifest) -> int:
         """Receive tensors outside an update, in the order of the manifest. Returns their number.

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,17 @@ from extensions.model import load as loads
 from extensions.model.load import DirectLoad, LoadError
 from extensions.model.regions import memory_id, overlaps, part, region_of
 from extensions.model.twin import named_tensors, record
-from extensions.pieces import ALIGNMENT_BYTES, GROUP_BYTES, STAGED_BYTES, Groups, aligned, cut, room_for, whole
+from extensions.pieces import (
+    ALIGNMENT_BYTES,
+    GROUP_BYTES,
+    GROUP_PIECES,
+    STAGED_BYTES,
+    Groups,
+    aligned,
+    cut,
+    room_for,
+    whole,
+)
 from extensions.plan import Plan, _parameters
 from extensions.planned import PlannedSender, PlannedWorkerExtension
 from extensions.staging import Staging
@@ -74,6 +84,14 @@ def test_groups_of_whole_tensors_are_as_large_as_they_may_be(announced: Announce
     assert all(size <= limit or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
     after = [group[0].nbytes for group in groups[1:]]
     assert all(size + more > limit for size, more in zip(sizes, after, strict=False)), "expected no group to have room"
+
+
+@pytest.mark.parametrize("divide", [whole, cut])
+def test_a_group_has_no_more_pieces_than_nccl_takes(divide: Callable[[Announced, int], list]):
+    announced = {f"scale {index}": (torch.float32, (1,)) for index in range(2 * GROUP_PIECES + 1)}
+    groups = divide(announced, GROUP_BYTES)
+    expect_all_in_order(groups, announced)
+    assert [*map(len, groups)] == [GROUP_PIECES, GROUP_PIECES, 1]
 
 
 def test_the_buffer_is_small_and_the_groups_are_large():

@@ -271,6 +271,36 @@ def test_large_updates_go_in_groups(monkeypatch: pytest.MonkeyPatch, worker: Wor
     expect_loaded(worker.model, NEW)
 
 
+@pytest.mark.parametrize("fails_at", ["begin", "upper", "converted"])
+def test_a_worker_that_breaks_off_gives_up_the_group_it_is_out_of_step_with(
+    monkeypatch: pytest.MonkeyPatch, worker: Worker, fails_at: str
+):
+    class Fails(DirectLoad):
+        def begin(self) -> None:
+            if fails_at == "begin":
+                raise MemoryError("no room to begin")
+
+        def place(self, name: str) -> torch.Tensor | None:
+            if fails_at == name and armed:
+                raise MemoryError("no room to place")
+            return super().place(name)
+
+        def load(self, tensors: dict[str, torch.Tensor]) -> None:
+            raise MemoryError("no room to load")
+
+    armed = False
+    monkeypatch.setattr(agreed, "new_load", Fails)
+    monkeypatch.setattr(PlannedWorkerExtension, "_weight_sync_group_bytes", 1)
+    monkeypatch.setattr(PlannedSender, "_group_bytes", 1)
+    digest, armed = worker.plan_update(MANIFEST), True
+    with pytest.raises(MemoryError):
+        worker.update(digest, NEW)
+    # What load_weights converts comes last here: all was received then, and the group serves the next update.
+    expected = "" if fails_at == "converted" else "rank 1 broke off the update: MemoryError: no room to"
+    assert worker.wire.aborted.startswith(expected)
+    assert bool(worker.wire.aborted) == bool(expected)
+
+
 def test_a_digest_tells_names_dtypes_shapes_and_their_order():
     entry = {"name": "a", "dtype": "bfloat16", "shape": [2, 3]}
     changes = [{"name": "b"}, {"dtype": "float16"}, {"shape": [3, 2]}]
