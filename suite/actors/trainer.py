@@ -17,6 +17,7 @@ import torch
 from extensions.devices import device_id
 from extensions.group import prepare
 from extensions.manifest import manifest_of
+from extensions.tensors import flat_bytes
 from suite import models
 from suite.actors import checkpoint, checksum, memory, oracles
 from suite.actors.roofline import Roofline
@@ -51,7 +52,7 @@ class Trainer:
             torch.cuda.set_device(self.device)
         self._mesh = self._join(master_address, master_port) if world_size > 1 else None
         self._sending, self._roofline = Sending(self), Roofline(self.device)
-        self._kept: dict[tuple[str, str, int], tuple[models.ModelSpec, torch.nn.Module]] = {}  # as they were loaded
+        self._kept: dict[tuple[str, str, int], tuple[models.ModelSpec, torch.nn.Module, list[int]]] = {}
         self._forget()
 
     def warm_up(self) -> None:
@@ -110,16 +111,21 @@ class Trainer:
     def load(self, path: str, dtype: str = "bfloat16") -> dict[str, int]:
         """Load a checkpoint directory as transformers does, in place of what was held; its sizes.
 
-        The last checkpoints stay loaded, each in memory of its own, until their weights are changed here. Raises
-        LoadError where the checkpoint lacks tensors of the model or has others.
+        The last checkpoints stay loaded, each in memory of its own, until their weights are changed, here or by whoever
+        was handed them. Raises LoadError where the checkpoint lacks tensors of the model or has others.
         """
         key = (path, dtype, (Path(path) / "model.safetensors").stat().st_mtime_ns)
         kept = self._kept.pop(key, None)
         self._forget()
         while len(self._kept) >= KEPT_MODELS:
             del self._kept[next(iter(self._kept))]
-        self._kept[key] = kept or (models.read_spec(path), self._loaded(path, dtype))
-        self._spec, self._model = self._kept[key]
+        if kept:
+            self._spec, self._model, sums = kept
+        if not kept or self._sums() != sums:  # an engine that was given handles can write to this memory
+            self._model = kept = None
+            self._spec, self._model = models.read_spec(path), self._loaded(path, dtype)
+            sums = self._sums()
+        self._kept[key] = self._spec, self._model, sums
         return self._sizes()
 
     def _loaded(self, path: str, dtype: str) -> torch.nn.Module:
@@ -364,6 +370,11 @@ class Trainer:
         shapes = [tensor.shape for _, tensor in self.named_layout()]
         return {"parameters": len(shapes), "elements": sum(shape.numel() for shape in shapes)}
 
+    def _sums(self) -> list[int]:
+        """A number for each tensor that this rank holds, which other bits in it change."""
+        tensors = self._parameters().values()
+        return torch.stack([_words(_local(tensor).contiguous()).sum() for tensor in tensors]).tolist()
+
     def _summed(self, number: int) -> int:
         """The sum over all ranks; also a barrier."""
         if self._mesh is None:
@@ -376,6 +387,12 @@ class Trainer:
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part, sharing memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory as int64 where its size allows, else as bytes: a sum of bytes takes eight times as long."""
+    held = flat_bytes(tensor)
+    return held.view(torch.int64) if (len(held) | held.storage_offset()) % 8 == 0 else held
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

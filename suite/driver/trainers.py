@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from suite.driver import variables
-from suite.processes.call import NoAnswer, Process, RemoteError, gather
+from suite.processes.call import Call, NoAnswer, Process, RemoteError, gather
 from suite.processes.launcher import Launcher
 from suite.stages import Stage
 
@@ -58,6 +58,7 @@ class TrainerGroup:
             process = launcher.start(f"{name}-rank{rank}", TRAINER, arguments, env, CALL_DEADLINE_S)
             self.processes.append(process)
         self._warmed = [process.prepare("warm_up") for process in self.processes if joins]
+        self._computed: list[Call] = []
         self.connected: tuple[int, ...] = ()
         self.replacement: Callable[[], TrainerGroup] | None = None  # gives the trainer that `renew` goes on with
         self._holds: list[tuple[str, tuple]] = []  # the calls that have brought the weights to what they are
@@ -71,8 +72,7 @@ class TrainerGroup:
 
     def expect_computing(self) -> None:
         """Have the ranks import what `load` needs and compute once, which takes seconds, before anyone waits for it."""
-        for process in self.processes:
-            process.prepare("warm_up_computing")
+        self._computed = [process.prepare("warm_up_computing") for process in self.processes]
 
     def ready(self) -> None:
         """Wait until all ranks are up and have imported what updates need."""
@@ -84,9 +84,9 @@ class TrainerGroup:
             raise TrainerFailed("start", error) from error
 
     @property
-    def is_ready(self) -> bool:
-        """Whether `ready` would return at once."""
-        return all(call.done() for call in self._warmed)
+    def is_quiet(self) -> bool:
+        """Whether all ranks have done what they do before anyone waits for it."""
+        return all(call.done() for call in [*self._warmed, *self._computed])
 
     def call(self, method: str, *args: object, deadline_s: float = CALL_DEADLINE_S, **kwargs: object) -> list:
         """Call a method on all ranks; their results by rank."""
@@ -247,7 +247,7 @@ class Trainers:
     def quiet(self) -> Iterator[None]:
         """Wait until no spare trainer is starting: what is measured has the machine to itself."""
         deadline = time.monotonic() + CALL_DEADLINE_S
-        while time.monotonic() < deadline and not all(g.is_ready for groups in self._spare.values() for g in groups):
+        while time.monotonic() < deadline and not all(g.is_quiet for groups in self._spare.values() for g in groups):
             time.sleep(POLL_S)
         yield
 

@@ -21,7 +21,9 @@ def write_config(spec: ModelSpec, directory: Path | str, dtype: torch.dtype | st
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = spec.config | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    path, text = directory / "config.json", json.dumps(config, indent=2) + "\n"
+    if not path.exists() or path.read_text() != text:  # an engine may be reading it
+        path.write_text(text)
     for file in own.processor_files(Path(spec.processor)) if spec.processor else ():
         link = directory / file.name
         link.unlink(missing_ok=True)

@@ -175,6 +175,13 @@ def test_mutants_of_named_subjects_are_judged_beside_these(monkeypatch: pytest.M
     assert verdicts.controls([entry("planned", "pass")])
 
 
+def test_repeats_name_no_subject_that_k_may_leave_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    given: list[str] = []
+    monkeypatch.setattr(runner, "_judged", lambda report, kind, arguments: given.extend(arguments))
+    assert main(["--repeat", "2", "-k", "broadcast", "--report", str(tmp_path)]) == 2
+    assert given == ["--repeat=2", "-k=broadcast"]
+
+
 # ---- which cases are left
 
 

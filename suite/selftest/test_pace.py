@@ -176,3 +176,21 @@ def test_it_stands_in_the_environment_of_the_run(tmp_path: Path):
 def test_a_run_that_has_not_measured_it_has_no_such_section(tmp_path: Path):
     document = examine(tmp_path, "@judged()\ndef test_first(subject, stage, model): pass\n", *ONE_CASE).document
     assert "pace" not in document["environment"]
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_updates_that_are_timed_have_weights_to_bring(monkeypatch: pytest.MonkeyPatch, moves: bool):
+    held = {"trainer": 0, "engine": 0}
+
+    def update() -> None:
+        held["engine"] = held["trainer"]
+
+    def expect_exact(seed: int) -> None:
+        assert held["engine"] == seed
+
+    sync = SimpleNamespace(
+        seed=0, load=lambda seed: held.update(trainer=seed), update=update, expect_exact=expect_exact
+    )
+    monkeypatch.setattr(test_throughput, "_measure", lambda *_: update() if moves else None)
+    with contextlib.nullcontext() if moves else pytest.raises(AssertionError):
+        test_throughput.test_update(None, sync, 1, None, None, None)

@@ -361,11 +361,31 @@ def test_values_that_tests_take_or_that_repeat_a_case_are_no_error(tmp_path: Pat
     assert finished.code == pytest.ExitCode.OK
 
 
+LENDING = """
+import dataclasses
+
+def both(key, params):
+    return [key, dataclasses.replace(key, stage="cpu-tp2")]
+
+@pytest.mark.needs(engines=both)
+@pytest.mark.requirement("fanout.two_engines", models=["qwen3-tied-tiny"])
+def test_two(subject, stage, model):
+    pass
+"""
+
+
+def test_a_stage_that_lends_an_engine_to_the_cases_that_are_left_is_no_error(tmp_path: Path):
+    stages = ("--stage=cpu-tp1", "--stage=cpu-tp2", "-k", "cpu-tp1")
+    finished = examine(tmp_path, LENDING, "--collect-only", "-q", "--subject=broadcast", *stages)
+    assert finished.code == pytest.ExitCode.OK, finished.output
+
+
 def test_a_subject_on_whose_engines_the_cases_that_are_left_are_judged_is_no_error(monkeypatch: pytest.MonkeyPatch):
     guest = replace(SUBJECTS["colocate"], name="guest", host="broadcast")
     chosen = SimpleNamespace(subjects={"broadcast": SUBJECTS["broadcast"], "guest": guest})
     config = SimpleNamespace(getoption=lambda name, default: default)
     monkeypatch.setattr(taken, "_taken", lambda item: {("subject", item), ("stage", "cpu-tp1")})
+    monkeypatch.setattr(taken, "engines_of", lambda item: [])
     of_left = {("subject", "guest"), ("stage", "cpu-tp1")}
     assert of_left | {("subject", "broadcast")} <= taken._of_left(config, chosen, ["guest"])
     assert ("subject", "guest") not in taken._of_left(config, chosen, ["broadcast"])

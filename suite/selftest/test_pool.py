@@ -666,6 +666,14 @@ def test_engines_that_share_a_gpu_pass_for_hosts_of_their_own():
     assert "NCCL_HOSTID" not in variables.of_engine(STAGES["gpu"], 0, eager=True)
 
 
+def test_a_config_that_engines_may_be_reading_is_not_written_again(pool: Pool):
+    config = Path(pool.config(MODEL), "config.json")
+    before = config.stat().st_mtime_ns
+    time.sleep(0.02)  # longer than a file system's clock takes to go on
+    assert Path(pool.config(MODEL), "config.json") == config
+    assert config.stat().st_mtime_ns == before
+
+
 def test_snapshots_have_paths_of_their_own(pool: Pool):
     assert pool.scratch() != pool.scratch()
 

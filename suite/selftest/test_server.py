@@ -367,3 +367,16 @@ def test_the_command_finds_its_version_whatever_its_package_is_called(
 
     with contextlib.nullcontext() if version else pytest.raises(metadata.PackageNotFoundError):
         assert vllm_command.version_of(package, asked) == version
+
+
+@pytest.mark.parametrize(
+    ("config", "vocabulary"),
+    [
+        ({"vocab_size": 7}, 7),
+        ({"vocab_size": 7, "text_config": {"vocab_size": 8}}, 8),
+        ({"vocab_size": 7, "text_config": {"hidden_size": 2}}, 7),  # as that of a Gemma 3, which leaves out defaults
+    ],
+)
+def test_how_many_tokens_a_model_knows_is_read_from_its_config(tmp_path: Path, config: dict, vocabulary: int):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert server.limits({"model": str(tmp_path), "max_model_len": 64}).get_vocab_size() == vocabulary

@@ -125,6 +125,15 @@ def test_two_checkpoints_stay_loaded_and_a_third_takes_the_place_of_the_older(tr
     assert_same(dict(trainer.named_tensors()), expected(TIED, 2))
 
 
+def test_what_an_engine_has_written_into_a_checkpoint_that_stays_loaded_is_not_sent_again(trainer, written, tmp_path):
+    trainer.load(str(written[TIED]))
+    for _, handed_over in trainer.named_tensors():
+        handed_over.view(-1)[-1] += 1
+    trainer.load(str(models.write_checkpoint(MODELS[TIED], 0, tmp_path / "other")))
+    trainer.load(str(written[TIED]))
+    assert_same(dict(trainer.named_tensors()), expected(TIED, SEED))
+
+
 def test_a_checkpoint_that_was_written_anew_is_loaded_anew(trainer, tmp_path):
     for seed in (0, 2):
         path = models.write_checkpoint(MODELS[TIED], seed, tmp_path / "it")

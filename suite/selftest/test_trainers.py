@@ -1,6 +1,7 @@
 """Trainers get the environment of their stage, and ports are free and stay so."""
 
 import itertools
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ from suite.stages import Stage
 SHARED = Stage(
     "gpu-shared", "gpu", 1, 1, True, ("GPU-1",) * 2, ("GPU-1",), ("3", "3"), ("3",), engines=2, hosts_apart=True
 )
+
+A_MOMENT_S = 0.2
 
 
 class Noting:
@@ -151,6 +154,23 @@ def test_a_spare_trainer_takes_the_place_of_one_that_has_ended_and_holds_the_sam
     assert ranks[1].calls == [("warm_up", ()), ("load", ("there", "bfloat16")), ("fill", (1,))]
     trainer.restore()
     assert len(ranks[1].calls) == 3, "expected it to be restored once"
+
+
+def test_it_is_quiet_once_spare_trainers_have_computed(starting: Ranks, monkeypatch: pytest.MonkeyPatch):
+    computing: list[Call] = []
+
+    def prepare(rank: Rank, method: str) -> Call:
+        if method != "warm_up_computing":
+            return rank.submit(method)
+        computing.append(Call(rank, method))
+        return computing[-1]
+
+    monkeypatch.setattr(Rank, "prepare", prepare)
+    trainers = Trainers(starting, ahead=1)
+    trainers.of(CPU, 1)
+    threading.Timer(A_MOMENT_S, lambda: [call.finish(None) for call in computing]).start()
+    with trainers.quiet():
+        assert [call.done() for call in computing] == [True, True]
 
 
 def test_what_a_new_trainer_is_to_load_is_all_that_it_loads(starting: Ranks, ranks: list[Rank]):

@@ -1,8 +1,9 @@
 """What a run leaves: run.json after every test, report.html at the end, and where its time went.
 
 run.json is pytest-benchmark's own JSON with the sections `schema`, `environment`, `conformance` and `timeline`,
-and with `calls`, what all calls of processes took together by class and method, and `slow_calls`, those that took
-longer than SLOW_CALL_S.
+and with `calls`, what the calls that processes have answered took together by class and method, and `slow_calls`,
+those of them that took longer than SLOW_CALL_S. A call that was never answered, as by a process that died, is in
+neither.
 """
 
 import contextlib

@@ -7,6 +7,7 @@ import pytest
 
 from suite.session import selection
 from suite.session.items import examines, names_of, params_of
+from suite.session.needs import engines_of
 from suite.session.selection import MissingStage, Selection
 from suite.stages import Stage
 
@@ -40,13 +41,15 @@ def expect_taken(
 def _of_left(config: pytest.Config, chosen: Selection, left: Sequence[pytest.Item]) -> set[tuple[str, str]]:
     """What the tests that are left take; nothing where they were chosen by more than their names and markers.
 
-    A subject is taken, too, where another one's cases are judged on its engines.
+    A subject is taken, too, where another one's cases are judged on its engines; so is a stage that lends an engine to
+    a case of another.
     """
     if any(config.getoption(name, None) for name in BY_LAST_RUN):
         return set()
     taken = {value for item in left for value in _taken(item)}
     hosts = {subject.host for name, subject in chosen.subjects.items() if ("subject", name) in taken}
-    return taken | {("subject", host) for host in hosts}
+    lent = {("stage", key.stage) for item in left for key in engines_of(item)}
+    return taken | lent | {("subject", host) for host in hosts}
 
 
 def _given(config: pytest.Config, chosen: Selection) -> Iterator[tuple[str, str, str]]:

@@ -21,7 +21,6 @@ from suite.selftest.mutants import Mutant, verdicts
 from suite.session.record import RUN
 from suite.stages import unavailable
 from suite.stages.hardware import machine
-from suite.subjects import SUBJECTS
 
 DEADLINE_S, ENDING_S = 4 * 3600.0, 60.0
 PYTEST_RAN = (0, 1)
@@ -42,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.repeat:
         only = [f"-k={options.k}"] if options.k else []
-        references = [f"--subject={name}" for name in SUBJECTS]
-        entries = _judged(report, options.kind, [*references, f"--repeat={options.repeat}", *only])
+        entries = _judged(report, options.kind, [f"--repeat={options.repeat}", *only])
         return 2 if entries is None else _tell_repeated(entries, options.repeat, report)
     chosen, away = verdicts.held(chosen, options.kind, unavailable(machine()), len(machine().devices))
     for mutant, reason in away.items():
