@@ -205,10 +205,10 @@ class Pool:
     def reference(self, key: EngineKey, seed: int, among: Iterable[EngineKey]) -> EngineKey:
         """An engine that cold-loads the checkpoint of `seed` and computes as `key` does.
 
-        It is one of `among` if any fits: another subject's engine will do, also on another stage of the same layout.
+        It is one of `among` if any fits: another subject's engine will do, also on another stage, but no server.
         """
         wanted = (key.model, self._layout(key.stage), key.options, seed, key.again)
-        for other in among:
+        for other in (other for other in among if not (other.serves and self._stages[other.stage].server)):
             if (other.model, self._layout(other.stage), other.options, other.seed, other.again) == wanted:
                 return other
         return replace(key, seed=seed, visible="", copy=0, serves=False)
@@ -375,7 +375,7 @@ class Pool:
             "subject": subject.plain(),
             "link_path": link_path,
             "tensor_parallel_size": stage.tensor_parallel_size,
-            "oracle_path": str(self.oracle_path(key)) if key.seed is not None else None,
+            "oracle_path": None if key.seed is None or (key.serves and stage.server) else str(self.oracle_path(key)),
             "options": options_of(key, stage),
             **more,
         }

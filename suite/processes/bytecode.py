@@ -25,6 +25,10 @@ def compile_packages(packages: Sequence[str], env: dict[str, str]) -> str:
     """
     found = [spec.origin for spec in map(find_spec, packages) if spec and spec.origin]
     folders = [os.path.dirname(origin) for origin in found]
+    if "PYTHONPYCACHEPREFIX" not in env:  # it goes beside the sources
+        folders = [folder for folder in folders if os.access(folder, os.W_OK)]
+    if not folders:
+        return "can't be compiled ahead: nothing may be written beside the sources"
     cores = len(os.sched_getaffinity(0))
     command = [sys.executable, "-m", "compileall", "-qq", "-j", str(cores), *folders]
     try:

@@ -33,3 +33,9 @@ def test_packages_are_compiled_and_not_imported(package: Path):
 def test_what_takes_too_long_is_ended_and_said(package: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bytecode, "DEADLINE_S", 0.01)
     assert bytecode.compile_packages(["compiled_ahead"], dict(os.environ)) == "was not compiled within 0.01 s"
+
+
+def test_nothing_is_compiled_where_it_could_not_be_written(package: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    said = bytecode.compile_packages(["compiled_ahead"], {})
+    assert said == "can't be compiled ahead: nothing may be written beside the sources"

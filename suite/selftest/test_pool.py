@@ -28,6 +28,7 @@ STAGES = {
     name: Stage(name, "cpu", tensor_parallel_size=ranks, trainer_world_size=1, colocated=True)
     for name, ranks in (("cpu-tp1", 1), ("cpu-tp2", 2), ("cpu-other", 1))
 }
+STAGES["serve"] = Stage("serve", "cpu", 1, 1, colocated=True, server=True)
 STAGES["gpu"] = Stage("gpu", "gpu", 1, 1, True, ("GPU-1",), ("GPU-1",), engine_visible=("1",), trainer_visible=("1",))
 A, B, C, D = (EngineKey(MODEL, "cpu-tp1", subject, seed) for subject in ("broadcast", "colocate") for seed in (0, 1))
 E = EngineKey(MODEL, "cpu-other", "broadcast", 0)
@@ -77,14 +78,15 @@ class Started:
         self.said: list[str] = []
 
     def start(self, name: str, target: str, arguments: dict, env: dict, deadline_s: float) -> Engine:
-        serves = name.endswith("-serving")
-        assert target == ("suite.actors.serving:ServingEngine" if serves else "suite.actors.engine:Engine")
+        kind = "server:Server" if "-serve-" in name else "serving:Serving"
+        assert target == f"suite.actors.{kind if name.endswith('-serving') else 'engine:'}Engine"
         self.engines.append(Engine(name, arguments))
         return self.engines[-1]
 
     def of(self, key: EngineKey, again: int = 0) -> Engine:
         """The engine of a key, once it has been started, and started again."""
         label = f"engine-{key.model}-{key.stage}-{key.subject}-{key.seed}{'-again' if key.again else ''}"
+        label += "-serving" if key.serves else ""
         eventually(lambda: self._labels().count(label) > again, f"{label} among {self._labels()}")
         return [engine for engine in self.engines if engine.label == label][again]
 
@@ -152,7 +154,7 @@ def pool(started: Started, tmp_path: Path) -> Iterator[Pool]:
     numbers = itertools.count()
     launcher = SimpleNamespace(
         directory=tmp_path, start=started.start, link_path=lambda: str(tmp_path / f"link.{next(numbers)}"),
-        scratch=lambda stem: tmp_path / f"{stem}.{next(numbers)}",
+        scratch=lambda stem: tmp_path / f"{stem}.{next(numbers)}", address="127.0.0.1", free_port=lambda: 4711,
     )  # fmt: skip
     pool = Pool(launcher, STAGES, SUBJECTS, started.said.append)
     yield pool
@@ -434,6 +436,14 @@ def test_an_oracle_is_there_when_all_its_ranks_have_written(pool: Pool, started:
     assert asked() == reference.arguments["oracle_path"]
     reference.let()
     assert reference.stopped.wait(SOON_S), "expected a reference that no test updates to end once it has written"
+
+
+def test_nothing_is_compared_with_a_server(pool: Pool, started: Started):
+    server, other = (replace(key, stage="serve", serves=True) for key in (A, D))
+    plan(pool, [server], [other])
+    assert pool.reference(server, 1, [server, other, D]) == D
+    assert pool.reference(server, 1, [server, other]) == replace(server, seed=1, serves=False)
+    assert started.of(server).arguments["oracle_path"] is None
 
 
 def test_a_second_oracle_is_an_engine_of_its_own(pool: Pool, started: Started):

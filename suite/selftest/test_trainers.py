@@ -167,7 +167,7 @@ def test_it_is_quiet_once_spare_trainers_have_computed(starting: Ranks, monkeypa
 
     monkeypatch.setattr(Rank, "prepare", prepare)
     trainers = Trainers(starting, ahead=1)
-    trainers.of(CPU, 1)
+    trainers.of(SHARED, 1)
     threading.Timer(A_MOMENT_S, lambda: [call.finish(None) for call in computing]).start()
     with trainers.quiet():
         assert [call.done() for call in computing] == [True, True]
