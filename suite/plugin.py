@@ -170,7 +170,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Conf
 
 
 def _compile_ahead(state: State) -> None:
-    """Where many engines start at once, and on few cores never: that takes longer than they do."""
+    """Compile what engines import. On few cores that would take longer than it saves."""
     if len(os.sched_getaffinity(0)) >= CORES_TO_COMPILE:
         with state.timeline("starting", "bytecode"):
             problem = state.launcher.compile_ahead(ENGINES_IMPORT)

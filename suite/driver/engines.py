@@ -31,6 +31,10 @@ class EngineKey:
     again: bool = False
     serves: bool = False
 
+    def is_server(self, stage: Stage) -> bool:
+        """Whether it is a `vllm serve`, on this stage. What others are compared with never is."""
+        return self.serves and stage.server
+
     def __str__(self) -> str:
         extra = [f"{name}={value}" for name, value in self.options]
         extra += [] if self.visible == "" else [f"CUDA_VISIBLE_DEVICES={self.visible}"]
@@ -74,15 +78,10 @@ class EngineHandle:
 
 
 def actor_of(key: EngineKey, stage: Stage, launcher: Launcher) -> tuple[str, dict[str, object]]:
-    """The class that owns an engine in its process, and what it is given beside what every engine is.
-
-    What others are compared with is called directly, on any stage.
-    """
-    if not key.serves:
-        return "suite.actors.engine:Engine", {}
-    if not stage.server:
-        return "suite.actors.serving:ServingEngine", {}
-    return "suite.actors.server:ServerEngine", {"address": launcher.address, "port": launcher.free_port()}
+    """The class that owns an engine in its process, and what it is given beside what every engine is."""
+    if key.is_server(stage):
+        return "suite.actors.server:ServerEngine", {"address": launcher.address, "port": launcher.free_port()}
+    return f"suite.actors.{'serving:ServingEngine' if key.serves else 'engine:Engine'}", {}
 
 
 def seed_of(subject_index: int) -> int:

@@ -208,10 +208,9 @@ class Pool:
         It is one of `among` if any fits: another subject's engine will do, also on another stage, but no server.
         """
         wanted = (key.model, self._layout(key.stage), key.options, seed, key.again)
-        for other in (other for other in among if not (other.serves and self._stages[other.stage].server)):
-            if (other.model, self._layout(other.stage), other.options, other.seed, other.again) == wanted:
-                return other
-        return replace(key, seed=seed, visible="", copy=0, serves=False)
+        alike = (o for o in among if (o.model, self._layout(o.stage), o.options, o.seed, o.again) == wanted)
+        of_its_own = replace(key, seed=seed, visible="", copy=0, serves=False)
+        return next((other for other in alike if not other.is_server(self._stages[other.stage])), of_its_own)
 
     def oracle(self, key: EngineKey, seed: int, again: bool = False) -> str:
         """Where an engine that cold-loaded this checkpoint (with `again`: a second one) wrote what it computes with."""
@@ -375,7 +374,7 @@ class Pool:
             "subject": subject.plain(),
             "link_path": link_path,
             "tensor_parallel_size": stage.tensor_parallel_size,
-            "oracle_path": None if key.seed is None or (key.serves and stage.server) else str(self.oracle_path(key)),
+            "oracle_path": None if key.seed is None or key.is_server(stage) else str(self.oracle_path(key)),
             "options": options_of(key, stage),
             **more,
         }

@@ -264,7 +264,7 @@ class Trainers:
             spare.append(self._start_spare(stage, world_size))
 
     def _start_spare(self, stage: Stage, world_size: int) -> TrainerGroup:
-        """On CPUs one that may never compute would take the cores of others with what it imports."""
+        """On a CPU it imports nothing for computing, which it may never do: that would take the cores of others."""
         group = TrainerGroup.of_stage(self._launcher, "spare", stage, world_size)
         if stage.kind == "gpu":
             group.expect_computing()
