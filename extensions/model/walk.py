@@ -5,8 +5,9 @@ implementations (`layer.attn.impl`), quantisation methods and kernels, in lists,
 what a lambda or a partial has bound. The walk goes through all of them, and through their classes' own attributes.
 
 It does not enter what describes or runs a model: configurations, process groups, caches of keys and values, compiled
-graphs, schedulers, loggers and threads, nor anything of torch beside modules and tensors. Memory that no Python object
-names stays unseen: what oneDNN packs on a CPU is read back by `extensions.model.weights` instead.
+graphs, schedulers, loggers and threads, what gives the rows of a batch their LoRA adapters, nor anything of torch
+beside modules and tensors. Memory that no Python object names stays unseen: what oneDNN packs on a CPU is read back by
+`extensions.model.weights` instead.
 """
 
 import contextlib
@@ -28,8 +29,8 @@ SKIPPED_PACKAGES = (
     "torch", "numpy", "transformers", "huggingface_hub", "tokenizers", "pydantic", "triton", "logging", "threading",
     "multiprocessing", "concurrent", "asyncio", "queue", "weakref", "inspect", "enum", "pathlib", "vllm.config",
     "vllm.compilation", "vllm.distributed", "vllm.engine", "vllm.forward_context", "vllm.logger", "vllm.multimodal",
-    "vllm.platforms", "vllm.transformers_utils", "vllm.v1.core", "vllm.v1.executor", "vllm.v1.worker",
-    "vllm.v1.kv_cache_interface",
+    "vllm.lora.punica_wrapper", "vllm.platforms", "vllm.transformers_utils", "vllm.v1.core", "vllm.v1.executor",
+    "vllm.v1.worker", "vllm.v1.kv_cache_interface",
 )  # fmt: skip
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, torch.Size)
 CONTAINERS = (dict, types.MappingProxyType, list, tuple, deque)

@@ -5,7 +5,7 @@ import time
 import traceback
 from typing import Any
 
-from suite.actors import answers
+from suite.actors import adapters, answers
 from suite.actors.cuda import cuda_is_initialised
 from suite.actors.dialogue import EngineSide
 from suite.actors.in_flight import InFlight
@@ -26,7 +26,7 @@ class StaleCache(RuntimeError):
     """vLLM has not reset its prefix cache: what old weights have computed would be used under the new ones."""
 
 
-class Engine:
+class Engine(adapters.Adapting):
     """A vLLM engine with a subject's extension in its workers.
 
     Args:
@@ -138,12 +138,16 @@ class Engine:
                 seconds.append(time.monotonic() - started)
         return {kind: seconds[warm_ups:] for kind, seconds in taken.items()}
 
-    def generate(self, prompts: list[list[int]], max_tokens: int) -> list[dict]:
-        """Greedy continuations: {"tokens": [...], "logprobs": [log-probability of each]} for each prompt."""
+    def generate(self, prompts: list[list[int]], max_tokens: int, adapter: str = "") -> list[dict]:
+        """Greedy continuations: {"tokens": [...], "logprobs": [log-probability of each]} for each prompt.
+
+        adapter: the directory of the LoRA adapter to use; empty for none.
+        """
         self._expect_in_step()
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        more = {"lora_request": adapters.request(adapter)} if adapter else {}
         with self._watch.waiting():
-            outputs = self._llm.generate(asked, self.sampling(max_tokens), use_tqdm=False)
+            outputs = self._llm.generate(asked, self.sampling(max_tokens), use_tqdm=False, **more)
         return [continuation(output.outputs[0]) for output in outputs]
 
     def answers(self) -> list[dict]:

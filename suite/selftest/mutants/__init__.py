@@ -9,6 +9,7 @@ from suite.selftest.mutants import (
     faults,
     hopeless,
     inflight,
+    options,
     planned,
     planning,
     refusals,
@@ -23,8 +24,8 @@ from suite.selftest.mutants.registry import CLASSES, MUTANTS, Mutant
 
 __all__ = [
     "MUTANTS", "Mutant",
-    "devices", "faults", "hopeless", "inflight", "planned", "planning", "refusals", "sent", "sequences", "server",
-    "states", "unseen", "values",
+    "devices", "faults", "hopeless", "inflight", "options", "planned", "planning", "refusals", "sent", "sequences",
+    "server", "states", "unseen", "values",
 ]  # fmt: skip
 
 
