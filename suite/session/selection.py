@@ -115,6 +115,9 @@ def subjects(config: pytest.Config) -> dict[str, Subject]:
         raise pytest.UsageError(str(error)) from error
     _expect_known("--subject", names, known)
     found = {name: known[name] for name in names or ([] if extensions else SUBJECTS)}
+    for subject in found.values():
+        if missing := subject.missing():
+            raise pytest.UsageError(f"--subject {subject.name}: {missing}")
     if extensions:
         sys.path.append(os.getcwd())  # where `pytest`, unlike `python -m pytest`, does not look
     for extension in extensions:

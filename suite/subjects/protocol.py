@@ -32,6 +32,8 @@ class Engine(Protocol):
 class Trainer(Protocol):
     """What the trainer's half has of its rank of the trainer."""
 
+    rank: int
+    world_size: int
     device: "torch.device"
 
 
@@ -186,6 +188,10 @@ class Subject(ABC):
     @abstractmethod
     def unfit(self, stage: Stage) -> str:
         """Why it makes no sense on a stage; empty where it does."""
+
+    def missing(self) -> str:
+        """What has to be installed before it can be examined anywhere; empty where it is."""
+        return ""
 
     def model_for(self, requirement: str, model: str) -> str:
         """The model that is taken for a case whose test names `model`; empty where there is to be no case.

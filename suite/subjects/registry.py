@@ -3,7 +3,18 @@
 from functools import cache
 from importlib import metadata
 
-from suite.subjects import broadcast, example, handles, native_gloo, native_ipc, native_nccl, native_planned, planned
+from suite.subjects import (
+    broadcast,
+    checkpoint_engine,
+    example,
+    handles,
+    native_gloo,
+    native_ipc,
+    native_nccl,
+    native_planned,
+    planned,
+    verl,
+)
 from suite.subjects.adapting import expect_known_forms
 from suite.subjects.protocol import Subject, load
 
@@ -22,6 +33,8 @@ NAMED: dict[str, Subject] = {
         *native_nccl.SUBJECTS,
         native_planned.SUBJECT,
         *planned.SUBJECTS,
+        checkpoint_engine.SUBJECT,
+        verl.SUBJECT,
     )
 }
 

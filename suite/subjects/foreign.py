@@ -1,0 +1,59 @@
+"""Extensions of other projects, as they are released: nothing of theirs is changed, and nothing is copied.
+
+A file of this folder that is named after a project has its adapter: how the extension is called in the workers, and
+what sends in the trainer. docs/frameworks.md says with which vLLM each was tried, and what was found.
+"""
+
+from importlib import metadata
+from typing import Any, ClassVar
+
+from suite.subjects.protocol import Engine, EngineHalf, Subject, no_beginning
+
+
+class AddressedEngine(EngineHalf):
+    """Gives the workers what the trainer's ranks announce: {device id: address of a socket}."""
+
+    def __init__(self, subject: Subject, engine: Engine) -> None:
+        super().__init__(subject, engine)
+        self.addresses: dict[str, str] = {}
+
+    def receive(self, announced: list[dict[str, Any]]) -> list[dict]:
+        """Put the addresses of all ranks together. Raises ValueError for what is malformed."""
+        manifest, self.addresses = super().receive(announced), {}
+        for announcement in announced:
+            said = announcement["addresses"]
+            texts = isinstance(said, dict) and all(isinstance(part, str) for pair in said.items() for part in pair)
+            if not texts:
+                raise ValueError(f"the trainer sent no {{device: address}}, but {said!r:.120}")
+            self.addresses |= said
+        return manifest
+
+
+class Foreign(Subject):
+    """An extension of another project.
+
+    distribution, module: the package as it is installed, and as it is imported. version: the one that is examined.
+    environment: the tox environment that has it.
+    """
+
+    distribution: ClassVar[str]
+    version: ClassVar[str]
+    environment: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]] = ()  # no class is taken for one of these by --extension
+
+    def missing(self) -> str:
+        """Why it can't be examined in this environment at all; empty where it can."""
+        try:
+            metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return (
+                f"expected {self.distribution} {self.version}, found no such package: run `tox run -e"
+                f" {self.environment}`, or install it beside vLLM"
+            )
+        return ""
+
+
+def lacks(name: str, **more: str) -> dict[str, str]:
+    """What every extension of another project lacks; see Subject.lacks."""
+    zeroed = f"{name} has no check_weights_changed(); update.repeated sends zeros too"
+    return {"update.zeroed": zeroed} | no_beginning(name) | more
