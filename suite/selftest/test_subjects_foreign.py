@@ -16,7 +16,7 @@ from suite import ROOT
 from suite.selftest.fakes import fake_module
 from suite.session import selection
 from suite.stages import STAGES
-from suite.subjects import checkpoint_engine, foreign, known_subjects, verl
+from suite.subjects import checkpoint_engine, foreign, known_subjects, openrlhf, trl, verl
 
 FOREIGN = {name: subject for name, subject in known_subjects().items() if isinstance(subject, foreign.Foreign)}
 TENSORS = [("a.weight", torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)), ("b.weight", torch.ones(4))]
@@ -44,6 +44,12 @@ class Engine:
     def rpc(self, method: str, *args: Any) -> list[None]:
         self.called.append((method, *args))
         return [None]
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extensions that are not asked for their methods."""
+    monkeypatch.setattr(foreign.Foreign, "load", lambda self: object)
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -76,9 +82,13 @@ def test_each_says_on_which_stages_it_makes_sense(name: str):
     assert fit == STAGES_OF[name]
 
 
+BY_NCCL = {"gpu-shared", "gpu-split", "gpu-split-tp2", "gpu-fanout", "gpu-split-pp2"}
 STAGES_OF = {
     "checkpoint-engine": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
     "verl": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
+    "openrlhf": BY_NCCL,
+    "openrlhf-ipc": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
+    "trl": BY_NCCL,
 }
 
 # ---- checkpoint-engine
@@ -232,3 +242,77 @@ def test_verls_sender_is_given_the_tensors_as_they_are(monkeypatch: pytest.Monke
     assert said == ["acknowledged"]
     assert [tensor is sent for (_, tensor), (_, sent) in zip(TENSORS, made["sent"], strict=True)] == [True, True]
     assert (made["zmq_handle"], made["use_shm"]) == (verl.address(1), False)
+
+
+# ---- OpenRLHF
+
+
+def test_openrlhfs_workers_join_a_group_and_receive_tensor_by_tensor(unloaded):
+    engine = Engine()
+    half = openrlhf.SUBJECTS[0].engine_half(engine)
+    half.connect("127.0.0.1", 1234, 1, 2)
+    half.transfer(MANIFEST)
+    assert engine.called == [
+        ("init_process_group", "127.0.0.1", 1234, 1, 2, "openrlhf"),
+        ("update_weight", "a.weight", "bfloat16", [2, 3]),
+    ]
+
+
+def test_openrlhfs_handles_are_named_as_its_workers_name_their_gpu(unloaded, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(openrlhf, "pair", lambda handle, device: ("rebuild", handle))
+    engine = Engine()
+    half = openrlhf.SUBJECTS[1].engine_half(engine)
+    half.receive([{"manifest": MANIFEST, "handles": {DEVICE: {"a.weight": {"made": 1}}, "GPU-1": {"b.weight": {}}}}])
+    half.transfer(MANIFEST)
+    wanted = {"0000": ("rebuild", {"made": 1})}
+    assert engine.called == [("update_weight_cuda_ipc", "a.weight", torch.bfloat16, [2, 3], wanted)]
+
+
+# ---- TRL
+
+
+def test_trls_workers_leave_a_group_before_they_join_another(unloaded):
+    engine = Engine()
+    half = trl.SUBJECT.engine_half(engine)
+    half.connect("127.0.0.1", 1234, 1, 2)
+    half.transfer(MANIFEST)
+    assert engine.called == [
+        ("close_communicator",),
+        ("init_communicator", "127.0.0.1", 1234, 2, trl.ANOTHER),
+        ("update_named_param", "a.weight", "torch.bfloat16", [2, 3]),
+    ]
+
+
+class Group:
+    """vLLM's group and communicator at once: keeps what it is asked."""
+
+    disabled = False
+
+    def __init__(self) -> None:
+        self.group, self.asked = self, []
+
+    def create(self, **how: Any) -> "Group":
+        self.asked.append(how)
+        return self
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        assert tensor.is_contiguous()
+        self.asked.append((tuple(tensor.shape), src))
+
+    def barrier(self) -> None:
+        self.asked.append("barrier")
+
+
+def test_trls_client_is_the_last_rank(monkeypatch: pytest.MonkeyPatch):
+    group = Group()
+    fake_module(monkeypatch, "vllm.distributed.utils", StatelessProcessGroup=group)
+    pynccl = "vllm.distributed.device_communicators.pynccl"
+    fake_module(monkeypatch, pynccl, PyNcclCommunicator=lambda group, device: group)
+    half = trl.SUBJECT.trainer_half(SimpleNamespace(rank=0, world_size=1, device=torch.device("cuda", 0)))
+    half.invite("127.0.0.1", 1234, 3)
+    assert half.send(Sent(), lambda: None) == 12 + 16
+    joined = {"host": "127.0.0.1", "port": 1234, "rank": 2, "world_size": 3}
+    assert group.asked == [joined, ((2, 3), 2), "barrier", ((4,), 2), "barrier"]
+    group.disabled = True
+    with pytest.raises(RuntimeError, match="it broadcasts nothing"):
+        half.invite("127.0.0.1", 1234, 3)

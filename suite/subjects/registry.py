@@ -12,7 +12,9 @@ from suite.subjects import (
     native_ipc,
     native_nccl,
     native_planned,
+    openrlhf,
     planned,
+    trl,
     verl,
 )
 from suite.subjects.adapting import expect_known_forms
@@ -35,6 +37,8 @@ NAMED: dict[str, Subject] = {
         *planned.SUBJECTS,
         checkpoint_engine.SUBJECT,
         verl.SUBJECT,
+        *openrlhf.SUBJECTS,
+        trl.SUBJECT,
     )
 }
 
