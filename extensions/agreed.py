@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from extensions.bracket import Update, UpdateBracket, UpdateError
 from extensions.manifest import Announced, Manifest, parse
-from extensions.model.load import DirectLoad, Load
-from extensions.model.loading import new_load
+from extensions.model.drafter import DRAFT, DraftLoad, parted
+from extensions.model.load import Load
 from extensions.pieces import GROUP_BYTES, STAGED_BYTES, Groups, cut, room_for, whole
-from extensions.plan import Plan
 from extensions.tensors import dtype_name
 
 DIGEST_BYTES = 32
@@ -20,17 +19,17 @@ DIGEST_BYTES = 32
 class Agreed:
     """An update that a worker has planned.
 
-    kept: which of the worker's kept plans it is of. groups: how it travels, by whether it is cut.
+    kept: which of the worker's kept plans it is of, the model's and the draft model's.
+    groups: how it travels, by whether it is cut.
     load: kept for the next update where it holds nothing of the last.
     beside_bytes: the most of a group that can't be received where it belongs.
     """
 
     digest: bytes
     announced: Announced
-    plan: Plan | None
-    kept: int
+    kept: tuple[int, int]
     groups: dict[bool, Groups]
-    load: Load | None
+    load: Load | DraftLoad | None
     beside_bytes: int
 
 
@@ -51,20 +50,28 @@ class PlansUpdates(UpdateBracket):
         digest = digest_of(announced)
         if self._weight_sync_has_planned(digest.hex()):
             return digest.hex()
-        model, plans = self.model_runner.get_model(), self._weight_sync_plans()
-        plan = plans.whole(model, self.vllm_config, announced)
-        load = new_load(model, self.vllm_config, plan)
+        load = self._weight_sync_load(announced)
         in_groups, in_pieces = self._weight_sync_group_bytes, self._weight_sync_staged_bytes
         groups = {False: whole(announced, in_groups), True: cut(announced, in_pieces)}
         beside_bytes = room_for(groups[False], lambda piece: load.place(piece.name) is None)
-        self._weight_sync_agreed = Agreed(digest, announced, plan, plans.kept, groups, _for_again(load), beside_bytes)
+        kept = self._weight_sync_counts()
+        self._weight_sync_agreed = Agreed(digest, announced, kept, groups, load.again(), beside_bytes)
         return digest.hex()
 
     def _weight_sync_has_planned(self, digest: str) -> bool:
         """Whether this is the update that was planned last, and the model's tensors are where they were then."""
-        agreed, plans = self._weight_sync_agreed, self._weight_sync_plans()
-        is_that = agreed is not None and agreed.digest.hex() == digest
-        return is_that and plans.kept == agreed.kept and plans.holds(self.model_runner.get_model())
+        agreed = self._weight_sync_agreed
+        if agreed is None or agreed.digest.hex() != digest or agreed.kept != self._weight_sync_counts():
+            return False
+        of_model, of_drafter = parted(agreed.announced)
+        model, drafter = self.model_runner.get_model(), self._weight_sync_drafter()
+        if of_model and not self._weight_sync_plans().holds(model):
+            return False
+        return not of_drafter or drafter is None or self._weight_sync_plans(DRAFT).holds(drafter.model)
+
+    def _weight_sync_counts(self) -> tuple[int, int]:
+        """Which plans are kept now, of the model and of the draft model; see `Kept.kept`."""
+        return self._weight_sync_plans().kept, self._weight_sync_plans(DRAFT).kept
 
     def _weight_sync_require_agreed(self, digest: str) -> Agreed:
         """What was agreed on. Raises UpdateError where it is another update, or the model's tensors have moved."""
@@ -83,7 +90,7 @@ class PlansUpdates(UpdateBracket):
 
     def _weight_sync_move(self, agreed: Agreed, move: Callable[[Update], None]) -> int:
         """One whole update: `move` moves all its tensors. Returns how many there were."""
-        load = agreed.load or new_load(self.model_runner.get_model(), self.vllm_config, agreed.plan)
+        load = agreed.load or self._weight_sync_load(agreed.announced)
         agreed.load = None  # until the update has succeeded: what one that fails has left is not used again
         update = self._weight_sync_open(load, agreed.announced)
         try:
@@ -92,13 +99,8 @@ class PlansUpdates(UpdateBracket):
         except BaseException:
             self.abort_update()
             raise
-        agreed.load = _for_again(load)
+        agreed.load = load.again()
         return moved
-
-
-def _for_again(load: Load) -> Load | None:
-    """The load of the next update; None where that has to be a new one."""
-    return load.again() if isinstance(load, DirectLoad) else None
 
 
 def digest_of(announced: Announced) -> bytes:

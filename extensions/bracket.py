@@ -8,13 +8,21 @@ After an update the engine's prefix cache still holds keys and values of the old
 `reset_prefix_cache()` on the engine after `end_update()`, as vLLM's own weight-transfer API asks of its callers.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from extensions.devices import synchronize
 from extensions.kept import Kept
 from extensions.manifest import Announced, Layout, Manifest, parse, require_name
+from extensions.model.drafter import (
+    DRAFT,
+    Drafter,
+    DraftLoad,
+    drafter_of,
+    of_the_drafter,
+    parted,
+)
 from extensions.model.load import Load
 from extensions.model.loading import new_load, processed_layers
 from extensions.model.weights import all_zero
@@ -28,10 +36,20 @@ class UpdateError(RuntimeError):
 class Update:
     """One update between `begin_update` and its end: what it announced, what has arrived, and how it is loaded."""
 
-    load: Load
+    load: Load | DraftLoad
     announced: Announced
     arrived: set[str] = field(default_factory=set)
     failed: bool = False  # a call of load.load() raised: some of its tensors may be loaded, some not
+
+    @property
+    def of_model(self) -> bool:
+        """Whether it brings tensors of the model."""
+        return any(not name.startswith(DRAFT) for name in self.announced)
+
+    @property
+    def of_drafter(self) -> bool:
+        """Whether it brings tensors of the draft model."""
+        return any(name.startswith(DRAFT) for name in self.announced)
 
     def missing(self) -> list[str]:
         """The announced names that have not arrived, in the order of the manifest."""
@@ -67,6 +85,7 @@ class State:
 
     update: Update | None = None
     inconsistent: bool = False  # some weights are new and some old: a load was begun and not completed
+    stale: bool = False  # the draft model is of another update than the model
 
 
 class UpdateBracket:
@@ -74,15 +93,22 @@ class UpdateBracket:
 
     # The states, as update_state() names them, and what leads out of each:
     #   ready         begin_update() to updating
+    #   stale draft   the same: the model was updated and its draft model was not, or not in whole, so that the engine
+    #                 answers right and slower; an update that brings the draft model's tensors makes it ready
     #   updating      end_update() to ready; abort_update(), or an end_update() that raises, to inconsistent if a tensor
     #                 was loaded, else to the state before
     #   inconsistent  begin_update() to updating, which remembers it: only an end_update() that succeeds makes it ready
+    # Of an update that brings the draft model's tensors alone nothing makes the model inconsistent, or ready again.
     # A tensor outside the bracket leaves the state as it is; if its load fails, the state is inconsistent.
+    weight_sync_drafts = DRAFT  # what the names of a draft model's tensors begin with
     _weight_sync_state: State = State()
-    _weight_sync_kept: Kept | None = None
+    _weight_sync_kept: dict[str, Kept] | None = None  # by what the names of a model's tensors begin with
 
     def begin_update(self, manifest: Manifest) -> int:
         """Announce all tensors of an update, `[{"name", "dtype", "shape"}, ...]` with full (unsharded) shapes.
+
+        Of an engine with a draft model they are the model's, the draft model's, whose names begin with `draft.`, or
+        those of both. Update the model first where each has an update of its own.
 
         Returns the number of tensors announced. Raises ManifestError where names are missing, unknown or there twice,
         or where a shape or dtype does not fit; UpdateError inside another update. Nothing has been changed then.
@@ -92,9 +118,7 @@ class UpdateBracket:
         """
         self._weight_sync_require_none()
         announced = parse(manifest)
-        model = self.model_runner.get_model()
-        plan = self._weight_sync_plans().whole(model, self.vllm_config, announced)
-        self._weight_sync_open(new_load(model, self.vllm_config, plan), announced)
+        self._weight_sync_open(self._weight_sync_load(announced), announced)
         return len(announced)
 
     def end_update(self) -> int:
@@ -103,7 +127,8 @@ class UpdateBracket:
         Raises UpdateError where announced tensors have not arrived, and LoadError where one was not written to where it
         belongs; the update is aborted then.
         """
-        update = self._weight_sync_state.update
+        state = self._weight_sync_state
+        update = state.update
         if update is None:
             raise UpdateError("no update is under way: call begin_update(manifest) first")
         if missing := update.missing():
@@ -118,25 +143,37 @@ class UpdateBracket:
         except BaseException:
             self.abort_update()  # so that the next update finds every layer ready for loading
             raise
-        self._weight_sync_state = State()
+        inconsistent = state.inconsistent and not update.of_model
+        stale = not update.of_drafter and self._weight_sync_drafter() is not None
+        self._weight_sync_state = State(inconsistent=inconsistent, stale=stale)
         return len(update.announced)
 
     def abort_update(self) -> str:
         """Give up the update under way, if there is one. Returns a sentence on the state of the weights."""
         state = self._weight_sync_state
         if state.update is not None:
-            self._weight_sync_state = State(inconsistent=True)  # this stays where load.abort() raises
+            before = replace(state, update=None)
+            spoilt = State(
+                inconsistent=state.inconsistent or state.update.of_model,
+                stale=state.stale or state.update.of_drafter,
+            )
+            self._weight_sync_state = spoilt  # this stays where load.abort() raises
             untouched = state.update.load.abort()
-            self._weight_sync_state = State(inconsistent=state.inconsistent or not untouched)
+            self._weight_sync_state = before if untouched else spoilt
         if self._weight_sync_state.inconsistent:
             return "part of the weights is new: the model is inconsistent until a whole update succeeds"
+        if self._weight_sync_state.stale:
+            return "the model's weights are as they were before the update; the draft model is stale"
         return "the weights are as they were before the update"
 
     def update_state(self) -> str:
-        """`ready`, `updating` or `inconsistent`."""
-        if self._weight_sync_state.update is not None:
+        """`ready`, `updating`, `inconsistent`, or `stale draft` where only the draft model's weights are not right."""
+        state = self._weight_sync_state
+        if state.update is not None:
             return "updating"
-        return "inconsistent" if self._weight_sync_state.inconsistent else "ready"
+        if state.inconsistent:
+            return "inconsistent"
+        return "stale draft" if state.stale else "ready"
 
     def check_weights_changed(self) -> bool:
         """Whether every weight element that the model computes with is zero, and there is at least one.
@@ -153,10 +190,29 @@ class UpdateBracket:
         if self._weight_sync_state.update is not None:
             raise UpdateError("an update is under way: call end_update() or abort_update() first; nothing was touched")
 
-    def _weight_sync_open(self, load: Load, announced: Announced) -> Update:
+    def _weight_sync_drafter(self) -> Drafter | None:
+        """What guesses ahead with weights of its own in this worker."""
+        return drafter_of(self.model_runner, self.vllm_config)
+
+    def _weight_sync_load(self, announced: Announced) -> Load | DraftLoad:
+        """The load of an update. Raises ManifestError where a model can't take its tensors."""
+        drafter = self._weight_sync_drafter()
+        of_model, of_drafter = parted(announced) if drafter else (announced, {})
+        model, found = self.model_runner.get_model(), None
+        if of_model or not of_drafter:
+            plan = self._weight_sync_plans().whole(model, self.vllm_config, of_model)
+            found = new_load(model, self.vllm_config, plan)
+        if not of_drafter:
+            return found
+        with of_the_drafter():
+            config = drafter.vllm_config
+            plan = self._weight_sync_plans(DRAFT).whole(drafter.model, config, of_drafter)
+        return DraftLoad(found, new_load(drafter.model, config, plan))
+
+    def _weight_sync_open(self, load: Load | DraftLoad, announced: Announced) -> Update:
         """Begin an update that the model can take."""
         update = Update(load, announced)
-        self._weight_sync_state = State(update, self._weight_sync_state.inconsistent)
+        self._weight_sync_state = replace(self._weight_sync_state, update=update)
         try:
             load.begin()
         except BaseException:
@@ -164,10 +220,11 @@ class UpdateBracket:
             raise
         return update
 
-    def _weight_sync_plans(self) -> Kept:
+    def _weight_sync_plans(self, of: str = "") -> Kept:
+        """The plans of the model, or of the draft model, whose tensors' names begin with DRAFT."""
         if self._weight_sync_kept is None:
-            self._weight_sync_kept = Kept()
-        return self._weight_sync_kept
+            self._weight_sync_kept = {}
+        return self._weight_sync_kept.setdefault(of, Kept())
 
     def _weight_sync_accept(self, tensors: dict[str, torch.Tensor]) -> None:
         """Load tensors that have arrived, inside the bracket or outside it. Loads none unless all are right."""
@@ -184,7 +241,8 @@ class UpdateBracket:
         self._weight_sync_refuse_alone(model)
         announced = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         plan = self._weight_sync_plans().alone(model, self.vllm_config, announced)
-        before, self._weight_sync_state = self._weight_sync_state, State(inconsistent=True)  # stays if the load fails
+        before = replace(self._weight_sync_state, stale=self._weight_sync_drafter() is not None)
+        self._weight_sync_state = replace(before, inconsistent=True)  # stays if the load fails
         load = new_load(model, self.vllm_config, plan)
         load.load(tensors)
         load.end()

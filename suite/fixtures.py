@@ -195,6 +195,9 @@ def _given_back(sync: Sync, engine: EngineHandle, host: Subject) -> bool:
             own.load(seed)
             own.update()
             own.expect_same_behaviour()
+        if own.drafts and host.draft_prefix():
+            own.update_drafter()
+            own.expect_drafter(own.seed)
         own.expect_exact(own.seed)
         own.expect_own_answers()
     except Exception as error:  # whatever it was, no later test is to meet it

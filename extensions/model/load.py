@@ -72,6 +72,10 @@ class Load(ABC):
         elif tensors:
             self._convert(tensors)
 
+    def again(self) -> "Load | None":
+        """This load, for another update of the same tensors; None where a new one has to be made."""
+        return None
+
     def place(self, name: str) -> torch.Tensor | None:
         """The memory in the model that a tensor may be received into; None where it has to be given to `load`."""
         return None

@@ -5,7 +5,7 @@ import time
 import traceback
 from typing import Any
 
-from suite.actors import adapters, answers
+from suite.actors import adapters, answers, drafting
 from suite.actors.cuda import cuda_is_initialised
 from suite.actors.dialogue import EngineSide
 from suite.actors.in_flight import InFlight
@@ -75,7 +75,7 @@ class Engine(adapters.Adapting):
             tensor_parallel_size=tensor_parallel_size,
             worker_extension_cls=PROBED,
             **self._subject.engine_arguments(),
-            **options,
+            **drafting.arguments_of(options, model, tensor_parallel_size),
         )
         self._watch = Watch()
         self.devices = self.rpc("probe_device")
@@ -171,6 +171,10 @@ class Engine(adapters.Adapting):
         started = time.monotonic()
         continuations = self.generate(prompts, max_tokens)
         return sum(len(c["tokens"]) for c in continuations) / (time.monotonic() - started)
+
+    def guesses(self) -> dict[str, int]:
+        """How many tokens the draft model has guessed so far, and how many were accepted: {"guessed", "accepted"}."""
+        return drafting.counted(self._llm)
 
     def reset_prefix_cache(self) -> None:
         """Forget keys and values of earlier prompts, which old weights have computed. Raises StaleCache."""

@@ -17,6 +17,7 @@ import torch
 
 from extensions.devices import device_id, synchronize
 from extensions.group import Communicator, stateless_init_process_group
+from extensions.model.drafter import drafter_of
 from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
 from suite.actors import arrived, memory, recording
@@ -115,6 +116,18 @@ class Probe:
         elements = sum(map(math.prod, shapes.values()))
         counts = {"elements": elements, "weights": len(shapes), "differing": len(weights), "others": len(others)}
         return {"rank": self.rank, **counts, "first": [*weights, *others][:SHOWN], "shapes": shapes}
+
+    def probe_drafter(self, path: str) -> dict:
+        """Compare the draft model's weights, bit by bit, with what a cold engine wrote of its model at `path`."""
+        drafter = drafter_of(self.model_runner, self.vllm_config)
+        if drafter is None:
+            raise RuntimeError("this engine has no draft model")
+        found = dict(effective_weights(drafter.model))
+        with of_the_suite("read what another engine computes with"):
+            expected = recording.read_weights(path, self.rank)
+        differing = [*recording.differing_weights(found.items(), expected)]
+        elements = sum(weight.numel() for weight in found.values())
+        return {"rank": self.rank, "elements": elements, "differing": len(differing), "first": differing[:SHOWN]}
 
     def probe_alike(self, path: str, other: str) -> dict:
         """Which weights equal, bit by bit, those that a cold engine wrote at `path`.

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extensions import agreed, bracket, kept, planned
+from extensions import bracket, kept, planned
 from extensions.bracket import Update
 from extensions.group.basics import in_a_thread
 from extensions.manifest import Announced, manifest_of
@@ -186,8 +186,7 @@ def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loads, "configured", lambda config: contextlib.nullcontext())
     monkeypatch.setattr(kept, "accepted", lambda model, config, announced, whole=True: plan_of(announced))
     monkeypatch.setattr(bracket, "processed_layers", lambda model: [])
-    for module in (agreed, bracket):
-        monkeypatch.setattr(module, "new_load", DirectLoad)
+    monkeypatch.setattr(bracket, "new_load", DirectLoad)
 
 
 def received(tensors: dict[str, torch.Tensor]) -> Shard:

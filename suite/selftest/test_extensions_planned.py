@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from extensions import agreed, bracket, kept, planned, planned_colocate
+from extensions import bracket, kept, planned, planned_colocate
 from extensions.agreed import digest_of
 from extensions.bracket import UpdateError
 from extensions.group import GroupError
@@ -97,8 +97,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
     monkeypatch.setattr(loads, "configured", lambda config: contextlib.nullcontext())
     monkeypatch.setattr(kept, "accepted", accepted)
     monkeypatch.setattr(bracket, "processed_layers", lambda model: [])
-    for module in (agreed, bracket):
-        monkeypatch.setattr(module, "new_load", DirectLoad)
+    monkeypatch.setattr(bracket, "new_load", DirectLoad)
     return Worker()
 
 
@@ -289,7 +288,7 @@ def test_a_worker_that_breaks_off_gives_up_the_group_it_is_out_of_step_with(
             raise MemoryError("no room to load")
 
     armed = False
-    monkeypatch.setattr(agreed, "new_load", Fails)
+    monkeypatch.setattr(bracket, "new_load", Fails)
     monkeypatch.setattr(PlannedWorkerExtension, "_weight_sync_group_bytes", 1)
     monkeypatch.setattr(PlannedSender, "_group_bytes", 1)
     digest, armed = worker.plan_update(MANIFEST), True

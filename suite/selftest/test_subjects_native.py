@@ -62,8 +62,8 @@ class Llm:
 
     def call_llm(self, method: str, *args: Any) -> None:
         minor = self.release[1]
-        bracket = method in ("start_weight_update", "finish_weight_update")
-        assert not (bracket and minor < 21), f"vLLM before 0.21 has no {method}()"
+        bracket = method in ("start_weight_update", "start_draft_weight_update", "finish_weight_update")
+        assert not (bracket and minor < (26 if "draft" in method else 21)), f"vLLM 0.{minor} has no {method}()"
         self.called.append(method)
         if bracket:
             assert not args, f"expected no arguments of {method}() in any release, found {args}"
@@ -149,6 +149,23 @@ def test_both_halves_say_alike_whether_tensors_are_packed(release: tuple[int, in
     asked, other = ("init_info", "update_info") if release >= (0, 28) else ("update_info", "init_info")
     assert llm.told[asked]["packed"] is subject.packed
     assert "packed" not in llm.told[other]
+
+
+@pytest.mark.parametrize("name", [*DENSE, "native-gloo", "native-ipc"])
+def test_an_update_of_a_draft_model_goes_by_the_names_of_its_checkpoint(name: str):
+    subject = NATIVE[name]
+    llm = Llm((0, 33), subject.backend)
+    updating, (announcement,) = half(subject, llm), announced(subject)
+    manifest = [entry | {"name": f"{native.DRAFT}{entry['name']}"} for entry in MANIFEST]
+    handles = announcement.get("handles", {})
+    named = {uuid: {f"{native.DRAFT}{n}": handle for n, handle in of.items()} for uuid, of in handles.items()}
+    updating.receive([announcement | {"manifest": manifest} | ({"handles": named} if handles else {})])
+    updating.begin(manifest)
+    updating.transfer(manifest)
+    updating.end()
+    assert llm.called == ["start_draft_weight_update", "update_weights", "finish_weight_update"]
+    assert llm.told["update_info"]["names"] == [entry["name"] for entry in MANIFEST]
+    assert all(of.keys() == {UUID.removeprefix("GPU-")} for of in llm.told["update_info"].get("ipc_handles", ()))
 
 
 def test_a_sparse_update_counts_the_elements_of_every_patch():
@@ -374,7 +391,14 @@ def test_ipc_needs_ray_in_some_releases(release: tuple[int, int], monkeypatch: p
 
 def test_what_every_backend_lacks():
     assert native.lacks(Api((0, 20))).keys() - native.lacks(Api((0, 21))).keys() == {"errors.nested"}
-    assert native.lacks(Api((0, 33))).keys() == {"update.zeroed", "names.free"}
+    assert native.lacks(Api((0, 25))).keys() - native.lacks(Api((0, 26))).keys() == {"draft.updated"}
+    assert native.lacks(Api((0, 33))).keys() == {"update.zeroed", "names.free", "draft.stale"}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_which_backends_update_draft_models(name: str):
+    expected = "" if name in ("native-sparse", "native-planned") else native.DRAFT
+    assert NATIVE[name].draft_prefix() == expected
 
 
 def test_no_times_are_taken_where_the_transport_is_the_suites():

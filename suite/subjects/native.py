@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from suite.subjects.native_versions import Api, installed
 from suite.subjects.protocol import Engine, EngineHalf, Subject, no_beginning
 
+DRAFT = "draft."  # the suite's: vLLM's updates of a draft model have the names of its checkpoint
+NO_DRAFTS = {"draft.updated": "vLLM's worker lets this backend update the model alone"}
 METHODS = "init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"
 
 
@@ -33,13 +35,15 @@ class NativeEngine(EngineHalf):
     def begin(self, manifest: list[dict]) -> None:
         """Start the update; vLLM does not ask what comes."""
         if self._api.brackets:
-            self._call("start_weight_update")
+            drafts = any(entry["name"].startswith(DRAFT) for entry in manifest)
+            self._call("start_draft_weight_update" if drafts else "start_weight_update")
             self._started = True
 
     def transfer(self, manifest: list[dict]) -> None:
         """Have the workers receive and load all tensors, in the order of the manifest."""
+        tensors = [entry | {"name": entry["name"].removeprefix(DRAFT)} for entry in manifest]
         try:
-            self._call("update_weights", {"update_info": self.update_information(manifest)})
+            self._call("update_weights", {"update_info": self.update_information(tensors)})
         except Exception:
             self._started = self._started and not self._api.ends_when_failing
             raise
@@ -78,11 +82,15 @@ class Native(Subject):
     methods: ClassVar[tuple[str, ...]] = METHODS
     calls: ClassVar[tuple[str, ...]] = (
         'LLM.init_weight_transfer_engine({"init_info": ...}), once',
-        "LLM.start_weight_update(), from vLLM 0.21 on",
+        "LLM.start_weight_update(), from vLLM 0.21 on; for a draft model start_draft_weight_update(), from 0.26 on",
         'LLM.update_weights({"update_info": ...}), while the trainer sends',
         "LLM.finish_weight_update(), from vLLM 0.21 on",
         "LLM.reset_prefix_cache(), which vLLM leaves to its caller",
     )
+
+    def draft_prefix(self) -> str:
+        """From vLLM 0.26 on, updates of the draft model are told from others by this."""
+        return "" if "draft.updated" in self.lacks else DRAFT
 
     def engine_arguments(self) -> dict[str, Any]:
         """The backend, without which vLLM takes no update."""
@@ -112,5 +120,7 @@ def lacks(api: Api) -> dict[str, str]:
     found = {
         "update.zeroed": "vLLM's native transfer has no check_weights_changed(); update.repeated sends zeros too",
         "names.free": "native transfer is part of vLLM's worker, and adds no names to it",
+        "draft.stale": "vLLM's native transfer has no call that says what state the weights are in",
     }
-    return found | ({} if api.brackets else no_beginning("vLLM's native transfer before 0.21"))
+    drafts = {} if api.updates_drafts else {"draft.updated": "vLLM before 0.26 does not update draft models"}
+    return found | drafts | ({} if api.brackets else no_beginning("vLLM's native transfer before 0.21"))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from suite.stages import Stage
 from suite.subjects.adapting import pair
 from suite.subjects.handles import HandlesTrainer, merged, unfit_on_gpus
-from suite.subjects.native import Native, NativeEngine, lacks
+from suite.subjects.native import DRAFT, Native, NativeEngine, lacks
 from suite.subjects.native_versions import Api, installed
 from suite.subjects.protocol import Engine, EngineHalf, Trainer, TrainerHalf
 
@@ -25,7 +25,10 @@ class IpcEngine(NativeEngine):
     def receive(self, announced: list[dict[str, Any]]) -> list[dict]:
         """Put the handles of all ranks together."""
         manifest = super().receive(announced)
-        self._handles = merged(announced)
+        self._handles = {
+            device: {name.removeprefix(DRAFT): handle for name, handle in named.items()}
+            for device, named in merged(announced).items()
+        }
         return manifest
 
     def update_information(self, manifest: list[dict]) -> dict[str, Any]:

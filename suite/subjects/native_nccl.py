@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
-from suite.subjects.native import Native, lacks
+from suite.subjects.native import NO_DRAFTS, Native, lacks
 from suite.subjects.native_versions import Api, installed
 from suite.subjects.protocol import Tensors, Trainer, TrainerHalf, load
 
@@ -124,5 +124,5 @@ _WORKER, _LACKS = "suite.subjects.native:NativeWorker", lacks(installed()) | NO_
 SUBJECTS = (
     NativeNccl("native-nccl", _WORKER, _LACKS),
     NativeNcclPacked("native-nccl-packed", _WORKER, _LACKS),
-    NativeSparse("native-sparse", _WORKER, _LACKS),
+    NativeSparse("native-sparse", _WORKER, _LACKS | NO_DRAFTS),
 )

@@ -5,7 +5,7 @@ from typing import ClassVar
 from extensions import vllm_plugin
 from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
-from suite.subjects.native import Native, NativeWorker, lacks
+from suite.subjects.native import NO_DRAFTS, Native, NativeWorker, lacks
 from suite.subjects.native_versions import installed
 from suite.subjects.planned import PlannedTrainer
 from suite.subjects.protocol import Trainer, TrainerHalf
@@ -39,6 +39,6 @@ class NativePlanned(Native):
 SUBJECT = NativePlanned(
     "native-planned",
     "suite.subjects.native_planned:PlannedWorker",
-    lacks=lacks(installed()) | NO_HANDLES,
+    lacks=lacks(installed()) | NO_HANDLES | NO_DRAFTS,
     sender="extensions.planned:PlannedSender",
 )

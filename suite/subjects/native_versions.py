@@ -41,6 +41,11 @@ class Api:
         return self.release >= (0, 25)
 
     @property
+    def updates_drafts(self) -> bool:
+        """Whether an update can be of the draft model, by start_draft_weight_update()."""
+        return self.release >= (0, 26)
+
+    @property
     def nccl_trainer_engine(self) -> bool:
         """Whether an engine of the trainer's sends by NCCL; before 0.28, static methods of the worker's engine do."""
         return self.release >= (0, 28)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from suite.subjects.broadcast import NO_HANDLES, Broadcast, BroadcastEngine, BroadcastTrainer
 from suite.subjects.handles import Handles, HandlesEngine, HandlesTrainer
-from suite.subjects.protocol import Engine, EngineHalf, Tensors, Trainer, TrainerHalf
+from suite.subjects.protocol import Engine, EngineHalf, Tensors, Trainer, TrainerHalf, no_drafts
 
 ONE_CALL = "an update is one call: it has no beginning inside of which another could begin"
 PLANS = "plan_update(manifest), where the manifest is another than that of the update before"
@@ -70,7 +70,7 @@ class Planned(Broadcast):
     @classmethod
     def lacking(cls, extension: type) -> dict[str, str]:
         """What no such class has."""
-        return NO_HANDLES | {"errors.nested": ONE_CALL}
+        return NO_HANDLES | {"errors.nested": ONE_CALL} | no_drafts(extension)
 
     def engine_half(self, engine: Engine) -> EngineHalf:
         """The half for an engine's process."""
@@ -163,7 +163,7 @@ class PlannedHandles(Handles):
     @classmethod
     def lacking(cls, extension: type) -> dict[str, str]:
         """What no such class has."""
-        return {"errors.nested": ONE_CALL}
+        return {"errors.nested": ONE_CALL} | no_drafts(extension)
 
     def engine_half(self, engine: Engine) -> EngineHalf:
         """The half for an engine's process."""

@@ -175,7 +175,7 @@ class Subject(ABC):
     def lacking(cls, extension: type) -> dict[str, str]:
         """What a class of this kind lacks, by what methods it has."""
         brackets = all(callable(getattr(extension, method, None)) for method in ("begin_update", "abort_update"))
-        return {} if brackets else no_beginning(extension.__name__)
+        return ({} if brackets else no_beginning(extension.__name__)) | no_drafts(extension)
 
     @abstractmethod
     def engine_half(self, engine: Engine) -> EngineHalf:
@@ -220,6 +220,13 @@ class Subject(ABC):
         """Whether its workers have this method."""
         return callable(getattr(self.load(), method, None))
 
+    def draft_prefix(self) -> str:
+        """What the names of a draft model's tensors begin with in its updates; empty where it updates none.
+
+        An extension says it by an attribute `weight_sync_drafts`.
+        """
+        return str(getattr(self.load(), "weight_sync_drafts", ""))
+
     def plain(self) -> dict[str, str]:
         """What other processes have to know, as plain data; see `from_plain`."""
         kind = f"{type(self).__module__}:{type(self).__qualname__}"
@@ -229,6 +236,16 @@ class Subject(ABC):
 def no_beginning(name: str) -> dict[str, str]:
     """What an extension lacks of which updates have no beginning."""
     return {"errors.nested": f"{name} has no begin_update() and abort_update(): its updates have no beginning"}
+
+
+def no_drafts(extension: type) -> dict[str, str]:
+    """What an extension lacks on engines with a draft model, by what it has."""
+    name, found = extension.__name__, {}
+    if not callable(getattr(extension, "update_state", None)):
+        found["draft.stale"] = f"{name} has no update_state(): it cannot say that a draft model is stale"
+    if not getattr(extension, "weight_sync_drafts", ""):
+        found["draft.updated"] = f"{name} has no weight_sync_drafts: it brings no tensors to a draft model"
+    return found
 
 
 def from_plain(plain: dict[str, str]) -> Subject:

@@ -6,6 +6,7 @@ together by `python -m suite.selftest.mutants`. Each is a few lines over a refer
 
 from suite.selftest.mutants import (
     devices,
+    drafts,
     faults,
     hopeless,
     inflight,
@@ -24,8 +25,8 @@ from suite.selftest.mutants.registry import CLASSES, MUTANTS, Mutant
 
 __all__ = [
     "MUTANTS", "Mutant",
-    "devices", "faults", "hopeless", "inflight", "options", "planned", "planning", "refusals", "sent", "sequences",
-    "server", "states", "unseen", "values",
+    "devices", "drafts", "faults", "hopeless", "inflight", "options", "planned", "planning", "refusals", "sent",
+    "sequences", "server", "states", "unseen", "values",
 ]  # fmt: skip
 
 
