@@ -7,7 +7,7 @@ what sends in the trainer. docs/frameworks.md says with which vLLM each was trie
 from importlib import metadata
 from typing import Any, ClassVar
 
-from suite.subjects.protocol import Engine, EngineHalf, Subject, no_beginning
+from suite.subjects.protocol import Engine, EngineHalf, Subject, knows_no_drafts, no_beginning
 
 
 class AddressedEngine(EngineHalf):
@@ -56,4 +56,4 @@ class Foreign(Subject):
 def lacks(name: str, **more: str) -> dict[str, str]:
     """What every extension of another project lacks; see Subject.lacks."""
     zeroed = f"{name} has no check_weights_changed(); update.repeated sends zeros too"
-    return {"update.zeroed": zeroed} | no_beginning(name) | more
+    return {"update.zeroed": zeroed} | no_beginning(name) | knows_no_drafts(name) | more

@@ -240,12 +240,20 @@ def no_beginning(name: str) -> dict[str, str]:
 
 def no_drafts(extension: type) -> dict[str, str]:
     """What an extension lacks on engines with a draft model, by what it has."""
-    name, found = extension.__name__, {}
-    if not callable(getattr(extension, "update_state", None)):
-        found["draft.stale"] = f"{name} has no update_state(): it cannot say that a draft model is stale"
-    if not getattr(extension, "weight_sync_drafts", ""):
-        found["draft.updated"] = f"{name} has no weight_sync_drafts: it brings no tensors to a draft model"
-    return found
+    lacking = {
+        "draft.stale": callable(getattr(extension, "update_state", None)),
+        "draft.updated": bool(getattr(extension, "weight_sync_drafts", "")),
+    }
+    found = knows_no_drafts(extension.__name__)
+    return {requirement: found[requirement] for requirement, has in lacking.items() if not has}
+
+
+def knows_no_drafts(name: str) -> dict[str, str]:
+    """What an extension lacks that knows nothing of draft models."""
+    return {
+        "draft.stale": f"{name} has no update_state(): it cannot say that a draft model is stale",
+        "draft.updated": f"{name} has no weight_sync_drafts: it brings no tensors to a draft model",
+    }
 
 
 def from_plain(plain: dict[str, str]) -> Subject:
