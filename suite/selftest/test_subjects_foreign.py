@@ -14,36 +14,12 @@ import zmq
 from extensions.segments import RUN_ID
 from suite import ROOT
 from suite.selftest.fakes import fake_module
+from suite.selftest.foreign import DEVICE, MANIFEST, TENSORS, Engine, Sent
 from suite.session import selection
 from suite.stages import STAGES
-from suite.subjects import checkpoint_engine, foreign, known_subjects, openrlhf, trl, verl
+from suite.subjects import checkpoint_engine, foreign, known_subjects, swift, verl
 
 FOREIGN = {name: subject for name, subject in known_subjects().items() if isinstance(subject, foreign.Foreign)}
-TENSORS = [("a.weight", torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)), ("b.weight", torch.ones(4))]
-DEVICE = "GPU-0000"
-MANIFEST = [{"name": "a.weight", "dtype": "bfloat16", "shape": [2, 3]}]
-
-
-class Sent:
-    """Tensors of an update, as a subject's half gets them."""
-
-    def __iter__(self):
-        return iter(TENSORS)
-
-    def held(self) -> list[tuple[str, torch.Tensor]]:
-        return TENSORS
-
-
-class Engine:
-    """Keeps what is called in its workers."""
-
-    def __init__(self, device: str = "cuda:0") -> None:
-        self.devices = [{"rank": 0, "id": DEVICE, "device": device}]
-        self.called: list[tuple] = []
-
-    def rpc(self, method: str, *args: Any) -> list[None]:
-        self.called.append((method, *args))
-        return [None]
 
 
 @pytest.fixture
@@ -82,6 +58,7 @@ def test_each_says_on_which_stages_it_makes_sense(name: str):
     assert fit == STAGES_OF[name]
 
 
+CPU = {stage.name for stage in STAGES if stage.kind == "cpu"}
 BY_NCCL = {"gpu-shared", "gpu-split", "gpu-split-tp2", "gpu-fanout", "gpu-split-pp2"}
 STAGES_OF = {
     "checkpoint-engine": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
@@ -89,6 +66,8 @@ STAGES_OF = {
     "openrlhf": BY_NCCL,
     "openrlhf-ipc": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
     "trl": BY_NCCL,
+    "ms-swift": CPU | {"gpu-colocate-tp1"},
+    "areal": CPU | BY_NCCL,
 }
 
 # ---- checkpoint-engine
@@ -244,75 +223,42 @@ def test_verls_sender_is_given_the_tensors_as_they_are(monkeypatch: pytest.Monke
     assert (made["zmq_handle"], made["use_shm"]) == (verl.address(1), False)
 
 
-# ---- OpenRLHF
+# ---- ms-swift
 
 
-def test_openrlhfs_workers_join_a_group_and_receive_tensor_by_tensor(unloaded):
-    engine = Engine()
-    half = openrlhf.SUBJECTS[0].engine_half(engine)
-    half.connect("127.0.0.1", 1234, 1, 2)
+def test_swifts_worker_is_told_the_socket_that_its_sender_binds(unloaded, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WEIGHT_UPDATE_TIMEOUT_S", "15.0")
+    made: dict[str, Any] = {}
+
+    class BucketedWeightSender:
+        def __init__(self, zmq_handle: str, use_shm: bool, timeout_s: int) -> None:
+            made.update(socket=zmq_handle, use_shm=use_shm, timeout_s=timeout_s, did=[])
+
+        async def __aenter__(self) -> "BucketedWeightSender":
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            made["did"].append("cleaned up")
+
+        async def handshake(self) -> None:
+            made["did"].append("shook hands")
+
+        async def send_weights(self, weights: Any) -> None:
+            made["did"].append([name for name, _ in weights])
+
+    fake_module(monkeypatch, swift.SENDERS, BucketedWeightSender=BucketedWeightSender)
+    trainer = swift.SUBJECT.trainer_half(SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu")))
+    trainer.invite("127.0.0.1", 1234, 2)
+    announced = {"manifest": MANIFEST, **trainer.announce(Sent())}
+    assert announced["socket"] != trainer.announce(Sent())["socket"], "expected a socket for every update"
+    announced["socket"] = trainer._socket
+    engine = Engine("cpu")
+    half = swift.SUBJECT.engine_half(engine)
+    half.receive([announced])
     half.transfer(MANIFEST)
-    assert engine.called == [
-        ("init_process_group", "127.0.0.1", 1234, 1, 2, "openrlhf"),
-        ("update_weight", "a.weight", "bfloat16", [2, 3]),
-    ]
-
-
-def test_openrlhfs_handles_are_named_as_its_workers_name_their_gpu(unloaded, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(openrlhf, "pair", lambda handle, device: ("rebuild", handle))
-    engine = Engine()
-    half = openrlhf.SUBJECTS[1].engine_half(engine)
-    half.receive([{"manifest": MANIFEST, "handles": {DEVICE: {"a.weight": {"made": 1}}, "GPU-1": {"b.weight": {}}}}])
-    half.transfer(MANIFEST)
-    wanted = {"0000": ("rebuild", {"made": 1})}
-    assert engine.called == [("update_weight_cuda_ipc", "a.weight", torch.bfloat16, [2, 3], wanted)]
-
-
-# ---- TRL
-
-
-def test_trls_workers_leave_a_group_before_they_join_another(unloaded):
-    engine = Engine()
-    half = trl.SUBJECT.engine_half(engine)
-    half.connect("127.0.0.1", 1234, 1, 2)
-    half.transfer(MANIFEST)
-    assert engine.called == [
-        ("close_communicator",),
-        ("init_communicator", "127.0.0.1", 1234, 2, trl.ANOTHER),
-        ("update_named_param", "a.weight", "torch.bfloat16", [2, 3]),
-    ]
-
-
-class Group:
-    """vLLM's group and communicator at once: keeps what it is asked."""
-
-    disabled = False
-
-    def __init__(self) -> None:
-        self.group, self.asked = self, []
-
-    def create(self, **how: Any) -> "Group":
-        self.asked.append(how)
-        return self
-
-    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
-        assert tensor.is_contiguous()
-        self.asked.append((tuple(tensor.shape), src))
-
-    def barrier(self) -> None:
-        self.asked.append("barrier")
-
-
-def test_trls_client_is_the_last_rank(monkeypatch: pytest.MonkeyPatch):
-    group = Group()
-    fake_module(monkeypatch, "vllm.distributed.utils", StatelessProcessGroup=group)
-    pynccl = "vllm.distributed.device_communicators.pynccl"
-    fake_module(monkeypatch, pynccl, PyNcclCommunicator=lambda group, device: group)
-    half = trl.SUBJECT.trainer_half(SimpleNamespace(rank=0, world_size=1, device=torch.device("cuda", 0)))
-    half.invite("127.0.0.1", 1234, 3)
-    assert half.send(Sent(), lambda: None) == 12 + 16
-    joined = {"host": "127.0.0.1", "port": 1234, "rank": 2, "world_size": 3}
-    assert group.asked == [joined, ((2, 3), 2), "barrier", ((4,), 2), "barrier"]
-    group.disabled = True
-    with pytest.raises(RuntimeError, match="it broadcasts nothing"):
-        half.invite("127.0.0.1", 1234, 3)
+    assert trainer.send(Sent(), lambda: made["did"].append("acknowledged")) == 12 + 16
+    assert engine.called == [("update_weights_from_ipc", True, made["socket"], 15)]
+    assert made["did"] == ["shook hands", ["a.weight", "b.weight"], "cleaned up", "acknowledged"]
+    assert (made["use_shm"], made["timeout_s"]) == (True, 15)
+    with pytest.raises(ValueError, match="the trainer sent no path of a socket, but 7"):
+        half.receive([{"manifest": MANIFEST, "socket": 7}])

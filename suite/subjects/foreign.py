@@ -4,10 +4,14 @@ A file of this folder that is named after a project has its adapter: how the ext
 what sends in the trainer. docs/frameworks.md says with which vLLM each was tried, and what was found.
 """
 
+from collections.abc import Iterator
 from importlib import metadata
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from suite.subjects.protocol import Engine, EngineHalf, Subject, knows_no_drafts, no_beginning
+from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, knows_no_drafts, no_beginning
+
+if TYPE_CHECKING:
+    import torch
 
 
 class AddressedEngine(EngineHalf):
@@ -57,3 +61,15 @@ def lacks(name: str, **more: str) -> dict[str, str]:
     """What every extension of another project lacks; see Subject.lacks."""
     zeroed = f"{name} has no check_weights_changed(); update.repeated sends zeros too"
     return {"update.zeroed": zeroed} | no_beginning(name) | knows_no_drafts(name) | more
+
+
+class Counted:
+    """Tensors on their way out, as they are; their bytes are counted."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors, self.bytes_sent = tensors, 0
+
+    def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        for name, tensor in self._tensors:
+            self.bytes_sent += tensor.numel() * tensor.element_size()
+            yield name, tensor

@@ -4,6 +4,7 @@ from functools import cache
 from importlib import metadata
 
 from suite.subjects import (
+    areal,
     broadcast,
     checkpoint_engine,
     example,
@@ -14,6 +15,7 @@ from suite.subjects import (
     native_planned,
     openrlhf,
     planned,
+    swift,
     trl,
     verl,
 )
@@ -38,7 +40,9 @@ NAMED: dict[str, Subject] = {
         checkpoint_engine.SUBJECT,
         verl.SUBJECT,
         *openrlhf.SUBJECTS,
+        swift.SUBJECT,
         trl.SUBJECT,
+        areal.SUBJECT,
     )
 }
 

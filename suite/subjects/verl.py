@@ -9,11 +9,11 @@ import asyncio
 import importlib
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from extensions.segments import RUN_ID
 from suite.stages import Stage
-from suite.subjects.foreign import Foreign, lacks
+from suite.subjects.foreign import Counted, Foreign, lacks
 from suite.subjects.handles import unfit_on_gpus
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
@@ -54,18 +54,6 @@ class VerlTrainer(TrainerHalf):
         asyncio.run(sender.async_send_weights(iter(counted)))
         acknowledged()
         return counted.bytes_sent
-
-
-class Counted:
-    """Tensors on their way out, as they are; their bytes are counted."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self._tensors, self.bytes_sent = tensors, 0
-
-    def __iter__(self) -> Any:
-        for name, tensor in self._tensors:
-            self.bytes_sent += tensor.numel() * tensor.element_size()
-            yield name, tensor
 
 
 class VerlSubject(Foreign):
