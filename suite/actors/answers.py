@@ -15,8 +15,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from suite.actors.written import write_whole
+from suite.models import pictures
 
 LENGTHS = (12, 100, 300)  # and the longest that leaves room for the answer
 TOKENS = 6  # of an answer
@@ -52,6 +54,21 @@ def prompts(vocabulary: int, longest: int) -> list[list[int]]:
     lengths = [length for length in LENGTHS if length + TOKENS < longest] + [longest - TOKENS]
     draw = random.Random(longest)
     return [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
+
+
+def pictured(config: Any) -> list[dict]:
+    """A prompt with a picture, as `vllm.LLM.generate` takes it, where the model is one of the suite's that see.
+
+    A user's model is asked about text alone: how it takes pictures is not known.
+    """
+    if config.hf_config.model_type != pictures.ARCHITECTURE:
+        return []
+    from PIL import Image
+
+    draw = random.Random(pictures.EDGE)
+    tokens = [draw.randrange(config.get_vocab_size() - 1) for _ in range(LENGTHS[0])]  # the picture comes before them
+    picture = Image.frombytes("RGB", (pictures.EDGE, pictures.EDGE), draw.randbytes(3 * pictures.EDGE**2))
+    return [{"prompt_token_ids": tokens, "multi_modal_data": {"image": picture}}]
 
 
 def write(path: str, first: list[dict], second: list[dict]) -> None:

@@ -143,24 +143,25 @@ class Engine(adapters.Adapting):
 
         adapter: the directory of the LoRA adapter to use; empty for none.
         """
-        self._expect_in_step()
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         more = {"lora_request": adapters.request(adapter)} if adapter else {}
+        return self._generate([{"prompt_token_ids": prompt} for prompt in prompts], max_tokens, **more)
+
+    def _generate(self, asked: list[dict], max_tokens: int, **more: Any) -> list[dict]:
+        self._expect_in_step()
         with self._watch.waiting():
             outputs = self._llm.generate(asked, self.sampling(max_tokens), use_tqdm=False, **more)
         return [continuation(output.outputs[0]) for output in outputs]
 
     def answers(self) -> list[dict]:
-        """As `generate`, of the prompts of `suite.actors.answers`, with no prefix cached.
+        """As `generate`, of the prompts of `suite.actors.answers`, with no prefix cached; one may have a picture.
 
         Each prompt is a batch of its own: so every engine computes in the same steps, whenever requests reach it.
         """
         config = self._llm.llm_engine.model_config
         self.reset_prefix_cache()
-        return [
-            self.generate([prompt], answers.TOKENS)[0]
-            for prompt in answers.prompts(config.get_vocab_size(), config.max_model_len)
-        ]
+        texts = answers.prompts(config.get_vocab_size(), config.max_model_len)
+        asked = [*({"prompt_token_ids": prompt} for prompt in texts), *answers.pictured(config)]
+        return [self._generate([prompt], answers.TOKENS)[0] for prompt in asked]
 
     def cold_answers(self) -> list[list[dict]]:
         """Both of this engine's `answers` after its cold load. Empty where it has written down nothing then."""
@@ -179,6 +180,16 @@ class Engine(adapters.Adapting):
     def reset_prefix_cache(self) -> None:
         """Forget keys and values of earlier prompts, which old weights have computed. Raises StaleCache."""
         self._expect_reset(self._llm.reset_prefix_cache())
+
+    def reset_caches(self) -> None:
+        """Forget all that old weights have computed: prefixes, and what the encoders of a model made of pictures.
+
+        Raises StaleCache.
+        """
+        self.reset_prefix_cache()
+        if getattr(self._llm.llm_engine.model_config, "is_multimodal_model", False):
+            resets = self._llm if hasattr(self._llm, "reset_encoder_cache") else self._llm.llm_engine
+            resets.reset_encoder_cache()
 
     def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Meet the trainer, in whatever way the subject does; see `EngineHalf.connect`."""
@@ -255,7 +266,7 @@ class Engine(adapters.Adapting):
             if bracket:
                 half.end()
             if reset_cache and not half.resets_cache:
-                self.reset_prefix_cache()
+                self.reset_caches()
         except Exception as error:
             said.refuse(error)  # before aborting, which a dead worker may make impossible
             if bracket:

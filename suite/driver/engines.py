@@ -101,8 +101,9 @@ def engine_options(stage: Stage, model: str) -> dict:
     if stage.kind == "gpu":
         options["gpu_memory_utilization"] = 0.05  # the cache's size is given; this is only what has to be free
         options |= OF_GPU_MODELS.get(MODELS[model].architecture, {})
-    options["skip_tokenizer_init"] = not MODELS[model].processor
-    if MODELS[model].processor:  # it is not used: prompts are token ids, without pictures
+    spec = MODELS[model]
+    options["skip_tokenizer_init"] = not (spec.processor or spec.sees)  # prompts are token ids, but vLLM wants it
+    if spec.processor or spec.sees:
         options["skip_mm_profiling"] = True
     if stage.pipeline_parallel_size > 1:
         options["pipeline_parallel_size"] = stage.pipeline_parallel_size

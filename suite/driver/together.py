@@ -89,6 +89,10 @@ class Together:
         """Have the engines forget the prefixes that they have cached."""
         gather([engine.process.submit("reset_prefix_cache") for engine in self.engines], self.call_deadline_s)
 
+    def reset_caches(self) -> None:
+        """Have the engines forget all that they have cached, of pictures too."""
+        gather([engine.process.submit("reset_caches") for engine in self.engines], self.call_deadline_s)
+
     def sleep_and_wake(self, level: int) -> None:
         """Have the engines give up their GPU memory and take it back."""
         for engine in self.engines:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from suite.models import layers
+from suite.models import layers, pictures
 from suite.models.values import Shape
 
 
@@ -45,6 +45,11 @@ class ModelSpec:
         return self.layout is None and self.architecture not in PARTICULAR
 
     @property
+    def sees(self) -> bool:
+        """Whether it is the catalogue's model that takes pictures: its processor is written beside its config."""
+        return self.architecture == pictures.ARCHITECTURE and self.layout is None
+
+    @property
     def starts_slowly(self) -> bool:
         """Whether an engine takes minutes to start on a GPU: it compiles kernels that no other model has."""
         return self.architecture == "qwen3_next"
@@ -62,6 +67,8 @@ def tensors(spec: ModelSpec) -> list[tuple[str, Shape]]:
     if spec.layout is not None:
         return [(name, shape) for name, (_, shape) in spec.layout.items()]
     config = spec.config
+    if spec.sees:
+        return [*pictures.tensors(config)]
     vocabulary, hidden = config["vocab_size"], config["hidden_size"]
     found: list[tuple[str, Shape]] = [("model.embed_tokens.weight", (vocabulary, hidden))]
     for layer in range(config["num_hidden_layers"]):
@@ -117,6 +124,8 @@ def _config(architecture: str, purpose: str, size: Size) -> dict[str, Any]:
         count = layers.EXPERTS[architecture]
         config[count], config["num_experts_per_tok"], config["moe_intermediate_size"] = size.experts
         config |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    if architecture == pictures.ARCHITECTURE:
+        config |= pictures.config(config)
     return config | PARTICULAR.get(architecture, {})
 
 
@@ -129,6 +138,7 @@ ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
+    pictures.ARCHITECTURE: "Blip2ForConditionalGeneration",
 }
 IN_FLOAT32 = {  # ends of names of what engines keep in float32
     "glm4_moe": ("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
@@ -149,6 +159,7 @@ PARTICULAR = {
         "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
     },
     "gpt_oss": {"attention_bias": True, "sliding_window": 64},
+    pictures.ARCHITECTURE: {},
     "qwen3_next": {
         "layer_types": ["linear_attention", "full_attention"],  # said outright: releases derive others from an interval
         "shared_expert_intermediate_size": 128, "linear_conv_kernel_dim": 4,
@@ -171,6 +182,7 @@ _CATALOGUE = [
     ("deepseek-v3-tiny", "deepseek_v3", "tiny",     Size( 128,   256,  2,  4, 4,  64,    512, False, (8, 2, 128))),
     ("gpt-oss-tiny",      "gpt_oss",   "tiny",      Size( 128,   128,  2,  4, 2,  64,    512, False, (8, 2, 128))),
     ("qwen3-next-tiny",   "qwen3_next", "tiny",     Size( 128,   256,  2,  4, 2,  64,    512, False, (8, 2, 128))),
+    ("blip2-tiny",        "blip-2",    "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False)),
     ("qwen3-1m",          "qwen3",     "ladder",    Size( 128,   320,  4,  4, 2,  64,   1024, True)),
     ("qwen3-10m",         "qwen3",     "ladder",    Size( 384,  1152,  5,  6, 2,  64,   4096, True)),
     ("qwen3-100m",        "qwen3",     "ladder",    Size( 768,  2048, 14, 12, 4,  64,  16384, True)),

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from suite.models import own
+from suite.models import own, pictures
 from suite.models.catalogue import ARCHITECTURES, ModelSpec, tensors
 from suite.models.values import Shape, fill_values
 
@@ -24,6 +24,8 @@ def write_config(spec: ModelSpec, directory: Path | str, dtype: torch.dtype | st
     path, text = directory / "config.json", json.dumps(config, indent=2) + "\n"
     if not path.exists() or path.read_text() != text:  # an engine may be reading it
         path.write_text(text)
+    if spec.sees:
+        pictures.write_processor(spec.config, directory)
     for file in own.processor_files(Path(spec.processor)) if spec.processor else ():
         link = directory / file.name
         link.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ IDS = [
     "sent.mixed_dtypes", "sent.strides", "sent.large", "sent.biases",
     "sent.parameters", "sent.float32", "sent.derived", "sent.buffers",
     "inflight.update", "inflight.prefix", "inflight.refused", "inflight.versions", "server.checker",
-    "lora.exact", "lora.reloaded", "draft.stale", "draft.updated",
+    "lora.exact", "lora.reloaded", "draft.stale", "draft.updated", "cache.encoder",
 ]  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Mutants that take the engine for a plain one: lora.*."""
+"""Mutants that take the engine for a plain one: lora.*, cache.encoder."""
+
+import functools
 
 import torch
 
@@ -31,3 +33,27 @@ class KeepsTheAdapter(WorkerExtension):
             self._mutant_keeps = False  # what the test does afterwards leaves the engine as it was
             return True
         return type(self).add_lora(self, asked)
+
+
+@mutant("cache.encoder", r"other answers", "vllm#44910", **BROADCAST)
+class RemembersPictures(WorkerExtension):
+    """Keeps what the encoder made of a picture, whatever weights it has later."""
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        model = self.model_runner.get_model()
+        self.__dict__.setdefault("_mutant_pictures", {})
+        if "embed_multimodal" not in vars(model):
+            model.embed_multimodal = functools.partial(_remembering, self, model)
+        return super().begin_update(manifest)
+
+
+def _remembering(worker: WorkerExtension, model: torch.nn.Module, **pictures: torch.Tensor) -> object:
+    """As the model's embed_multimodal(); with what the worker remembers, as long as it has the mutant's attributes."""
+    encode = functools.partial(type(model).embed_multimodal, model, **pictures)
+    remembered = vars(worker).get("_mutant_pictures")
+    if remembered is None:
+        return encode()
+    key = str([tensor.float().sum().item() for tensor in pictures.values()])
+    if key not in remembered:
+        remembered[key] = encode()
+    return remembered[key]
