@@ -92,15 +92,19 @@ class PlansUpdates(UpdateBracket):
         """One whole update: `move` moves all its tensors. Returns how many there were."""
         load = agreed.load or self._weight_sync_load(agreed.announced)
         agreed.load = None  # until the update has succeeded: what one that fails has left is not used again
-        update = self._weight_sync_open(load, agreed.announced)
+        moved = self._weight_sync_move_by(load, agreed.announced, move)
+        agreed.load = load.again()
+        return moved
+
+    def _weight_sync_move_by(self, load: Load | DraftLoad, announced: Announced, move: Callable[[Update], None]) -> int:
+        """As `_weight_sync_move`, of tensors that a load takes."""
+        update = self._weight_sync_open(load, announced)
         try:
             move(update)
-            moved = self.end_update()
+            return self.end_update()
         except BaseException:
             self.abort_update()
             raise
-        agreed.load = load.again()
-        return moved
 
 
 def digest_of(announced: Announced) -> bytes:

@@ -14,11 +14,12 @@ is touched, and the group can be used again.
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
-from extensions.agreed import DIGEST_BYTES, PlansUpdates, digest_of
+from extensions.agreed import DIGEST_BYTES, Agreed, PlansUpdates, digest_of
 from extensions.bracket import Update, UpdateError
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.group import Communicator, GroupError
@@ -29,6 +30,8 @@ from extensions.staging import Staging
 from extensions.tensors import dtype_name
 
 REFUSED = bytes(DIGEST_BYTES)  # said in the place of a digest
+VERSION_BYTES = 16
+NO_VERSION = bytes(VERSION_BYTES)
 
 
 class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
@@ -48,13 +51,22 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
         hears of it. Raises GroupError as `WorkerExtension` does. What else it raises before all was received ends the
         group too: the sender is somewhere in the middle.
         """
-        group = self._weight_sync_joined()
+        agreed = self._weight_sync_called(digest)
+        is_cut = self._weight_sync_agree(agreed.digest, agreed.beside_bytes > self._weight_sync_staged_bytes)
+        return self._weight_sync_receive(agreed, is_cut)
+
+    def _weight_sync_called(self, digest: str) -> Agreed:
+        """The update that is called by this digest. Has all others hear where there is none, and raises UpdateError."""
+        self._weight_sync_joined()
         try:
-            agreed = self._weight_sync_require_agreed(digest)
+            return self._weight_sync_require_agreed(digest)
         except UpdateError:
             self._weight_sync_refuse()
             raise
-        is_cut = self._weight_sync_agree(agreed.digest, agreed.beside_bytes > self._weight_sync_staged_bytes)
+
+    def _weight_sync_receive(self, agreed: Agreed, is_cut: bool) -> int:
+        """Receive a whole update, on which all ranks have agreed."""
+        group = self._weight_sync_joined()
         buffer_bytes = self._weight_sync_staged_bytes if is_cut else agreed.beside_bytes
         awaited = deque(agreed.groups[is_cut])
 
@@ -64,12 +76,8 @@ class PlannedWorkerExtension(PlansUpdates, WorkerExtension):
                 group.broadcast_all(staging.places(awaited[0]), src=0)
                 staging.settle(awaited.popleft())
 
-        try:
+        with in_step(group, lambda: not awaited):
             return self._weight_sync_move(agreed, receive)
-        except BaseException as error:
-            if awaited:  # a later call would receive what is left of this update
-                group.abort(f"rank {group.rank} broke off the update: {type(error).__name__}: {first_line(error)}")
-            raise
 
     def receive_alone(self, manifest: Manifest) -> int:
         """Receive tensors outside an update, in the order of the manifest. Returns their number.
@@ -120,12 +128,21 @@ class PlannedSender(BroadcastSender):
         if manifest is None:
             named_tensors = list(named_tensors)
             manifest = manifest_of(named_tensors)
-        if manifest != self._manifest:
-            announced = parse(manifest)
-            self._manifest, self._announced = [dict(entry) for entry in manifest], announced
-            self._digest = digest_of(announced)
-            self._groups = {False: whole(announced, self._group_bytes), True: cut(announced, self._staged_bytes)}
-        groups = self._groups[self._agree()]
+        self._expect(manifest)
+        return self._send(self._groups[self._agree()], named_tensors)
+
+    def _expect(self, manifest: Manifest) -> bool:
+        """Be about to send the tensors of a manifest. Returns whether they are others than before."""
+        if manifest == self._manifest:
+            return False
+        announced = parse(manifest)
+        self._manifest, self._announced = [dict(entry) for entry in manifest], announced
+        self._digest = digest_of(announced)
+        self._groups = {False: whole(announced, self._group_bytes), True: cut(announced, self._staged_bytes)}
+        return True
+
+    def _send(self, groups: Groups, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Broadcast all tensors, on which all ranks have agreed. Returns the bytes sent."""
         named, sent = iter(named_tensors), 0
         tensor = torch.empty(0)
         for pieces in groups:
@@ -153,13 +170,42 @@ class PlannedSender(BroadcastSender):
         return tensor.detach().to(self._group.device).contiguous()
 
 
+@contextlib.contextmanager
+def in_step(group: Communicator, all_moved: Callable[[], bool]) -> Iterator[None]:
+    """Give the group up where an update breaks off before all was moved: a later one would receive what is left."""
+    try:
+        yield
+    except BaseException as error:
+        if not all_moved():
+            group.abort(f"rank {group.rank} broke off the update: {type(error).__name__}: {first_line(error)}")
+        raise
+
+
 def agree(group: Communicator, digest: bytes, is_cut: bool) -> bool:
     """Hear of every rank which update it is about to move, and whether it needs the tensors in pieces.
 
     Returns whether any of them does. Raises UpdateError where a rank says another digest, on every rank.
     """
-    said = torch.zeros(group.world_size, DIGEST_BYTES + 1, dtype=torch.uint8)
-    said[group.rank] = torch.tensor([*digest, is_cut], dtype=torch.uint8)
+    return any(is_cut for is_cut, _ in hear(group, digest, is_cut, Versions()))
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What a rank says of the weights that it has, for updates of what has changed (`extensions.sparse`).
+
+    Of a worker, `held` names the weights that it computes with, and `next` says whether it takes such updates. Of the
+    sender, `held` names those that it has compared with, and `next` those that come now. Zeros say that there are none.
+    """
+
+    held: bytes = NO_VERSION
+    next: bytes = NO_VERSION
+
+
+def hear(group: Communicator, digest: bytes, is_cut: bool, versions: Versions) -> list[tuple[bool, Versions]]:
+    """Say, and hear of every rank, what update is about to be moved, and of which weights. Raises as `agree`."""
+    said = torch.zeros(group.world_size, DIGEST_BYTES + 1 + 2 * VERSION_BYTES, dtype=torch.uint8)
+    own = [*digest, is_cut, *versions.held, *versions.next]
+    said[group.rank] = torch.tensor(own, dtype=torch.uint8)
     said = said.to(group.device)
     for rank in range(group.world_size):
         group.broadcast_all([said[rank]], src=rank)
@@ -168,7 +214,9 @@ def agree(group: Communicator, digest: bytes, is_cut: bool) -> bool:
     for rank, found in enumerate(told):
         if found[:DIGEST_BYTES] != digest or digest == REFUSED:
             raise UpdateError(_refusal(rank, digest, found[:DIGEST_BYTES]))
-    return any(found[DIGEST_BYTES] for found in told)
+    behind = DIGEST_BYTES + 1
+    halves = ((bool(row[DIGEST_BYTES]), row[behind : behind + VERSION_BYTES], row[-VERSION_BYTES:]) for row in told)
+    return [(is_cut, Versions(held, coming)) for is_cut, held, coming in halves]
 
 
 def _refusal(rank: int, expected: bytes, found: bytes) -> str:

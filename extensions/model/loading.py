@@ -54,7 +54,7 @@ class LayerwiseReload(Load):
         self.expert_kernels: list[tuple[object, object]] = []  # (method, kernel), to put back on abort
         self._waiting = {path: set(names) for path, names in plan.layers.items()} if plan is not None else {}
         self._restored: set[str] = set()
-        self._attention = {path for path in self._waiting if _is_attention(self._layers[path])}
+        self._attention = {path for path in self._waiting if is_attention(self._layers[path])}
 
     def begin(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -153,9 +153,40 @@ class LayerwiseReload(Load):
         _layerwise_process(layer, info)
 
 
+class PartialReload(LayerwiseReload):
+    """For an update of some of the layers of such a model: those that the plan fills. The others stay as they are."""
+
+    def begin(self) -> None:
+        super().begin()
+        self._put_back({id(layer) for path, layer in self._layers.items() if path not in self._waiting})
+
+    def _put_back(self, untouched: set[int]) -> None:
+        """Give layers what they had before the update began. Those of attention are processed again by vLLM."""
+        from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+
+        methods = set()
+        for layer in self._model.modules():
+            info = get_layerwise_info(layer)
+            if id(layer) not in untouched or is_attention(layer):
+                continue
+            if info.kernel_tensors is not None:
+                _place_kernel_tensors(layer, info)
+            info.reset()
+            methods.add(id(getattr(layer, "quant_method", None)))
+        for method, kernel in self.expert_kernels:
+            if id(method) in methods:
+                method.moe_kernel = kernel
+
+
 def new_load(model: torch.nn.Module, vllm_config: object, plan: Plan | None = None) -> Load:
     """The cheaper of the two that is right for this model."""
     kind = LayerwiseReload if processed_layers(model) else DirectLoad
+    return kind(model, vllm_config, plan)
+
+
+def partial_load(model: torch.nn.Module, vllm_config: object, plan: Plan) -> Load:
+    """As `new_load`, for a plan that fills some of the layers; for one that fills none nothing is prepared."""
+    kind = PartialReload if plan.fills and processed_layers(model) else DirectLoad
     return kind(model, vllm_config, plan)
 
 
@@ -217,7 +248,7 @@ def _with_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return made
 
 
-def _is_attention(layer: torch.nn.Module) -> bool:
+def is_attention(layer: torch.nn.Module) -> bool:
     """Whether vLLM processes this layer after all others."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
@@ -232,7 +263,7 @@ def _unloaded_layers(model: torch.nn.Module) -> list[str]:
     found = []
     for path, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        if not info.can_load() or _is_attention(layer) or isinstance(layer, VocabParallelEmbedding):
+        if not info.can_load() or is_attention(layer) or isinstance(layer, VocabParallelEmbedding):
             continue
         if info.load_numel < info.load_numel_total and any(True for _ in layer.parameters(recurse=False)):
             found.append(f"{path}, of which {info.load_numel} of {info.load_numel_total} elements were loaded")
