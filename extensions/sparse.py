@@ -71,6 +71,10 @@ class SparseWorkerExtension(PlannedWorkerExtension):
     _weight_sync_held: Held | None = None
     _weight_sync_placed: tuple[Agreed, Places] | None = None
 
+    def takes_changes(self) -> bool:
+        """Whether an update may be of what has changed alone: by this method such an extension is known."""
+        return True
+
     def plan_update(self, manifest: Manifest) -> str:
         """As PlannedWorkerExtension. On a GPU the first call compiles what writes elements."""
         elements_on(self.device)

@@ -17,11 +17,11 @@ import torch
 from extensions.devices import device_id
 from extensions.group import prepare
 from extensions.manifest import manifest_of
-from extensions.tensors import flat_bytes
 from suite import models
 from suite.actors import checkpoint, checksum, memory, oracles
 from suite.actors.roofline import Roofline
 from suite.actors.sending import Sending
+from suite.actors.shards import local, turn_bits, whole, words
 
 GROUP_TIMEOUT = timedelta(seconds=120)
 BATCH = (8, 64)  # sequences and tokens of one training step on one rank
@@ -161,17 +161,17 @@ class Trainer:
         self._changes()
         self._optimizer = None
         for parameter, tensor in self._parameters().items():
-            local = _local(tensor)
+            own = local(tensor)
             if seed is None:
-                local.zero_()
+                own.zero_()
                 continue
             first = self._first_row(tensor)
             if self._fuses(parameter):
-                for name, view in checkpoint.views(parameter, local, first):
+                for name, view in checkpoint.views(parameter, own, first):
                     models.fill_values(view, name, tuple(view.shape), seed)
             else:
                 start = first * math.prod(tensor.shape[1:])
-                models.fill(self._spec, local, parameter, tuple(tensor.shape), seed, start)
+                models.fill(self._spec, own, parameter, tuple(tensor.shape), seed, start)
 
     @torch.no_grad()
     def negate(self) -> None:
@@ -179,7 +179,15 @@ class Trainer:
         self._changes()
         self._optimizer = None
         for tensor in self._parameters().values():
-            _local(tensor).neg_()
+            local(tensor).neg_()
+
+    @torch.no_grad()
+    def turn_bits(self, one_in: int, seed: int, names: list[str] | None = None) -> int:
+        """Turn a bit in one of so many elements of the parameters with these names, or of all; see `turn_bits`."""
+        self._changes()
+        self._optimizer = None
+        held = {name: tensor for name, tensor in self._parameters().items() if names is None or name in names}
+        return turn_bits(map(local, held.values()), one_in, seed)
 
     def step(self, count: int, seed: int, learning_rate: float) -> dict[str, Any]:
         """Take `count` AdamW steps on random tokens, each rank on its own.
@@ -188,7 +196,7 @@ class Trainer:
         what they were (a second copy of this rank's weights is held meanwhile).
         """
         self._changes()
-        before = [_local(tensor).detach().clone() for tensor in self._parameters().values()]
+        before = [local(tensor).detach().clone() for tensor in self._parameters().values()]
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(self._trained().parameters())
         for group in self._optimizer.param_groups:
@@ -204,7 +212,7 @@ class Trainer:
             losses.append(loss.item())
         after = self._parameters().values()
         pairs = zip(before, after, strict=True)
-        changed = sum(int((old != _local(new)).sum()) for old, new in pairs)
+        changed = sum(int((old != local(new)).sum()) for old, new in pairs)
         return {"loss": losses, "changed_elements": self._summed(changed), "elements": self._sizes()["elements"]}
 
     def save(self, path: str) -> None:
@@ -238,7 +246,7 @@ class Trainer:
         have to iterate to the end. `order` is that of `checkpoint.ordered`, `alter` the fields of
         `checkpoint.Alterations`.
         """
-        return self._named(order, alter, _whole)
+        return self._named(order, alter, whole)
 
     def named_layout(
         self, order: str = "checkpoint", alter: dict[str, Any] | None = None
@@ -266,7 +274,7 @@ class Trainer:
         """Bytes above the mark at the highest since then."""
         return memory.peak_above(self._marked, self.device)
 
-    def _named(self, order: str, alter: dict[str, Any] | None, whole: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    def _named(self, order: str, alter: dict[str, Any] | None, of: Any) -> Iterator[tuple[str, torch.Tensor]]:
         parameters = self._parameters()
         if not self._holder:
             self._holder = {
@@ -281,7 +289,7 @@ class Trainer:
             if holder[name] != held:
                 views.clear()  # the parameter gathered before is freed first
                 held = holder[name]
-                views = dict(self._views(held, whole(parameters[held])))
+                views = dict(self._views(held, of(parameters[held])))
             yield from alterations.apply(name, views[name])
 
     def _views(self, parameter: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -373,7 +381,7 @@ class Trainer:
     def _sums(self) -> list[int]:
         """A number for each tensor that this rank holds, which other bits in it change."""
         tensors = self._parameters().values()
-        return torch.stack([_words(_local(tensor).contiguous()).sum() for tensor in tensors]).tolist()
+        return torch.stack([words(local(tensor).contiguous()).sum() for tensor in tensors]).tolist()
 
     def _summed(self, number: int) -> int:
         """The sum over all ranks; also a barrier."""
@@ -382,18 +390,3 @@ class Trainer:
         total = torch.tensor([number])
         torch.distributed.all_reduce(total)
         return int(total.item())
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part, sharing memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's memory as int64 where its size allows, else as bytes: a sum of bytes takes eight times as long."""
-    held = flat_bytes(tensor)
-    return held.view(torch.int64) if (len(held) | held.storage_offset()) % 8 == 0 else held
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

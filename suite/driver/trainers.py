@@ -117,6 +117,10 @@ class TrainerGroup:
         """Give every weight the opposite sign."""
         self._change("negate")
 
+    def turn_bits(self, one_in: int, seed: int, names: list[str] | None = None) -> int:
+        """Turn a bit in one of so many elements of all weights, or of those; how many. Done again, it is undone."""
+        return sum(self._change("turn_bits", one_in, seed, names))
+
     def step(self, count: int, seed: int, learning_rate: float) -> list[dict]:
         """Take optimiser steps on random tokens."""
         return self._change("step", count, seed, learning_rate)

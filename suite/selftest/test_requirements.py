@@ -19,7 +19,7 @@ IDS = [
     "errors.missing_name", "errors.shape", "errors.dtype", "devices.remap", "devices.identity",
     "devices.wrong_handle", "cache.prefix", "sleep.level1", "sleep.level2", "memory.steady",
     "update.nonfinite", "errors.nested", "faults.trainer_killed", "faults.trainer_stopped", "faults.worker_killed",
-    "sent.mixed_dtypes", "sent.strides", "sent.large", "sent.biases",
+    "update.sparse", "sent.mixed_dtypes", "sent.strides", "sent.large", "sent.biases",
     "sent.parameters", "sent.float32", "sent.derived", "sent.buffers",
     "inflight.update", "inflight.prefix", "inflight.refused", "inflight.versions", "server.checker",
     "lora.exact", "lora.reloaded", "draft.stale", "draft.updated", "cache.encoder",

@@ -81,6 +81,52 @@ class Planned(Broadcast):
         return PlannedTrainer(self, trainer)
 
 
+class SparseTrainer(PlannedTrainer):
+    """Has a sender that finds what has changed before the engines are asked, and sends that.
+
+    Every rank of the trainer speaks, so that all of them gather the tensors at this moment; rank 0 sends.
+    """
+
+    def invite(self, address: str, port: int, world_size: int) -> None:
+        """Serve the group, where this is rank 0."""
+        if self.trainer.rank == 0:
+            super().invite(address, port, world_size)
+
+    def gather(self, tensors: Tensors) -> None:
+        """All at once: they are compared before any is sent."""
+        tensors.held()
+
+    def announce(self, tensors: Tensors) -> dict[str, Any]:
+        """Nothing: what has changed is found meanwhile."""
+        if self._sender is not None:
+            self._sender.compare(tensors.held(), tensors.manifest())
+        return {}
+
+    def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
+        """Broadcast what was found."""
+        return 0 if self._sender is None else self._sender.send(tensors)
+
+    def forget(self) -> None:
+        """Have the sender let go of its copy."""
+        if self._sender is not None:
+            self._sender.forget()
+
+
+class PlannedSparse(Planned):
+    """Planned updates of what has changed since the one before."""
+
+    compares: ClassVar[bool] = True
+    methods: ClassVar[tuple[str, ...]] = (*Planned.methods, "takes_changes")
+
+    def speakers(self, world_size: int) -> int:
+        """Every rank takes part in gathering, before anything is announced."""
+        return world_size
+
+    def trainer_half(self, trainer: Trainer) -> TrainerHalf:
+        """The half for a rank of the trainer."""
+        return SparseTrainer(self, trainer)
+
+
 class KeptHandlesEngine(PlansOnce, HandlesEngine):
     """Gives the workers handles where they have not opened them, and has them copy an update by one call."""
 
@@ -180,6 +226,12 @@ SUBJECTS = (
         "extensions.planned:PlannedWorkerExtension",
         lacks=NO_HANDLES | {"errors.nested": ONE_CALL},
         sender="extensions.planned:PlannedSender",
+    ),
+    PlannedSparse(
+        "planned-sparse",
+        "extensions.sparse:SparseWorkerExtension",
+        lacks=NO_HANDLES | {"errors.nested": ONE_CALL},
+        sender="extensions.sparse:SparseSender",
     ),
     PlannedHandles(
         "planned-colocate",

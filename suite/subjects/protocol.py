@@ -35,6 +35,7 @@ class Trainer(Protocol):
     rank: int
     world_size: int
     device: "torch.device"
+    rank: int
 
 
 class Tensors(Protocol):
@@ -156,6 +157,7 @@ class Subject(ABC):
     workers; empty for engines of its own.
     methods: what a class has to have to be such a subject. announces: what the trainer announces beside the manifest.
     roofline: what its updates are measured against, "broadcast" or "copy".
+    compares: whether it sends what differs from the update before, and so nothing where nothing does.
     calls: what its engine's half calls in an update, in words for those who get a report; what is only called before
     the first one says so.
     """
@@ -169,6 +171,7 @@ class Subject(ABC):
     methods: ClassVar[tuple[str, ...]]
     roofline: ClassVar[str]
     announces: ClassVar[tuple[str, ...]] = ()
+    compares: ClassVar[bool] = False
     calls: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

@@ -23,7 +23,13 @@ from suite.subjects.adapting import expect_known_forms
 from suite.subjects.protocol import Subject, load
 
 ENTRY_POINTS = "weight_sync_subjects"  # the group of the entry points by which packages bring subjects
-KINDS: tuple[type[Subject], ...] = (planned.Planned, planned.PlannedHandles, broadcast.Broadcast, handles.Handles)
+KINDS: tuple[type[Subject], ...] = (
+    planned.PlannedSparse,
+    planned.Planned,
+    planned.PlannedHandles,
+    broadcast.Broadcast,
+    handles.Handles,
+)
 
 # Examined where nobody says which.
 SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (broadcast.SUBJECT, handles.SUBJECT)}

@@ -17,6 +17,7 @@ from suite.selftest.mutants import (
     sent,
     sequences,
     server,
+    sparse,
     states,
     unseen,
     values,
@@ -26,7 +27,7 @@ from suite.selftest.mutants.registry import CLASSES, MUTANTS, Mutant
 __all__ = [
     "MUTANTS", "Mutant",
     "devices", "drafts", "faults", "hopeless", "inflight", "options", "planned", "planning", "refusals", "sent",
-    "sequences", "server", "states", "unseen", "values",
+    "sequences", "server", "sparse", "states", "unseen", "values",
 ]  # fmt: skip
 
 
