@@ -342,6 +342,7 @@ def _timing(node: Node, notes: list[str]) -> Timing:
         engine_peak_extra_bytes=extra["engine_peak_extra_bytes"].optional_number(),
         trainer_peak_extra_bytes=extra["trainer_peak_extra_bytes"].optional_number(),
         steps_s=steps_s,
+        distinct=extra["measures"].optional_text() or "",
         pause=pause(extra),
     )
 

@@ -96,6 +96,7 @@ class Sending:
         self._subject: Subject | None = None
         self._half: TrainerHalf | None = None
         self._links: tuple[link.Link, ...] = ()
+        self._announce_s = 0.0
 
     def connect(self, subject: dict, link_paths: list[str], deadline_s: float) -> None:
         """Be a rank of this subject, and let go of earlier engines. A rank that speaks gets a line to each engine.
@@ -122,7 +123,8 @@ class Sending:
         fault: dict | None = None,
         call_off: bool = False,
     ) -> dict:
-        """This rank's half of one update. Returns when it started and ended (monotonic clock) and what was sent.
+        """This rank's half of one update. Returns when it started and ended (monotonic clock), what was sent, and for
+        how many seconds the subject prepared what it announced.
 
         `order` and `alter` are those of `named_tensors`. `relabel` names the device of the handles falsely; where it
         is empty there are none. `fault` is that of `Fault`. `call_off` ends the update when all engines have begun it.
@@ -140,7 +142,8 @@ class Sending:
             said.failed(error)
             raise
         self._half.release()
-        return {"started_s": started, "ended_s": time.monotonic(), "bytes_sent": sent, "tensors": tensors.count}
+        measured = {"bytes_sent": sent, "tensors": tensors.count, "announce_s": self._announce_s}
+        return {"started_s": started, "ended_s": time.monotonic(), **measured}
 
     def forget(self) -> None:
         """Let go of whatever keeps tensors. What the sender raises goes to the log."""
@@ -177,7 +180,9 @@ class Sending:
         if self._speaks:
             self._half.gather(tensors)
         said.begin()
+        began = time.monotonic()
         announced = self._half.announce(tensors) if self._speaks else {}
+        self._announce_s = time.monotonic() - began
         announced = self._half.mislabelled(announced, relabel) if relabel is not None else announced
         return {"manifest": tensors.manifest(), **announced}
 

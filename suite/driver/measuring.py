@@ -1,5 +1,7 @@
 """Measurements beside those of an update's own time: what the hardware takes, peak memory, tokens per second."""
 
+from collections.abc import Callable
+
 from suite.driver.moving import Moved, Moving
 from suite.processes.call import gather
 
@@ -9,6 +11,11 @@ REQUESTS, PROMPT_TOKENS, TOKENS_BEFORE, TOKENS_ASKED = 2, 4, 8, 400
 
 class Measuring(Moving):
     """Measures a trainer and its first engine."""
+
+    def renew(self) -> None:
+        """Have an update bring all weights anew, where the subject sends only what has changed."""
+        if self.subject.compares:
+            self.trainer.negate()
 
     def roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
         """What this run's hardware takes to move `nbytes` once: (how, seconds of every sample).
@@ -47,8 +54,12 @@ class Measuring(Moving):
         self._call(self.engines[0], "probe_forget")
         return seconds[1:]
 
-    def peak_memory(self) -> tuple[int, int]:
-        """Bytes that engine and trainer take at the most above what they had before one update, over all ranks."""
+    def peak_memory(self, change: Callable[[], object] | None = None) -> tuple[int, int]:
+        """Bytes that engine and trainer take at the most above what they had before one update, over all ranks.
+
+        `change` changes what is to be sent, in the place of `renew`.
+        """
+        (change or self.renew)()
         engine = self.engines[0]
         self._call(engine, "probe_memory_mark")
         self.trainer.call("memory_mark")
@@ -56,14 +67,16 @@ class Measuring(Moving):
         peaks = self._call(engine, "probe_memory_peak")
         return sum(peaks), sum(self.trainer.call("memory_peak"))
 
-    def with_requests(self, updates: int) -> list[Moved]:
+    def with_requests(self, updates: int, change: Callable[[], object] | None = None) -> list[Moved]:
         """Updates with requests in flight, for which generation is paused and after which it goes on at once.
 
-        They are started anew for each update. Their prefixes are cached nowhere afterwards.
+        They are started anew for each update. Their prefixes are cached nowhere afterwards. `change` is that of
+        `peak_memory`.
         """
         prompts = self.prompts(REQUESTS, PROMPT_TOKENS)
         moved = []
         for _ in range(updates):
+            (change or self.renew)()
             self.connect()
             paused = (prompts, TOKENS_ASKED, TOKENS_BEFORE)
             self.engines[0].process.call("pause", *paused, deadline_s=self.call_deadline_s)

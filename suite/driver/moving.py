@@ -24,6 +24,7 @@ class Moved:
     tensors: int
     steps_s: dict[str, float]
     calls: int  # that the first engine made to all its workers
+    announce_s: float = 0.0  # for which the trainer's half prepared what it announced
     pause_s: float | None = None  # from the last token before to the first after, where requests were in flight
     token_s: float | None = None  # between two tokens before, likewise
     cache_is_held: bool = False  # whether requests that ran kept reset_prefix_cache() from resetting at first
@@ -99,6 +100,7 @@ class Moving(Together):
         sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])
         first = halves[0]
         given = {name: first[name] for name in ("pause_s", "token_s", "cache_is_held") if name in first}
+        given |= {name: sent[name] for name in ("announce_s",) if name in sent}
         return Moved(ended - started, sent["bytes_sent"], sent["tensors"], first["steps_s"], first["calls"], **given)
 
     def refusal(self, deadline_s: float, **how: object) -> str:

@@ -58,7 +58,7 @@ class Pool:
         self.launcher, self._stages, self._subjects = launcher, stages, subjects
         self.announce, self.timeline = announce, timeline
         self._tolerances = {} if tolerances is None else tolerances
-        self.room = Room(stages, gpu_memory_bytes())
+        self.room = Room(stages, gpu_memory_bytes(), {name for name, one in subjects.items() if one.compares})
         self._spares = Spares(launcher, variables.of_spare_engine(stages.values()), ahead, announce)
         self._starts = max(MIN_STARTS, min(MAX_STARTS, len(os.sched_getaffinity(0)) // CORES_A_START))
         self._needs: Counter[EngineKey] = Counter()

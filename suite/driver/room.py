@@ -1,7 +1,7 @@
 """Which engines have room beside each other: arithmetic with the memory of GPUs and of the host."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import psutil
 
@@ -28,10 +28,13 @@ class Room:
     Args:
         stages: by name.
         gpu_memory: bytes of every GPU, by UUID. One whose memory is not known counts as large enough.
+        keeping: the names of the subjects whose trainers keep a copy of what they sent.
     """
 
-    def __init__(self, stages: dict[str, Stage], gpu_memory: dict[str, int | None]) -> None:
-        self._stages = stages
+    def __init__(
+        self, stages: dict[str, Stage], gpu_memory: dict[str, int | None], keeping: Collection[str] = ()
+    ) -> None:
+        self._stages, self._keeping = stages, keeping
         self.gpu_memory = {uuid: found for uuid, found in gpu_memory.items() if found is not None}
 
     def too_large(self, keys: Sequence[EngineKey]) -> str:
@@ -77,7 +80,10 @@ class Room:
         if any(device in stage.trainer_devices for stage in self._stages.values()):
             yield TRAINERS_BYTES, "of trainers without theirs"
         if trained is not None and device in self._stages[trained.stage].trainer_devices:
-            yield self._bytes(trained, self._stages[trained.stage].trainer_world_size), "of the trainer's weights"
+            nbytes = self._bytes(trained, self._stages[trained.stage].trainer_world_size)
+            yield nbytes, "of the trainer's weights"
+            if trained.subject in self._keeping:
+                yield self._bytes(trained, 1), "of what it sent last"
 
     def _sum(self, device: str, keys: Sequence[EngineKey]) -> str:
         """What makes up `_wanted_bytes` of a test's engines, in words."""

@@ -149,7 +149,7 @@ def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.Mon
     sync = SimpleNamespace(
         update=lambda: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
         engines=["engine"], subject=SimpleNamespace(name="s"), stage=SimpleNamespace(name="t"), model="qwen3-10m",
-        spec=SimpleNamespace(elements=4), with_requests=lambda updates: [],
+        spec=SimpleNamespace(elements=4), with_requests=lambda updates: [], renew=lambda: None,
     )  # fmt: skip
     benchmark = SimpleNamespace(extra_info={}, pedantic=lambda function, **how: function())
     pool, trainers = (SimpleNamespace(quiet=lambda whom=whom: of(whom)) for whom in ("engines", "trainers"))
@@ -189,8 +189,9 @@ def test_updates_that_are_timed_have_weights_to_bring(monkeypatch: pytest.Monkey
         assert held["engine"] == seed
 
     sync = SimpleNamespace(
-        seed=0, load=lambda seed: held.update(trainer=seed), update=update, expect_exact=expect_exact
-    )
+        seed=0, load=lambda seed: held.update(trainer=seed), update=update, expect_exact=expect_exact,
+        subject=SimpleNamespace(compares=False),
+    )  # fmt: skip
     monkeypatch.setattr(test_throughput, "_measure", lambda *_: update() if moves else None)
     with contextlib.nullcontext() if moves else pytest.raises(AssertionError):
         test_throughput.test_update(None, sync, 1, None, None, None)

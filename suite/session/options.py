@@ -15,6 +15,7 @@ MARKERS = (
     "engine(**options): arguments of vllm.LLM for the engines of a test",
     "alone: judges what engines that start or end beside it would change; comes after what judges otherwise",
     "ends_engine: leaves an engine that no other test can use; comes after all that judge",
+    "changes: measures updates of what has changed; of subjects that send that alone",
     "models(cpu=[...], gpu=[...]): the models that a test takes, by the kind or the name of the stage",
 )
 SEQUENCES, SEQUENCE_STEPS = {"cpu": 4, "gpu": 2}, 20  # of each subject and stage, by the stage's kind

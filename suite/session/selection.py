@@ -170,7 +170,9 @@ def _cases(definition: pytest.Item, names: list[str], selection: Selection) -> I
 
 
 def _model_for(subject: Subject | None, definition: pytest.Item, model: str | None) -> str | None:
-    """The model that a subject's case takes for one that the test names."""
+    """The model that a subject's case takes for one that the test names; empty where it has no such case."""
+    if subject is not None and definition.get_closest_marker("changes") and not subject.compares:
+        return ""
     if not model or subject is None:
         return model
     requirement = requirement_of(definition)
