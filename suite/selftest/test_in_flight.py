@@ -274,6 +274,7 @@ def test_each_update_has_requests_of_its_own_and_a_connection_before_them(monkey
     process = SimpleNamespace(call=lambda *args, deadline_s: done.append((args[0], len(args[1]), args[-1])))
     measuring = Measuring.__new__(Measuring)
     measuring.engines, measuring.spec = [SimpleNamespace(process=process)], SimpleNamespace(config={"vocab_size": 9})
+    measuring.subject = SimpleNamespace(compares=False)
     monkeypatch.setattr(Moving, "connect", lambda self: done.append("connect"))
     monkeypatch.setattr(Moving, "update", lambda self, paused: done.append(("update", paused)) or len(done))
     assert measuring.with_requests(2) == [3, 6]
