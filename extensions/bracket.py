@@ -40,11 +40,12 @@ class Update:
     announced: Announced
     arrived: set[str] = field(default_factory=set)
     failed: bool = False  # a call of load.load() raised: some of its tensors may be loaded, some not
+    patches: bool = False  # elements of the model's tensors come past `announced`
 
     @property
     def of_model(self) -> bool:
         """Whether it brings tensors of the model."""
-        return any(not name.startswith(DRAFT) for name in self.announced)
+        return self.patches or any(not name.startswith(DRAFT) for name in self.announced)
 
     @property
     def of_drafter(self) -> bool:

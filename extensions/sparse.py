@@ -30,11 +30,13 @@ from extensions.changes import Changes, Sent
 from extensions.elements import Segment, elements_on
 from extensions.group import GroupError
 from extensions.manifest import Announced, Manifest, manifest_of
-from extensions.model.load import DirectLoad, Load, LoadError
-from extensions.model.loading import new_load, partial_load
+from extensions.model.drafter import DraftLoad
+from extensions.model.load import Load, LoadError
+from extensions.model.loading import partial_load
 from extensions.model.places import Places, Sample, part_of_plan, places_of
 from extensions.patches import EACH, WHOLE, Chunk, chunks_of, merged, received
 from extensions.pieces import cut, part_of
+from extensions.plan import Plan
 from extensions.planned import (
     NO_VERSION,
     REFUSED,
@@ -69,7 +71,7 @@ class SparseWorkerExtension(PlannedWorkerExtension):
 
     weight_sync_sender = "extensions.sparse:SparseSender"
     _weight_sync_held: Held | None = None
-    _weight_sync_placed: tuple[Agreed, Places] | None = None
+    _weight_sync_placed: tuple[Agreed, Plan | None, Places] | None = None
 
     def takes_changes(self) -> bool:
         """Whether an update may be of what has changed alone: by this method such an extension is known."""
@@ -102,13 +104,14 @@ class SparseWorkerExtension(PlannedWorkerExtension):
 
     def _weight_sync_version(self, agreed: Agreed) -> bytes:
         """The version of the weights that the model has; NO_VERSION where that is not sure."""
-        held = self._weight_sync_held
-        if held is None or held.agreed is not agreed or self.update_state() != "ready" or not held.sample.holds():
+        held, drafter = self._weight_sync_held, self._weight_sync_drafter()
+        ready = self.update_state() == "ready" and drafter is None  # no changes are sent to an engine that drafts
+        if held is None or held.agreed is not agreed or not ready or not held.sample.holds():
             self._weight_sync_held = None
             return NO_VERSION
         return held.version
 
-    def _weight_sync_open(self, load: Load, announced: Announced) -> Update:
+    def _weight_sync_open(self, load: Load | DraftLoad, announced: Announced) -> Update:
         """As UpdateBracket. Whatever is loaded, what the model has then is no version that a sender has sent."""
         self._weight_sync_held = None
         return super()._weight_sync_open(load, announced)
@@ -117,27 +120,34 @@ class SparseWorkerExtension(PlannedWorkerExtension):
         self._weight_sync_held = None
         super()._weight_sync_accept_alone(tensors)
 
-    def _weight_sync_places(self, agreed: Agreed) -> Places:
-        """Where the elements of an update go; found once for a plan."""
+    def _weight_sync_places(self, agreed: Agreed) -> tuple[Plan | None, Places]:
+        """The plan of an update, and where its elements go; found once.
+
+        An engine with a draft model is one unit, and so is a model without a plan.
+        """
         if self._weight_sync_placed is None or self._weight_sync_placed[0] is not agreed:
-            found = places_of(self.model_runner.get_model(), self.vllm_config, agreed.plan, [*agreed.announced])
-            self._weight_sync_placed = (agreed, found)
-        return self._weight_sync_placed[1]
+            model, names, plan = self.model_runner.get_model(), [*agreed.announced], None
+            if self._weight_sync_drafter() is None:
+                plan = self._weight_sync_plans().whole(model, self.vllm_config, agreed.announced)
+            self._weight_sync_placed = (agreed, plan, places_of(model, self.vllm_config, plan, names))
+        return self._weight_sync_placed[1:]
 
     def _weight_sync_tell_units(self, agreed: Agreed) -> None:
         """Have the sender hear which tensors this rank can't write element by element."""
         group = self._weight_sync_joined()
-        units = torch.tensor(self._weight_sync_places(agreed).units, dtype=torch.int32, device=group.device)
+        units = torch.tensor(self._weight_sync_places(agreed)[1].units, dtype=torch.int32, device=group.device)
         for rank in range(1, group.world_size):
             group.broadcast_all([units if rank == group.rank else torch.empty_like(units)], src=rank)
 
     def _weight_sync_receive_changes(self, agreed: Agreed) -> None:
         """Receive what has changed, and write it. Nothing of it is kept."""
-        group, places, all_moved = self._weight_sync_joined(), self._weight_sync_places(agreed), False
+        group, all_moved = self._weight_sync_joined(), False
+        plan, places = self._weight_sync_places(agreed)
         names, itemsizes = [*agreed.announced], itemsizes_of(agreed.announced)
 
         def receive(update: Update) -> None:
             nonlocal all_moved
+            update.patches = True
             if update.announced:
                 staging = Staging(update, self.device, self._weight_sync_staged_bytes)
                 for pieces in cut(update.announced, self._weight_sync_staged_bytes):
@@ -153,18 +163,13 @@ class SparseWorkerExtension(PlannedWorkerExtension):
                 raise LoadError("positions were sent that are none of their tensor's")
 
         with in_step(group, lambda: all_moved):
-            counts = self._weight_sync_counts(agreed, places)
+            counts = self._weight_sync_counted(agreed, places, plan is not None)
             whole = {name: agreed.announced[name] for name, count in zip(names, counts, strict=True) if count == WHOLE}
-            self._weight_sync_move_by(self._weight_sync_part(agreed, whole), whole, receive)
+            part = part_of_plan(plan, whole) if plan is not None else None
+            load = partial_load(self.model_runner.get_model(), self.vllm_config, part)
+            self._weight_sync_move_by(load, whole, receive)
 
-    def _weight_sync_part(self, agreed: Agreed, whole: Announced) -> Load:
-        """What loads those tensors of an update that are sent whole."""
-        model, plan = self.model_runner.get_model(), agreed.plan
-        if plan is None:
-            return new_load(model, self.vllm_config) if whole else DirectLoad(model, self.vllm_config, None)
-        return partial_load(model, self.vllm_config, part_of_plan(plan, whole))
-
-    def _weight_sync_counts(self, agreed: Agreed, places: Places) -> list[int]:
+    def _weight_sync_counted(self, agreed: Agreed, places: Places, has_plan: bool) -> list[int]:
         """How many elements of each tensor come. Raises LoadError where they can't be taken."""
         group = self._weight_sync_joined()
         told = torch.empty(len(agreed.announced), dtype=torch.int64, device=group.device)
@@ -175,6 +180,8 @@ class SparseWorkerExtension(PlannedWorkerExtension):
             most = torch.Size(shape).numel() if unit == EACH else 0
             if not WHOLE <= count <= most:
                 raise LoadError(f"{name}: {count} elements are sent, expected {most} at most")
+            if count == WHOLE and not has_plan:
+                raise LoadError(f"{name}: it is sent alone, expected a whole update: there is no plan of this model")
             if unit != EACH and (count == WHOLE) != (counts[unit] == WHOLE):
                 raise LoadError(f"{name}: of what has to be loaded with it, not all is sent")
         return counts

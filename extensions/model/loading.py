@@ -184,9 +184,9 @@ def new_load(model: torch.nn.Module, vllm_config: object, plan: Plan | None = No
     return kind(model, vllm_config, plan)
 
 
-def partial_load(model: torch.nn.Module, vllm_config: object, plan: Plan) -> Load:
-    """As `new_load`, for a plan that fills some of the layers; for one that fills none nothing is prepared."""
-    kind = PartialReload if plan.fills and processed_layers(model) else DirectLoad
+def partial_load(model: torch.nn.Module, vllm_config: object, plan: Plan | None) -> Load:
+    """As `new_load`, for a plan that fills some of the layers. Where it fills none, or is None, nothing is prepared."""
+    kind = PartialReload if plan is not None and plan.fills and processed_layers(model) else DirectLoad
     return kind(model, vllm_config, plan)
 
 

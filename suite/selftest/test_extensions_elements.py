@@ -1,8 +1,9 @@
 """Elements that differ are found bit by bit and written where they belong, by torch and by Triton's kernels alike."""
 
-import importlib.util
+import importlib
+import os
+import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,27 +15,62 @@ from extensions.elements import INTEGERS, Destination, PlainElements, Segment, e
 from extensions.model.places import Sample, steps_of
 from extensions.model.regions import part, region_of
 from extensions.patches import EACH, WHOLE, chunks_of, merged, units_of
+from suite import ROOT
 from suite.selftest.properties import examples
 from suite.selftest.test_extensions_pieces import views
 
 CPU = torch.device("cpu")
+INTERPRET, DEADLINE_S = "TRITON_INTERPRET", 120
 DTYPES = tuple(INTEGERS.values())
 
 
-@pytest.fixture(scope="module")
-def kernels() -> ModuleType:
-    """The kernels, carried out by Triton's interpreter."""
-    spec = importlib.util.find_spec("extensions.kernels")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("TRITON_INTERPRET", "1")
-        module = importlib.util.module_from_spec(spec)
-        patched.setitem(sys.modules, "extensions.kernels", module)
-        spec.loader.exec_module(module)
-        yield module
+INTERPRETED = os.environ.get(INTERPRET) == "1"  # whether this is the process in which Triton's kernels are tested
 
 
-def test_kernels_do_what_torch_does(kernels: ModuleType):
-    expect_right(kernels.FusedElements(), CPU, DTYPES)
+def examined() -> elements.Elements:
+    """What is tested here: torch alone, or Triton's kernels as its interpreter carries them out on a CPU."""
+    if not INTERPRETED:
+        return PlainElements()
+    return importlib.import_module("extensions.kernels").FusedElements()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_all_of_this_holds_for_kernels():
+    """In a process of its own: Triton looks at the variable when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {INTERPRET: "1"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, timeout=DEADLINE_S, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-4000:]
+    assert "5 skipped" in finished.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there is nothing to compile")
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_kernels_compile_for_gpus(size: int):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernels = importlib.import_module("extensions.kernels")
+    pointers = {"parts": "*i64", "starts": "*i64", "segments": "*i64", "values": f"*i{8 * size}"}
+    element, per = kernels.KINDS[size], 8 // size
+    rows = {"rows": kernels.ROWS}
+    blocks = {"block": kernels.BLOCK, "element": element}
+    for kernel, constants in (
+        (kernels._compare, rows | {"word": kernels.KINDS[8], "per": per}),
+        (kernels._compare, rows | {"word": element, "per": 1}),
+        (kernels._collect, rows | {"element": element}),
+        (kernels._write, blocks | {"dims": 1, "is_run": True}),
+        (kernels._write, blocks | {"dims": 3, "is_run": False}),
+    ):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else pointers.get(name, "*i32") for name in names}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        assert "ld.global" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+def test_what_is_examined_does_what_torch_does():
+    expect_right(examined(), CPU, DTYPES)
 
 
 @pytest.mark.parametrize("wrong", ["counts", "write"])
@@ -56,7 +92,7 @@ def test_without_a_gpu_torch_does_it():
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4095, 4096, 4097, 9001])
-def test_all_sizes_and_addresses_are_compared_alike(kernels: ModuleType, size: int):
+def test_all_sizes_and_addresses_are_compared_alike(size: int):
     for begin in (0, 1):  # the second is not aligned for words
         now = torch.randn(size + begin).to(torch.bfloat16)[begin:]
         pairs = []
@@ -65,26 +101,34 @@ def test_all_sizes_and_addresses_are_compared_alike(kernels: ModuleType, size: i
             before[:: max(1, size // 7)] += 1
             pairs.append((integers(now), integers(before)))
         plain = PlainElements().changed(pairs[:1], size)
-        fused = kernels.FusedElements().changed(pairs[1:], size)
-        assert (fused.counts, fused.positions.tolist()) == (plain.counts, plain.positions.tolist())
-        assert fused.values.tolist() == plain.values.tolist()
+        found = examined().changed(pairs[1:], size)
+        assert (found.counts, found.positions.tolist()) == (plain.counts, plain.positions.tolist())
+        assert found.values.tolist() == plain.values.tolist()
         assert torch.equal(pairs[1][1], pairs[1][0])
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_more_than_are_wanted_are_not_collected(kernels: ModuleType, fused: bool):
+def test_more_than_are_wanted_are_not_collected():
     now, before = torch.ones(100, dtype=torch.int16), torch.zeros(100, dtype=torch.int16)
-    found = (kernels.FusedElements() if fused else PlainElements()).changed([(now, before)], 99)
-    assert found is None
+    assert examined().changed([(now, before)], 99) is None
+    assert examined().changed([(now, before)], 100).counts == [100]
+
+
+@pytest.mark.parametrize("position", [-1, 40, 2**31 - 1, -(2**31)])
+def test_a_position_that_is_none_of_its_tensors_is_told_and_left_out(position: int):
+    memory = torch.zeros(40, dtype=torch.int16)
+    segment = Segment(0, 2, Destination.whole(memory))
+    positions, values = torch.tensor([7, position], dtype=torch.int32), torch.tensor([5, 6], dtype=torch.int16)
+    assert examined().write([segment], positions, values).item()
+    assert memory.nonzero().tolist() == [[7]]
 
 
 # ---- through the regions of a plan
 
 
 @examples(0.5)
-@given(views(), st.booleans(), st.booleans(), st.integers(0, 9))
+@given(views(), st.booleans(), st.integers(0, 9))
 def test_any_part_is_written_where_a_copy_writes_it(
-    kernels: ModuleType, viewed: tuple[torch.Tensor, torch.Tensor], turned: bool, fused: bool, chosen: int
+    viewed: tuple[torch.Tensor, torch.Tensor], turned: bool, chosen: int
 ):
     source, view = viewed
     memory = torch.zeros(view.numel() + 3, dtype=torch.int32)
@@ -98,8 +142,7 @@ def test_any_part_is_written_where_a_copy_writes_it(
     positions, values = torch.tensor(some, dtype=torch.int32), source.view(-1)[some] + 1000
     expected = memory.clone()
     part(expected, write).copy_(torch.where(view % 10 <= chosen, view + 1000, 0))
-    writer = kernels.FusedElements() if fused else PlainElements()
-    assert not writer.write([Segment(0, len(some), destination)], positions, values).item()
+    assert not examined().write([Segment(0, len(some), destination)], positions, values).item()
     assert torch.equal(memory, expected)
 
 

@@ -141,8 +141,7 @@ def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (bracket, places):
         monkeypatch.setattr(module, "processed_layers", lambda model: [])
     monkeypatch.setattr(places, "is_attention", lambda layer: False)
-    for module in (agreed, bracket, sparse):
-        monkeypatch.setattr(module, "new_load", DirectLoad)
+    monkeypatch.setattr(bracket, "new_load", DirectLoad)
     monkeypatch.setattr(sparse, "partial_load", DirectLoad)
 
 
