@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy
 import torch
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
@@ -91,7 +92,7 @@ class PlainElements:
             counts.append(0)
             for start in range(0, len(now), COMPARED):
                 new, old = now[start : start + COMPARED], before[start : start + COMPARED]
-                found = (new != old).nonzero().view(-1)
+                found = differing(new, old)
                 counts[-1] += len(found)
                 if sum(counts) > at_most:
                     return None
@@ -120,6 +121,27 @@ class PlainElements:
             here &= left == 0
             into.memory.index_copy_(0, to[here], values[part][here])
         return wrong
+
+
+def differing(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """The positions, int64, at which two flat tensors of one integer dtype differ.
+
+    Words of 8 bytes are compared first, where both are made of such, and then the elements of those that differ.
+    """
+    per = 8 // new.element_size()
+    begins = (tensor.storage_offset() % per or tensor.data_ptr() % 8 for tensor in (new, old))
+    if per == 1 or len(new) % per or any(begins):
+        return _true(new != old)
+    words = _true(new.view(torch.int64) != old.view(torch.int64))
+    parts = _true((new.view(-1, per)[words] != old.view(-1, per)[words]).view(-1))
+    return words[parts // per] * per + parts % per
+
+
+def _true(flags: torch.Tensor) -> torch.Tensor:
+    """Where a flat tensor of flags is true. On a CPU numpy finds few among many five times as fast as torch."""
+    if flags.device.type == "cpu":
+        return torch.from_numpy(numpy.flatnonzero(flags.numpy()))
+    return flags.nonzero().view(-1)
 
 
 def integers(tensor: torch.Tensor) -> torch.Tensor:
