@@ -1,5 +1,6 @@
 """What a sender has sent last, and what of the next update differs from it, bit by bit."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -45,6 +46,7 @@ class Sent:
     def __init__(self, announced: Announced, device: torch.device, elements: Elements) -> None:
         self.announced, self._device, self._elements = announced, device, elements
         self.tensors = {name: torch.empty(shape, dtype=d, device=device) for name, (d, shape) in announced.items()}
+        self.flat = {name: _flat(tensor) for name, tensor in self.tensors.items()}
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
 
     def take(self, named: Iterable[tuple[str, torch.Tensor]], units: list[int] | None) -> Changes | None:
@@ -72,6 +74,11 @@ class Sent:
             self.tensors[name].copy_(tensor)
 
 
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory as integers of the size of its elements, or as bytes where they are larger."""
+    return integers(tensor) if tensor.element_size() in INTEGERS else flat_bytes(tensor)
+
+
 class _Comparing:
     """One comparison of all tensors with what was sent before. Some are compared together, in runs."""
 
@@ -81,6 +88,7 @@ class _Comparing:
         self._room_bytes = int(SPARSE_SHARE * sent.nbytes)
         self._run_bytes = RUN_BYTES["cuda" if sent._device.type == "cuda" else "cpu"]
         self._runs: dict[int, list[tuple[str, Pair]]] = {}  # waiting, by the size of elements
+        self._waiting_bytes: Counter[int] = Counter()  # of each run
         self._counts: dict[str, int] = {}
         self._found: dict[int, list[Found]] = {}
         self._differ: dict[str, torch.Tensor] = {}  # of tensors that are sent whole: whether any element does
@@ -88,17 +96,17 @@ class _Comparing:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Compare a tensor, or have it wait for others. Raises TooMany."""
-        before, now = self._sent.tensors[name], tensor.contiguous()
+        before, now, itemsize = self._sent.flat[name], tensor.contiguous(), tensor.element_size()
+        flat = _flat(now)
         if self._units[name] != EACH:
-            flat = integers if tensor.element_size() in INTEGERS else flat_bytes
-            self._differ[name] = (flat(now) != flat(before)).any()
-            before.copy_(now)
+            self._differ[name] = (flat != before).any()
+            before.copy_(flat)
             return
         self._rest[name] = now
-        run = self._runs.setdefault(tensor.element_size(), [])
-        run.append((name, (integers(now), integers(before))))
-        if sum(now.nbytes for _, (now, _) in run) >= self._run_bytes:
-            self._compare(tensor.element_size())
+        self._runs.setdefault(itemsize, []).append((name, (flat, before)))
+        self._waiting_bytes[itemsize] += len(flat) * itemsize
+        if self._waiting_bytes[itemsize] >= self._run_bytes:
+            self._compare(itemsize)
 
     def changes(self) -> Changes:
         """What was found in all tensors. Raises TooMany."""
@@ -119,7 +127,7 @@ class _Comparing:
             self._sent.tensors[name].copy_(tensor)
 
     def _compare(self, itemsize: int) -> None:
-        run = self._runs.pop(itemsize)
+        run, self._waiting_bytes[itemsize] = self._runs.pop(itemsize), 0
         found = self._elements.changed([pair for _, pair in run], self._room_bytes // patch_bytes(1, itemsize))
         if found is None:
             raise TooMany

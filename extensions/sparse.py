@@ -63,6 +63,20 @@ class Held:
     sample: Sample
 
 
+@dataclass
+class Placed:
+    """Where the elements of an update go in a worker's model.
+
+    plan: None where there is none, and for an engine with a draft model. bare: loads what is sent element by element
+    alone, and is kept for the next update.
+    """
+
+    agreed: Agreed
+    plan: Plan | None
+    places: Places
+    bare: Load | None = None
+
+
 class SparseWorkerExtension(PlannedWorkerExtension):
     """Receives what has changed by one call; give it to vLLM as `worker_extension_cls`.
 
@@ -71,7 +85,7 @@ class SparseWorkerExtension(PlannedWorkerExtension):
 
     weight_sync_sender = "extensions.sparse:SparseSender"
     _weight_sync_held: Held | None = None
-    _weight_sync_placed: tuple[Agreed, Plan | None, Places] | None = None
+    _weight_sync_placed: Placed | None = None
 
     def takes_changes(self) -> bool:
         """Whether an update may be of what has changed alone: by this method such an extension is known."""
@@ -120,29 +134,36 @@ class SparseWorkerExtension(PlannedWorkerExtension):
         self._weight_sync_held = None
         super()._weight_sync_accept_alone(tensors)
 
-    def _weight_sync_places(self, agreed: Agreed) -> tuple[Plan | None, Places]:
-        """The plan of an update, and where its elements go; found once.
-
-        An engine with a draft model is one unit, and so is a model without a plan.
-        """
-        if self._weight_sync_placed is None or self._weight_sync_placed[0] is not agreed:
-            model, names, plan = self.model_runner.get_model(), [*agreed.announced], None
+    def _weight_sync_places(self, agreed: Agreed) -> Placed:
+        """Where the elements of an update go; found once for a plan."""
+        placed = self._weight_sync_placed
+        if placed is None or placed.agreed is not agreed:
+            model, plan = self.model_runner.get_model(), None
             if self._weight_sync_drafter() is None:
                 plan = self._weight_sync_plans().whole(model, self.vllm_config, agreed.announced)
-            self._weight_sync_placed = (agreed, plan, places_of(model, self.vllm_config, plan, names))
-        return self._weight_sync_placed[1:]
+            placed = Placed(agreed, plan, places_of(model, self.vllm_config, plan, [*agreed.announced]))
+            self._weight_sync_placed = placed
+        return placed
+
+    def _weight_sync_load_part(self, placed: Placed, whole: Announced) -> Load:
+        """What loads those tensors of an update that are sent whole, beside what is written element by element."""
+        bare, placed.bare = placed.bare, None
+        if bare is not None and not whole:
+            return bare
+        plan = part_of_plan(placed.plan, whole) if placed.plan is not None else None
+        return partial_load(self.model_runner.get_model(), self.vllm_config, plan)
 
     def _weight_sync_tell_units(self, agreed: Agreed) -> None:
         """Have the sender hear which tensors this rank can't write element by element."""
         group = self._weight_sync_joined()
-        units = torch.tensor(self._weight_sync_places(agreed)[1].units, dtype=torch.int32, device=group.device)
+        units = torch.tensor(self._weight_sync_places(agreed).places.units, dtype=torch.int32, device=group.device)
         for rank in range(1, group.world_size):
             group.broadcast_all([units if rank == group.rank else torch.empty_like(units)], src=rank)
 
     def _weight_sync_receive_changes(self, agreed: Agreed) -> None:
         """Receive what has changed, and write it. Nothing of it is kept."""
         group, all_moved = self._weight_sync_joined(), False
-        plan, places = self._weight_sync_places(agreed)
+        placed = self._weight_sync_places(agreed)
         names, itemsizes = [*agreed.announced], itemsizes_of(agreed.announced)
 
         def receive(update: Update) -> None:
@@ -156,22 +177,22 @@ class SparseWorkerExtension(PlannedWorkerExtension):
             wrong = torch.zeros(1, dtype=torch.bool, device=self.device)
             update.load.written_past([])  # first: what breaks off has written some
             for chunk, buffers in received(group, chunks_of(counts, itemsizes), self.device):
-                wrong |= self._weight_sync_write(chunk, places, names, *buffers).bool()
+                wrong |= self._weight_sync_write(chunk, placed.places, names, *buffers).bool()
             group.wait()
             all_moved = True
             if wrong.item():
                 raise LoadError("positions were sent that are none of their tensor's")
 
         with in_step(group, lambda: all_moved):
-            counts = self._weight_sync_counted(agreed, places, plan is not None)
+            counts = self._weight_sync_counted(placed)
             whole = {name: agreed.announced[name] for name, count in zip(names, counts, strict=True) if count == WHOLE}
-            part = part_of_plan(plan, whole) if plan is not None else None
-            load = partial_load(self.model_runner.get_model(), self.vllm_config, part)
+            load = self._weight_sync_load_part(placed, whole)
             self._weight_sync_move_by(load, whole, receive)
+            placed.bare = load.again() if not whole else None
 
-    def _weight_sync_counted(self, agreed: Agreed, places: Places, has_plan: bool) -> list[int]:
+    def _weight_sync_counted(self, placed: Placed) -> list[int]:
         """How many elements of each tensor come. Raises LoadError where they can't be taken."""
-        group = self._weight_sync_joined()
+        group, agreed, places = self._weight_sync_joined(), placed.agreed, placed.places
         told = torch.empty(len(agreed.announced), dtype=torch.int64, device=group.device)
         group.broadcast_all([told], src=0)
         group.wait()
@@ -180,7 +201,7 @@ class SparseWorkerExtension(PlannedWorkerExtension):
             most = torch.Size(shape).numel() if unit == EACH else 0
             if not WHOLE <= count <= most:
                 raise LoadError(f"{name}: {count} elements are sent, expected {most} at most")
-            if count == WHOLE and not has_plan:
+            if count == WHOLE and placed.plan is None:
                 raise LoadError(f"{name}: it is sent alone, expected a whole update: there is no plan of this model")
             if unit != EACH and (count == WHOLE) != (counts[unit] == WHOLE):
                 raise LoadError(f"{name}: of what has to be loaded with it, not all is sent")
