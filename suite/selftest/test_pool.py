@@ -549,7 +549,7 @@ def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started,
     )
     assert pool.room.too_large([large]) == ("" if fits else says)
     pool.room._keeping = {"colocate"}  # its trainer would keep a copy of what it sent
-    assert "+ 65.5 GB of what it sent last = 203.5 GB on one GPU" in pool.room.too_large([large])
+    assert "+ 65.5 GB of what it sent last = 203.6 GB on one GPU" in pool.room.too_large([large])
 
 
 @pytest.fixture
