@@ -6,7 +6,7 @@ of the live model is read or written.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -174,7 +174,7 @@ def twin_of(
     ropes, dtype = dict(_ROPE_DICT), torch.get_default_dtype()
     torch.set_default_dtype(vllm_config.model_config.dtype)  # by which vLLM chooses attention backends
     try:
-        with set_current_vllm_config(own), torch.no_grad(), _as_rank(ranks):
+        with set_current_vllm_config(own), torch.no_grad(), _as_rank(ranks), _maps_of_experts_with_values():
             try:
                 with torch.device("meta"):
                     twin = initialize_model(vllm_config=own, model_class=type(model))
@@ -188,6 +188,31 @@ def twin_of(
         torch.set_default_dtype(dtype)
         _ROPE_DICT.clear()
         _ROPE_DICT.update(ropes)
+
+
+@contextmanager
+def _maps_of_experts_with_values() -> Iterator[None]:
+    """Have vLLM make its maps of where experts are on the CPU: it reads them while it builds layers and loads."""
+    from vllm.model_executor.layers import fused_moe
+
+    modules = [getattr(fused_moe, name, None) for name in ("layer", "expert_map_manager")]  # by versions of vLLM
+    found = [module for module in modules if hasattr(module, "determine_expert_map")]
+    originals = [module.determine_expert_map for module in found]
+
+    def on_the_cpu(original: Callable[..., object]) -> Callable[..., object]:
+        def determine(*args: object, **kwargs: object) -> object:
+            with torch.device("cpu"):
+                return original(*args, **kwargs)
+
+        return determine
+
+    try:
+        for module, original in zip(found, originals, strict=True):
+            module.determine_expert_map = on_the_cpu(original)
+        yield
+    finally:
+        for module, original in zip(found, originals, strict=True):
+            module.determine_expert_map = original
 
 
 @contextmanager

@@ -257,6 +257,8 @@ class Engine(adapters.Adapting):
                 half.begin(manifest)
         except Exception as error:
             said.refuse(error)
+            if bracket and len(self.devices) > 1:  # ranks that hold other tensors have begun
+                self._abort(error)
             raise
         try:
             said.expect_go()

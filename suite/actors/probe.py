@@ -160,8 +160,13 @@ class Probe:
         return [pattern & 0xFFFF for pattern in weight.view(torch.int16).tolist()]
 
     def probe_embedding_and_head(self) -> dict:
-        """How many rows this rank's embedding has, and how many of them the output layer applies to the same tokens."""
+        """How many rows this rank's embedding has, and how many of them the output layer applies to the same tokens.
+
+        No rows where the two are not both on this rank: the ranks of a pipeline have some layers each.
+        """
         model = self.model_runner.get_model()
+        if not all(hasattr(layer, "weight") for layer in (model.model.embed_tokens, model.lm_head)):
+            return {"rank": self.rank, "rows": 0, "equal": 0}
         looked_up, applied = model.model.embed_tokens.weight.detach(), applied_weight(model.lm_head)
         return {"rank": self.rank, "rows": len(looked_up), "equal": int((looked_up == applied).all(dim=1).sum())}
 

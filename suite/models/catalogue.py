@@ -190,6 +190,7 @@ _CATALOGUE = [
     ("glm4-moe-reduced",  "glm4_moe",  "reduced",   Size(1024,  2048,  2, 16, 4, 128,  16384, False, (32, 4, 512))),
     ("deepseek-v3-reduced", "deepseek_v3", "reduced", Size(1024, 2048, 2, 16, 16, 64,  16384, False, (32, 4, 512))),
     ("qwen3-next-reduced", "qwen3_next", "reduced", Size(1024,  2048,  2, 16, 4, 128,  16384, False, (32, 4, 512))),
+    ("qwen3-30b-a3b-2l",  "qwen3_moe", "reduced",   Size(2048,  6144,  2, 32, 4, 128,  16384, False, (128, 8, 768))),
     ("qwen3-0.6b",        "qwen3",     "published", Size(1024,  3072, 28, 16, 8, 128, 151936, True)),
     ("qwen3-1.7b",        "qwen3",     "published", Size(2048,  6144, 28, 16, 8, 128, 151936, True)),
     ("qwen3-4b",          "qwen3",     "published", Size(2560,  9728, 36, 32, 8, 128, 151936, True)),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.selftest
 IDS = [
     "update.zeroed", "update.exact", "update.behaviour", "update.repeated", "update.tied",
     "update.untied", "update.moe", "update.order", "update.dtype", "update.trained", "update.sequence",
-    "update.graphs", "update.fp8", "fanout.two_engines", "names.free", "errors.unknown_name",
+    "update.graphs", "update.fp8", "update.experts_apart", "fanout.two_engines", "names.free", "errors.unknown_name",
     "errors.missing_name", "errors.shape", "errors.dtype", "devices.remap", "devices.identity",
     "devices.wrong_handle", "cache.prefix", "sleep.level1", "sleep.level2", "memory.steady",
     "update.nonfinite", "errors.nested", "faults.trainer_killed", "faults.trainer_stopped", "faults.worker_killed",

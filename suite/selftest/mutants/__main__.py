@@ -72,10 +72,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stages(chosen: list[Mutant], kind: str) -> list[str]:
-    """The stages to be held: those where mutants are judged, and on CPUs the other one, which lends a second engine."""
-    fans_out = kind == "cpu" and any(mutant.requirement.startswith("fanout.") for mutant in chosen)
-    fanout = ("cpu-tp2",) if fans_out else ()
-    return [*dict.fromkeys([*(mutant.stage(kind) for mutant in chosen), *fanout])]
+    """The stages to be held: those where mutants are judged, and cpu-tp2, which lends a second engine to cpu-tp1."""
+    held = [mutant.stage(kind) for mutant in chosen]
+    lends = any(m.requirement.startswith("fanout.") and m.stage(kind) == "cpu-tp1" for m in chosen)
+    return [*dict.fromkeys([*held, *(["cpu-tp2"] if lends else [])])]
 
 
 def _judged(report: Path, kind: str, arguments: list[str]) -> list[verdicts.Entry] | None:
