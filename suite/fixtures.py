@@ -107,7 +107,7 @@ def sharded(
 def fanout(
     pool: Pool, trainers: Trainers, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
 ) -> Iterator[Sync]:
-    """One trainer connected to two engines of this subject, of different tensor-parallel sizes where there are such."""
+    """One trainer connected to several engines of this subject: all of the stage, or two on a CPU."""
     if len(engines_of(request.node)) < 2:
         verdicts.not_applicable(f"{stage.name} has no room for a second engine")
     yield from lend(pool, _kept(pool, trainers, stage, stage.trainer_world_size), request)

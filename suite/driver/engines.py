@@ -89,6 +89,10 @@ def seed_of(subject_index: int) -> int:
     return 0 if subject_index == 0 else 1
 
 
+# vLLM's CPU engine makes what a later rank of a pipeline receives into when it warms up, and an eager one does not warm
+# up (0.32). This one does, and what it would compile is not compiled: see TORCHDYNAMO_DISABLE.
+OF_CPU_PIPELINES = {"enforce_eager": False, "compilation_config": {"mode": 1}}
+
 # FlashInfer's kernels for gated delta nets are compiled when they are first used, and not every host has the package.
 OF_GPU_MODELS = {"qwen3_next": {"additional_config": {"gdn_prefill_backend": "triton"}}}
 
@@ -107,6 +111,7 @@ def engine_options(stage: Stage, model: str) -> dict:
         options["skip_mm_profiling"] = True
     if stage.pipeline_parallel_size > 1:
         options["pipeline_parallel_size"] = stage.pipeline_parallel_size
+        options |= OF_CPU_PIPELINES if stage.kind == "cpu" else {}
     return options
 
 

@@ -36,13 +36,15 @@ def of_engine(stage: Stage, copy: int, eager: bool) -> Variables:
         "VLLM_SERVER_DEV_MODE": "1" if stage.server else None,  # only then has `vllm serve` the paths for updates
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         # The sampler compiles a helper for log-probabilities even in an eager engine: 15 s for nothing examined here.
-        "TORCHDYNAMO_DISABLE": "1" if eager else None,
+        # On CPUs nothing is compiled: that takes a compiler, and minutes.
+        "TORCHDYNAMO_DISABLE": "1" if eager or stage.kind == "cpu" else None,
     }
     if stage.kind == "gpu":
         # As vLLM itself has it for workers beside each other: threads of engines that start at once only wait in turn.
         return engines | {"OMP_NUM_THREADS": "1"}
     cores = sorted(os.sched_getaffinity(0))
-    bound = "|".join(str(cores[rank % len(cores)]) for rank in range(stage.tensor_parallel_size))
+    first = copy * stage.engine_ranks  # engines that are updated at once are not to wait for one core
+    bound = "|".join(str(cores[(first + rank) % len(cores)]) for rank in range(stage.engine_ranks))
     return engines | {
         "VLLM_CPU_OMP_THREADS_BIND": bound,
         "OMP_NUM_THREADS": "1",

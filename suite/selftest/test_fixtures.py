@@ -10,7 +10,7 @@ from suite import fixtures
 from suite.selftest.runs import CONFTEST, ONE_CASE, examine
 from suite.session import needs
 from suite.session.selection import Selection
-from suite.stages import Stage
+from suite.stages import STAGES, Stage
 from suite.subjects import SUBJECTS
 from suite.subjects.registry import NAMED
 
@@ -212,6 +212,19 @@ def test_the_second_engine_is_of_another_tensor_parallel_size_where_its_subject_
     )
     monkeypatch.setattr(needs, "selection_of", lambda _: Selection({subject.name: subject}, stages))
     assert [(key.stage, key.copy) for key in needs.engines_of(item)] == [("cpu-tp1", 0), second]
+
+
+@pytest.mark.parametrize("stage", [known for known in STAGES if known.engines > 1], ids=lambda known: known.name)
+def test_all_engines_of_a_stage_are_fed(monkeypatch: pytest.MonkeyPatch, stage: Stage):
+    subject = SUBJECTS["broadcast"]
+    params = {"subject": subject, "stage": stage, "model": "qwen3-tied-tiny"}
+    item = SimpleNamespace(
+        callspec=SimpleNamespace(params=params), fixturenames=["fanout"], config=None, get_closest_marker=lambda _: None
+    )
+    others = {known.name: known for known in STAGES}
+    monkeypatch.setattr(needs, "selection_of", lambda _: Selection({subject.name: subject}, others))
+    found = [(key.stage, key.copy) for key in needs.engines_of(item)]
+    assert found == [(stage.name, copy) for copy in range(stage.engines)]
 
 
 @pytest.mark.parametrize(

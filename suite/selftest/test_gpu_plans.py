@@ -1,4 +1,4 @@
-"""Which engines a run on GPUs plans to start, on machines of one to four GPUs, as a fake nvidia-smi lists them."""
+"""Which engines a run on GPUs plans to start, on machines of one to eight GPUs, as a fake nvidia-smi lists them."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def pytest_collection_finish(session):
 Planned = tuple[int, dict[str, list[str]]]
 
 
-@pytest.fixture(params=[1, 2, 3, 4])
+@pytest.fixture(params=[1, 2, 3, 4, 8])
 def planned(request: pytest.FixtureRequest) -> Planned:
     """(the number of GPUs, {test: its engines, as stage=copy})."""
     return request.param, plan_of(request.param)
@@ -64,13 +64,23 @@ def stages_of(plan: dict[str, list[str]], test: str) -> set[str]:
 
 def test_every_stage_that_is_there_has_its_engines(planned: Planned):
     gpus, plan = planned
+    two = {"gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2", "gpu-colocate-pp2"}
+    four = {*two, "gpu-split-pp2", "gpu-split-tp2", "gpu-colocate-tp4", "gpu-colocate-pp2-tp2"}
     here = {
         1: {"gpu-colocate-tp1", "gpu-shared"},
-        2: {"gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"},
-        3: {"gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2", "gpu-fanout", "gpu-split-pp2"},
-        4: {"gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2", "gpu-fanout", "gpu-split-pp2", "gpu-split-tp2"},
+        2: two,
+        3: {*two, "gpu-split-pp2"},
+        4: four,
+        8: {*four, "gpu-split-pp2-tp2"},
     }[gpus]
     assert stages_of(plan, "test_exact") == {f"{stage}=0" for stage in here}
+
+
+def test_experts_are_apart_where_an_engine_has_several_ranks_of_a_layer(planned: Planned):
+    gpus, plan = planned
+    here = {1: set(), 2: {"colocate-tp2"}, 3: {"colocate-tp2"}, 4: {"colocate-tp2", "split-tp2", "colocate-tp4"}}
+    here[8] = {*here[4], "split-pp2-tp2"}
+    assert stages_of(plan, "test_experts_apart") == {f"gpu-{stage}=0" for stage in here[gpus]}
 
 
 def test_devices_are_told_apart_where_there_are_two(planned: Planned):
@@ -80,7 +90,10 @@ def test_devices_are_told_apart_where_there_are_two(planned: Planned):
     assert plan[TRAINERS] == (each if gpus > 1 else [])
 
 
-def test_one_trainer_feeds_two_engines_on_one_gpu_and_on_three(planned: Planned):
+def test_one_trainer_feeds_as_many_engines_as_there_are_gpus_for(planned: Planned):
     gpus, plan = planned
-    second = {engine for engine in stages_of(plan, "test_two_engines") if engine.endswith("=1")}
-    assert second == {1: {"gpu-shared=1"}, 2: set(), 3: {"gpu-fanout=1"}, 4: {"gpu-fanout=1"}}[gpus]
+    three, four = {"gpu-fanout": 2}, {"gpu-fanout": 2, "gpu-fanout3": 3}
+    several = {1: {"gpu-shared": 2}, 2: {}, 3: three, 4: four, 8: four}[gpus]
+    found = {engine for engine in stages_of(plan, "test_two_engines") if engine.partition("=")[0] in several}
+    assert found == {f"{stage}={copy}" for stage, engines in several.items() for copy in range(engines)}
+    assert not {engine for engine in stages_of(plan, "test_two_engines") - found if not engine.endswith("=0")}

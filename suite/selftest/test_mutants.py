@@ -164,6 +164,7 @@ def test_the_stages_that_are_held():
     assert _stages([ONE], "gpu") == ["gpu-split"]
     assert _stages([MUTANTS["UpdatesTheFirstEngineOnly"]], "cpu") == ["cpu-tp1", "cpu-tp2"]
     assert _stages([MUTANTS["UpdatesTheFirstEngineOnly"]], "gpu") == ["gpu-fanout"]
+    assert _stages([MUTANTS["ForgetsItsOffset"]], "cpu") == ["cpu-fanout"]
 
 
 def test_mutants_of_named_subjects_are_judged_beside_these(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

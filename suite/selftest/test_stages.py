@@ -5,7 +5,7 @@ import os
 import pytest
 
 from suite.conformance.requirements import catalogue
-from suite.stages import JUDGED_ON_SERVERS, STAGES, Stage, available_stages, hardware, takes, unavailable
+from suite.stages import STAGES, Stage, available_stages, hardware, takes, unavailable
 from suite.stages.hardware import Device, Machine, parse_listing, visible_devices
 
 pytestmark = pytest.mark.selftest
@@ -32,21 +32,58 @@ def uuid_of(name: str) -> str:
     return f"GPU-{int(name)}"
 
 
+ON_CPU = ["cpu-tp1", "cpu-tp2", "cpu-pp2", "cpu-fanout", "cpu-serve"]
+ON_TWO = ["gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2", "gpu-colocate-pp2"]
+ON_THREE = [*ON_TWO, "gpu-fanout", "gpu-split-pp2"]
+ON_FOUR = [*ON_THREE, "gpu-fanout3", "gpu-split-tp2", "gpu-colocate-tp4", "gpu-colocate-pp2-tp2"]
+
+
 @pytest.mark.parametrize(
     ("gpus", "held"),
     [
-        (0, ["cpu-tp1", "cpu-tp2", "cpu-serve"]),
-        (1, ["cpu-tp1", "cpu-tp2", "cpu-serve", "gpu-colocate-tp1", "gpu-shared"]),
-        (2, ["cpu-tp1", "cpu-tp2", "cpu-serve", "gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"]),
-        (3, [stage.name for stage in STAGES if stage.name not in ("gpu-shared", "gpu-split-tp2")]),
-        (4, [stage.name for stage in STAGES if stage.name != "gpu-shared"]),
-        (8, [stage.name for stage in STAGES if stage.name != "gpu-shared"]),
+        (0, []),
+        (1, ["gpu-colocate-tp1", "gpu-shared"]),
+        (2, ON_TWO),
+        (3, ON_THREE),
+        (4, ON_FOUR),
+        (5, [*ON_FOUR, "gpu-split-pp2-tp2"]),
+        (8, [*ON_FOUR, "gpu-split-pp2-tp2"]),
     ],
 )
-def test_stages_by_the_number_of_gpus(gpus, held):
-    machine = machine_of(gpus)
+def test_stages_by_the_number_of_gpus(gpus: int, held: list[str]):
+    machine, held = machine_of(gpus), [*ON_CPU, *held]
     assert sorted(stage.name for stage in available_stages(machine)) == sorted(held)
     assert set(unavailable(machine)) == {stage.name for stage in STAGES} - set(held)
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer", "engines"),
+    [
+        ("gpu-colocate-pp2", "01", ["01"]),
+        ("gpu-split-pp2", "0", ["12"]),
+        ("gpu-fanout", "0", ["1", "2"]),
+        ("gpu-fanout3", "0", ["1", "2", "3"]),
+        ("gpu-split-tp2", "01", ["23"]),
+        ("gpu-colocate-tp4", "0123", ["0123"]),
+        ("gpu-colocate-pp2-tp2", "0123", ["0123"]),
+        ("gpu-split-pp2-tp2", "0", ["1234"]),
+    ],
+)
+def test_which_gpus_a_stage_of_several_takes(name: str, trainer: str, engines: list[str]):
+    for gpus in (5, 8):
+        (stage,) = (stage for stage in available_stages(machine_of(gpus)) if stage.name == name)
+        assert stage.trainer_devices == tuple(f"GPU-{i}" for i in trainer)
+        assert [stage.devices_of_engine(i) for i in range(stage.engines)] == [
+            tuple(f"GPU-{i}" for i in devices) for devices in engines
+        ]
+        assert [stage.visible_to_engine(i) for i in range(stage.engines)] == [",".join(devices) for devices in engines]
+        assert [*stage.trainer_visible] == [*trainer]
+
+
+def test_smaller_stages_come_first():
+    """The largest engines start while others are in use, and a run that is ended early has judged most."""
+    on_gpus = [stage.gpus for stage in STAGES if stage.kind == "gpu"]
+    assert on_gpus == sorted(on_gpus)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +102,27 @@ def test_servers_are_asked_for_what_they_may_answer_otherwise(requirement: str, 
     assert [takes(stage, requirement) for stage in ("cpu-tp1", "gpu-split", "cpu-other")] == [elsewhere] * 3
 
 
-def test_every_family_that_servers_are_asked_for_is_there():
-    for named in JUDGED_ON_SERVERS:
-        assert any(requirement.startswith(named) for requirement in catalogue()), named
+@pytest.mark.parametrize(
+    ("stage", "requirement", "judged"),
+    [
+        ("cpu-fanout", "fanout.two_engines", True),
+        ("gpu-fanout3", "fanout.two_engines", True),
+        ("gpu-fanout3", "update.exact", False),
+        ("gpu-fanout3", "", True),  # what measures
+        ("gpu-shared", "update.exact", True),  # on one GPU nothing else judges broadcasts
+        ("cpu-pp2", "update.exact", True),
+        ("cpu-pp2", "update.order", False),
+        ("gpu-split-pp2", "update.order", True),
+    ],
+)
+def test_what_stages_are_asked_for_that_would_judge_the_same_again(stage: str, requirement: str, judged: bool):
+    assert takes(stage, requirement) is judged
+
+
+def test_every_family_that_a_stage_is_asked_for_is_there():
+    for stage in STAGES:
+        for named in stage.judged:
+            assert any(requirement.startswith(named) for requirement in catalogue()), (stage.name, named)
 
 
 def test_on_one_gpu_nccl_takes_every_process_for_a_host():

@@ -16,7 +16,11 @@ from suite.subjects import SUBJECTS, from_plain, known_subjects, load, registry,
 from suite.subjects.broadcast import Broadcast
 from suite.subjects.handles import Handles
 
-CPU = ("cpu-tp1", "cpu-tp2", "cpu-serve")
+CPU = ("cpu-tp1", "cpu-tp2", "cpu-pp2", "cpu-fanout", "cpu-serve")
+APART = (
+    "gpu-split", "gpu-shared", "gpu-fanout", "gpu-fanout3", "gpu-split-tp2", "gpu-split-pp2", "gpu-split-pp2-tp2",
+)  # fmt: skip
+COLOCATED = ("gpu-colocate-tp1", "gpu-colocate-tp2", "gpu-colocate-pp2", "gpu-colocate-tp4", "gpu-colocate-pp2-tp2")
 MODULE = """
 import functools
 
@@ -101,13 +105,10 @@ def test_the_references_lack_nothing_that_their_way_of_moving_has():
 @pytest.mark.parametrize(
     ("name", "stages"),
     [
-        (
-            "broadcast",
-            [*CPU, "gpu-split", "gpu-fanout", "gpu-shared", "gpu-split-tp2", "gpu-split-pp2"],
-        ),
-        ("example-broadcast", ["gpu-split", "gpu-fanout", "gpu-shared", "gpu-split-tp2", "gpu-split-pp2"]),
-        ("colocate", [*CPU, "gpu-colocate-tp1", "gpu-colocate-tp2"]),
-        ("example-colocate", ["gpu-colocate-tp1", "gpu-colocate-tp2"]),
+        ("broadcast", [*CPU, *APART]),
+        ("example-broadcast", [*APART]),
+        ("colocate", [*CPU, *COLOCATED]),
+        ("example-colocate", [*COLOCATED]),
     ],
 )
 def test_the_stages_on_which_a_subject_makes_sense(name: str, stages: list[str]):

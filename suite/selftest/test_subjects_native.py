@@ -361,11 +361,13 @@ def test_a_sparse_patch_has_every_element(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_stages_of_every_backend():
     fit = {name: {stage.name for stage in STAGES if not subject.unfit(stage)} for name, subject in NATIVE.items()}
-    apart = {"gpu-shared", "gpu-split", "gpu-split-tp2", "gpu-fanout", "gpu-split-pp2"}
+    cpu = {stage.name for stage in STAGES if stage.kind == "cpu"}
+    colocated = {stage.name for stage in STAGES if stage.name.startswith("gpu-colocate")}
+    apart = {stage.name for stage in STAGES} - cpu - colocated
     assert fit == {
-        "native-gloo": {"cpu-tp1", "cpu-tp2", "cpu-serve"},
-        "native-ipc": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
-        "native-planned": {"cpu-tp1", "cpu-tp2", "cpu-serve"} | apart,
+        "native-gloo": cpu,
+        "native-ipc": colocated,
+        "native-planned": cpu | apart,
         **dict.fromkeys((*DENSE, "native-sparse"), apart),
     }
 

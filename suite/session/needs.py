@@ -1,6 +1,6 @@
 """Which engines and trainers a collected test needs, so that they can be started ahead.
 
-A test that takes `sync` or `sharded` needs one engine, and a test that takes `fanout` needs two. Another says it by a
+A test that takes `sync` or `sharded` needs one engine, and one that takes `fanout` needs several. Another says it by a
 marker: `@pytest.mark.needs(engines=choose)`, where choose(key, params) returns the engines in place of the case's own.
 With `serving=True` its engine answers requests while it is updated; subjects whose engines start alike share one. So
 do the engines of a stage with servers.
@@ -38,7 +38,7 @@ def engines_of(item: pytest.Item) -> list[EngineKey]:
     if needs:
         return needs.kwargs["engines"](key, params)
     if "fanout" in names:
-        return _two_engines(key, stage, subject, selection)
+        return _several(key, stage, subject, selection)
     return [key] if names & {"sync", "sharded"} else []
 
 
@@ -70,14 +70,16 @@ def _serving(key: EngineKey, subject: Subject, stage: Stage, selection: Selectio
     return replace(key, subject=owner.name, seed=seed, serves=True)
 
 
-def _two_engines(key: EngineKey, stage: Stage, subject: Subject, selection: Selection) -> list[EngineKey]:
-    """On CPUs this stage's engine and one of another tensor-parallel size, where the subject has such a stage.
+def _several(key: EngineKey, stage: Stage, subject: Subject, selection: Selection) -> list[EngineKey]:
+    """All engines of a stage that has several. On GPUs a stage of one has no room for more.
 
-    Elsewhere two of this stage, where it has room for them: always on CPUs, and on GPUs where the stage says so.
+    On CPUs there is room for a second. It is of another stage's tensor-parallel size, where the subject has such a one.
     """
+    if stage.engines > 1 or stage.kind == "gpu":
+        return [replace(key, copy=copy) for copy in range(stage.engines)]
     size = stage.tensor_parallel_size
-    others = [s for s in selection.stages.values() if s.kind == stage.kind == "cpu" and s.tensor_parallel_size != size]
+    others = [s for s in selection.stages.values() if s.kind == "cpu" and s.tensor_parallel_size != size]
     for other in others:
         if not subject.unfit(other) and not other.server:
             return [key, replace(key, stage=other.name)]
-    return [key, replace(key, copy=1)] if stage.kind == "cpu" or stage.engines > 1 else [key]
+    return [key, replace(key, copy=1)]

@@ -14,7 +14,9 @@ class Stage:
     """Which devices the trainer's and the engines' ranks get.
 
     colocated: trainer and engine ranks share devices, rank by rank; on a CPU everything shares the host's memory.
-    server: engines are `vllm serve` processes that are called over HTTP; JUDGED_ON_SERVERS says what is judged there.
+    engines: how many one trainer feeds where a test asks for all of them; every other test is given the first.
+    server: engines are `vllm serve` processes that are called over HTTP.
+    judged: the requirements, or families of them, that are judged there; empty for all but those of servers.
     hosts_apart: NCCL is told that each process is on a host of its own; it would refuse two ranks on one GPU. Devices
     are UUIDs, none on a CPU; `engine_devices` has those of all engines in turn. `engine_visible`, `trainer_visible`:
     what they are called in CUDA_VISIBLE_DEVICES, where CUDA_DEVICE_ORDER is PCI_BUS_ID.
@@ -33,6 +35,7 @@ class Stage:
     engines: int = 1
     hosts_apart: bool = False
     server: bool = False
+    judged: tuple[str, ...] = ()
 
     @property
     def engine_ranks(self) -> int:
@@ -68,32 +71,44 @@ class Stage:
         return ",".join(self.engine_visible[engine * self.engine_ranks : (engine + 1) * self.engine_ranks])
 
 
-# As they are without devices.
+# What a server may answer otherwise than an engine that is called directly. The others would only be judged a second
+# time there. So would, on a stage of several engines, what is judged with one; and on CPUs, where the starts of engines
+# take most of the time, what has nothing to do with layers that are on another rank.
+JUDGED_ON_SERVERS = ("update.exact", "update.repeated", "errors.", "cache.", "inflight.", "server.")
+JUDGED_ON_SEVERAL = ("fanout.",)
+JUDGED_ON_CPU_PIPELINES = ("update.exact", "errors.missing_name", "errors.shape")
+
+# As they are without devices. Those of more GPUs come later: their engines start while others are in use.
 STAGES = (
     Stage("cpu-tp1", "cpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True),
     Stage("cpu-tp2", "cpu", tensor_parallel_size=2, trainer_world_size=1, colocated=True),
-    Stage("cpu-serve", "cpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True, server=True),
+    Stage("cpu-pp2", "cpu", 1, 1, colocated=True, pipeline_parallel_size=2, judged=JUDGED_ON_CPU_PIPELINES),
+    Stage("cpu-fanout", "cpu", 1, 1, colocated=True, engines=2, judged=JUDGED_ON_SEVERAL),
+    Stage("cpu-serve", "cpu", 1, 1, colocated=True, server=True, judged=JUDGED_ON_SERVERS),
     Stage("gpu-colocate-tp1", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True),
     Stage("gpu-shared", "gpu", 1, trainer_world_size=1, colocated=True, engines=2, hosts_apart=True),
     Stage("gpu-split", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=False),
     Stage("gpu-colocate-tp2", "gpu", tensor_parallel_size=2, trainer_world_size=2, colocated=True),
-    Stage("gpu-split-tp2", "gpu", tensor_parallel_size=2, trainer_world_size=2, colocated=False),
-    Stage("gpu-fanout", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=False, engines=2),
+    Stage("gpu-colocate-pp2", "gpu", 1, trainer_world_size=2, colocated=True, pipeline_parallel_size=2),
+    Stage("gpu-fanout", "gpu", 1, trainer_world_size=1, colocated=False, engines=2, judged=JUDGED_ON_SEVERAL),
     Stage("gpu-split-pp2", "gpu", 1, trainer_world_size=1, colocated=False, pipeline_parallel_size=2),
+    Stage("gpu-fanout3", "gpu", 1, trainer_world_size=1, colocated=False, engines=3, judged=JUDGED_ON_SEVERAL),
+    Stage("gpu-split-tp2", "gpu", tensor_parallel_size=2, trainer_world_size=2, colocated=False),
+    Stage("gpu-colocate-tp4", "gpu", tensor_parallel_size=4, trainer_world_size=4, colocated=True),
+    Stage("gpu-colocate-pp2-tp2", "gpu", 2, trainer_world_size=4, colocated=True, pipeline_parallel_size=2),
+    Stage("gpu-split-pp2-tp2", "gpu", 2, trainer_world_size=1, colocated=False, pipeline_parallel_size=2),
 )
 
 # Of one trainer and one engine, each of one rank: for requirements that do not depend on ranks.
 GPU_OF_ONE_RANK = ("gpu-colocate-tp1", "gpu-shared", "gpu-split")
 
-# What a server may answer otherwise than an engine that is called directly: requirements, or families of them. The
-# others would only be judged a second time there.
-JUDGED_ON_SERVERS = ("update.exact", "update.repeated", "errors.", "cache.", "inflight.", "server.")
-
 
 def takes(stage: str, requirement: str) -> bool:
     """Whether a requirement is judged on the stage of this name; what measures is of the requirement ""."""
-    on_server = any(known.server for known in STAGES if known.name == stage)
-    return requirement.startswith(JUDGED_ON_SERVERS) if on_server else not requirement.startswith("server.")
+    known = next((known for known in STAGES if known.name == stage), None)
+    if not known or not known.judged:
+        return not requirement.startswith("server.")
+    return requirement.startswith(known.judged) if requirement else not known.server
 
 
 def available_stages(machine: Machine) -> list[Stage]:
