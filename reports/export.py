@@ -6,7 +6,7 @@ import csv
 import io
 from xml.etree import ElementTree
 
-from reports import rows, statistics, units
+from reports import fanout, rows, statistics, units
 from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
 from reports.load import Run
 from reports.matrix import SYMBOL, headline, in_order
@@ -50,6 +50,8 @@ def run_markdown(run: Run) -> str:
         parts.append(markdown_table(("requirement", "level", "subject", "stage", "model", "verdict", "detail"), listed))
     if run.timings:
         parts.append(markdown_table(*rows.throughput_table(run.timings), rows.THROUGHPUT_RIGHT))
+    if (several := fanout.table(run.timings))[1]:
+        parts.append(markdown_table(*several, fanout.RIGHT))
     parts += [markdown(note) for note in run.notes]
     return "\n\n".join(parts) + "\n"
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from reports import message
 from reports.environment import Environment, environment
-from reports.node import Node, UnusableInput, refuse_non_finite
+from reports.fanout import engines_of
+from reports.node import Node, UnusableInput, members, refuse_non_finite
 from reports.pace import Pace
 from reports.pause import Pause, pause
 
@@ -94,6 +95,7 @@ class Timing:
     """One benchmark. Without raw samples (pytest-benchmark keeps them only when asked) `samples_s` is empty.
 
     pauses: whether its times are those for which an engine could not generate, see `figures`.
+    engines: how many were updated at once.
     """
 
     group: str
@@ -119,6 +121,7 @@ class Timing:
     pace: Pace | None = None
     pause: Pause | None = None
     pauses: bool = False
+    engines: int = 1
 
     @property
     def figures(self) -> tuple[Timing, ...]:
@@ -227,7 +230,7 @@ def document_of(path: str | Path) -> Any:
     file = str(path)
     text = _text(file)
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _members(pairs, file))
+        return json.loads(text, object_pairs_hook=lambda pairs: members(pairs, file))
     except json.JSONDecodeError as error:
         cut = not text[error.pos :].strip() or error.msg.startswith("Unterminated")
         hint = "the file ends too early: was it cut off?" if cut else f"not JSON: {error.msg}"
@@ -262,16 +265,6 @@ def _text(file: str) -> str:
     if not text.strip():
         raise UnusableInput(file, "line 1 column 1", "expected pytest-benchmark's JSON, found an empty file")
     return text
-
-
-def _members(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        near = ", ".join(f"{key} {value!r}" for key, value in pairs if isinstance(value, str) and len(value) < 80)
-        place = f"the object with {near[:160]}" if near else f"the object with the members {', '.join(members)[:160]}"
-        raise UnusableInput(file, place, f"expected every name once, found {twice!r} twice: edited by hand?")
-    return members
 
 
 def _check_schema(root: Node) -> None:
@@ -344,6 +337,7 @@ def _timing(node: Node, notes: list[str]) -> Timing:
         steps_s=steps_s,
         distinct=extra["measures"].optional_text() or "",
         pause=pause(extra),
+        engines=engines_of(extra),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,3 +90,14 @@ def refuse_non_finite(value: Any, file: str, place: str = "") -> None:
     elif isinstance(value, list):
         for index, member in enumerate(value):
             refuse_non_finite(member, file, f"{place}[{index}]")
+
+
+def members(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
+    """The members of an object. Raises UnusableInput where a name is there twice."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        near = ", ".join(f"{key} {value!r}" for key, value in pairs if isinstance(value, str) and len(value) < 80)
+        place = f"the object with {near[:160]}" if near else f"the object with the members {', '.join(members)[:160]}"
+        raise UnusableInput(file, place, f"expected every name once, found {twice!r} twice: edited by hand?")
+    return members

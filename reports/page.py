@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reports import plots, rows, trend, units
+from reports import fanout, plots, rows, trend, units
 from reports.compare import DEFAULT_CAUSES, Change, Comparison, compare
 from reports.load import Run
 from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order, legend
@@ -39,6 +39,8 @@ def run_page(run: Run) -> str:
         steps=_plots(plots.steps(run), "steps", "Time of an update split by step"),
         head=head,
         timings=timings,
+        several=fanout.table(run.timings),
+        several_legend=fanout.LEGEND,
         paused=LEGEND if any(timing.pause for timing in run.timings) else "",
         timeline=rows.time_spent(run),
     )

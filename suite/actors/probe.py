@@ -21,6 +21,7 @@ from extensions.model.drafter import drafter_of
 from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
 from suite.actors import arrived, memory, recording
+from suite.actors.checksum import checksum
 from suite.processes import wire
 from suite.processes.call import SuiteFault, of_the_suite
 from suite.subjects import load
@@ -153,6 +154,10 @@ class Probe:
     def probe_checksums(self, manifest: list[dict]) -> dict[str, int]:
         """`{announced name: positional checksum}` of what this rank computes with; see `suite.actors.arrived`."""
         return arrived.checksums_of(self.model_runner.get_model(), self.vllm_config, manifest)
+
+    def probe_weight_checksums(self, negated: bool) -> dict[str, int]:
+        """`{weight: positional checksum}` of every effective weight as this rank has it, or of its negative."""
+        return {name: checksum(-weight if negated else weight) for name, weight in self._probe_weights()}
 
     def probe_bits(self, name: str, count: int) -> list[int]:
         """The first `count` elements of an effective weight of 16-bit elements, as patterns of bits."""

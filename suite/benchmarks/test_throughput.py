@@ -19,7 +19,7 @@ ROUNDS, IN_FLIGHT_ROUNDS = 10, 5
 SEED = 1
 GENERATED_TOKENS = 24
 LADDER = ["qwen3-1m", "qwen3-10m", "qwen3-100m"]
-PUBLISHED = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"]
+PUBLISHED = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "qwen3-30b-a3b"]
 IN_FLIGHT = ["qwen3-10m", "qwen3-100m", "qwen3-0.6b", "qwen3-8b"]  # sizes also updated with requests in flight
 UPDATE = pytest.mark.benchmark(group="update", timer=moved_clock)
 
@@ -41,6 +41,22 @@ def test_update(
 
 
 @UPDATE
+@pytest.mark.models(**{"cpu-fanout": ["qwen3-10m"]})
+def test_fanout(
+    benchmark: BenchmarkFixture, fanout: Sync, target: int, pool: Pool, trainers: Trainers, pytestconfig: pytest.Config
+) -> None:
+    test_update(benchmark, fanout, target, pool, trainers, pytestconfig)
+
+
+@UPDATE
+@pytest.mark.models(**dict.fromkeys(("gpu-fanout", "gpu-fanout3"), ("qwen3-8b",)))
+def test_fanout_published(
+    benchmark: BenchmarkFixture, fanout: Sync, pool: Pool, trainers: Trainers, pytestconfig: pytest.Config
+) -> None:
+    test_update_published(benchmark, fanout, pool, trainers, pytestconfig)
+
+
+@UPDATE
 @pytest.mark.models(**{"gpu-split": PUBLISHED, "gpu-colocate-tp1": PUBLISHED})
 def test_update_published(
     benchmark: BenchmarkFixture, sync: Sync, pool: Pool, trainers: Trainers, pytestconfig: pytest.Config
@@ -49,8 +65,12 @@ def test_update_published(
     sync.update()
     before = sync.tokens_per_s(GENERATED_TOKENS)
     sync.trainer.negate()
+    negated = sync.negated() if sync.spec.has_experts else None
     _measure(benchmark, sync, pool, trainers, pytestconfig)
-    sync.expect_sent()  # by the updates that were timed: the first one has brought other values
+    if negated is None:
+        sync.expect_sent()  # by the updates that were timed: the first one has brought other values
+    else:
+        sync.expect_negated(negated)
     after = sync.tokens_per_s(GENERATED_TOKENS, warm_ups=0)
     benchmark.extra_info.update(tokens_per_s_before=before, tokens_per_s_after=after)
 
@@ -78,6 +98,7 @@ def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, trainers: Trai
             subject=sync.subject.name,
             stage=sync.stage.name,
             model=sync.model,
+            engines=len(sync.engines),
             parameters=sync.spec.elements,
             bytes_sent=nbytes,
             tensors=rounds[0].tensors,
@@ -95,8 +116,8 @@ def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, trainers: Trai
 
 
 def _in_flight(sync: Sync, config: pytest.Config) -> dict[str, dict]:
-    """Time updates with requests in flight; nothing for a size that is left out where --model names none."""
-    if sync.model not in IN_FLIGHT and not selection_of(config).models:
+    """Time updates of one engine with requests in flight; nothing for a size that is left out without --model."""
+    if len(sync.engines) > 1 or (sync.model not in IN_FLIGHT and not selection_of(config).models):
         return {}
     rounds = sync.with_requests(IN_FLIGHT_ROUNDS)
     samples = {

@@ -145,6 +145,24 @@ class Expecting(Together):
                 expected and not wrong, "the positional checksum of every tensor to be the trainer's", some, self.where
             )
 
+    def negated(self) -> list[list[dict[str, int]]]:
+        """By engine and rank, `{weight: checksum}` that its weights would have with the opposite sign."""
+        return self.call_engines("probe_weight_checksums", True)
+
+    def expect_negated(self, before: list[list[dict[str, int]]]) -> None:
+        """Every weight has the opposite sign of that from which `negated` took `before`, in every element.
+
+        For models whose kernels may keep weights in a layout of their own: no checksum of what was sent is theirs.
+        """
+        found = self.call_engines("probe_weight_checksums", False)
+        for engine, *sides in zip(self.engines, before, found, strict=True):
+            for rank, (expected, now) in enumerate(zip(*sides, strict=True)):
+                wrong = [name for name, number in expected.items() if now.get(name) != number]
+                some = f"{len(wrong)} of {len(expected)} others on rank {rank} of {engine.key}: {wrong[:5]}"
+                expect(
+                    expected and not wrong, "every weight to be the one before with the other sign", some, self.where
+                )
+
     def expect_reported_zero(self, expected: bool) -> None:
         """The extension's own check_weights_changed() says on every rank whether all weights are zero."""
         for engine, found in zip(self.engines, self.call_engines("check_weights_changed"), strict=True):

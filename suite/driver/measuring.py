@@ -10,7 +10,7 @@ REQUESTS, PROMPT_TOKENS, TOKENS_BEFORE, TOKENS_ASKED = 2, 4, 8, 400
 
 
 class Measuring(Moving):
-    """Measures a trainer and its first engine."""
+    """Measures a trainer and its engines: all of them where time is taken, the first where it is memory or tokens."""
 
     def renew(self) -> None:
         """Have an update bring all weights anew, where the subject sends only what has changed."""
@@ -37,10 +37,12 @@ class Measuring(Moving):
         return "device copy" if self.stage.kind == "gpu" else "memory copy", [max(ranks) for ranks in copies]
 
     def _join_roofline(self) -> None:
-        launcher = self.pool.launcher
-        address, port, world_size = launcher.address, launcher.free_port(), 1 + self.engines[0].ranks
+        launcher, offset = self.pool.launcher, 1
+        address, port, world_size = launcher.address, launcher.free_port(), 1 + sum(e.ranks for e in self.engines)
         calls = [self.trainer.processes[0].submit("join_roofline", address, port, world_size)]
-        calls.append(self.engines[0].process.submit("rpc", "probe_join", address, port, 1, world_size))
+        for engine in self.engines:
+            calls.append(engine.process.submit("rpc", "probe_join", address, port, offset, world_size))
+            offset += engine.ranks
         gather(calls, self.call_deadline_s)
 
     def _broadcasts(self, nbytes: int, samples: int) -> list[float]:
@@ -48,10 +50,10 @@ class Measuring(Moving):
         seconds = []
         for _ in range(samples + 1):
             calls = [self.trainer.processes[0].submit("send_roofline", nbytes)]
-            calls.append(self.engines[0].process.submit("receive", nbytes))
+            calls += [engine.process.submit("receive", nbytes) for engine in self.engines]
             halves = gather(calls, self.call_deadline_s)
             seconds.append(max(half["ended_s"] for half in halves) - min(half["started_s"] for half in halves))
-        self._call(self.engines[0], "probe_forget")
+        self.call_engines("probe_forget")
         return seconds[1:]
 
     def peak_memory(self, change: Callable[[], object] | None = None) -> tuple[int, int]:

@@ -50,6 +50,11 @@ class ModelSpec:
         return self.architecture == pictures.ARCHITECTURE and self.layout is None
 
     @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts, which kernels may keep in another layout than a checkpoint's."""
+        return self.layout is None and self.architecture in layers.EXPERTS
+
+    @property
     def starts_slowly(self) -> bool:
         """Whether an engine takes minutes to start on a GPU: it compiles kernels that no other model has."""
         return self.architecture == "qwen3_next"

@@ -194,6 +194,19 @@ def test_a_checksum_that_is_not_the_trainers_is_told_by_its_name(monkeypatch: py
         engines.expect_sent()
 
 
+def test_a_weight_that_has_not_changed_its_sign_is_told_by_its_name():
+    engines, probed = Engines(), {True: {"a": 1, "b": 2}, False: {"a": 1, "b": 2}}
+    engines.engines[0].key = "an engine"
+    engines.call_engines = lambda method, negated: [[probed[negated]]]
+    before = engines.negated()
+    engines.expect_negated(before)
+    probed[False]["b"] = 3
+    with pytest.raises(Differs, match=r"1 of 2 others on rank 0 of an engine: \['b'\]"):
+        engines.expect_negated(before)
+    with pytest.raises(Differs, match="0 of 0 others"):
+        engines.expect_negated([[{}]])
+
+
 def test_no_address_at_all_proves_nothing():
     engines = Engines()
     engines.call_engines = lambda method: [[{}]]

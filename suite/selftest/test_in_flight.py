@@ -290,13 +290,16 @@ def test_two_sizes_are_measured_where_nobody_names_one(
 ):
     monkeypatch.setattr(test_throughput, "selection_of", lambda config: SimpleNamespace(models=named))
     moved = [Moved(0.5, 8, 1, {}, 3, pause_s=0.6, token_s=0.01), Moved(0.4, 8, 1, {}, 3, pause_s=0.7, token_s=0.02)]
-    found = test_throughput._in_flight(SimpleNamespace(model=model, with_requests=lambda updates: moved), None)
+    sync = SimpleNamespace(model=model, with_requests=lambda updates: moved, engines=["one"])
+    found = test_throughput._in_flight(sync, None)
     samples = {
         "pause_samples_s": [0.6, 0.7],
         "update_samples_s": [0.5, 0.4],
         "token_samples_s": [0.01, 0.02],
     }
     assert found == ({"in_flight": {"requests": REQUESTS, **samples}} if measured else {})
+    sync.engines = ["one", "another"]
+    assert test_throughput._in_flight(sync, None) == {}, "requests are in flight in one engine only"
 
 
 def test_a_size_of_each_kind_of_machine_is_small_and_one_is_not():
