@@ -167,6 +167,15 @@ def test_what_the_server_raises_before_it_calls_is_raised(trainer, monkeypatch: 
         trainer.announce(Sent())
 
 
+def test_a_server_that_never_calls_is_given_up(trainer, monkeypatch: pytest.MonkeyPatch):
+    ended = threading.Event()
+    monkeypatch.setattr(ParameterServer, "update", lambda *_: ended.wait(10))
+    monkeypatch.setattr(checkpoint_engine, "CALLED_S", 0.05)
+    with pytest.raises(TimeoutError, match=r"to call for the engine in 0\.05 s"):
+        trainer.announce(Sent())
+    ended.set()
+
+
 def test_ranks_of_a_trainer_have_a_share_each(monkeypatch: pytest.MonkeyPatch, trainer):
     trainer.trainer.rank, trainer.trainer.world_size = 1, 2
     trainer.announce(Sent())
