@@ -40,7 +40,7 @@ class Update:
         self._thread.start()
 
     def addresses(self) -> dict[str, str]:
-        """{device id: address} of all ranks, once it has called for the engine. Raises what it raised instead, or TimeoutError."""
+        """{device id: address} of all ranks, once it has called for the engine. Raises its error, or TimeoutError."""
         try:
             called = self._called.get(timeout=CALLED_S)
         except queue.Empty as error:
