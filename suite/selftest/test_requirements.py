@@ -17,7 +17,7 @@ IDS = [
     "update.untied", "update.moe", "update.order", "update.dtype", "update.trained", "update.sequence",
     "update.graphs", "update.fp8", "fanout.two_engines", "names.free", "errors.unknown_name",
     "errors.missing_name", "errors.shape", "errors.dtype", "devices.remap", "devices.identity",
-    "devices.wrong_handle", "cache.prefix", "sleep.level1", "sleep.level2", "memory.steady",
+    "devices.wrong_handle", "cache.prefix", "sleep.level1", "sleep.level2", "sleep.tags", "memory.steady",
     "update.nonfinite", "errors.nested", "faults.trainer_killed", "faults.trainer_stopped", "faults.worker_killed",
     "update.sparse", "sent.mixed_dtypes", "sent.strides", "sent.large", "sent.biases",
     "sent.parameters", "sent.float32", "sent.derived", "sent.buffers",
