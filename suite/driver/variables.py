@@ -42,7 +42,7 @@ def of_engine(stage: Stage, copy: int, eager: bool) -> Variables:
         # As vLLM itself has it for workers beside each other: threads of engines that start at once only wait in turn.
         return engines | {"OMP_NUM_THREADS": "1"}
     cores = sorted(os.sched_getaffinity(0))
-    bound = "|".join(str(cores[rank % len(cores)]) for rank in range(stage.tensor_parallel_size))
+    bound = "|".join(str(cores[rank % len(cores)]) for rank in range(stage.engine_ranks))
     return engines | {
         "VLLM_CPU_OMP_THREADS_BIND": bound,
         "OMP_NUM_THREADS": "1",

@@ -35,9 +35,9 @@ def uuid_of(name: str) -> str:
 @pytest.mark.parametrize(
     ("gpus", "held"),
     [
-        (0, ["cpu-tp1", "cpu-tp2", "cpu-serve"]),
-        (1, ["cpu-tp1", "cpu-tp2", "cpu-serve", "gpu-colocate-tp1", "gpu-shared"]),
-        (2, ["cpu-tp1", "cpu-tp2", "cpu-serve", "gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"]),
+        (0, ["cpu-tp1", "cpu-tp2", "cpu-serve", "cpu-dp2"]),
+        (1, ["cpu-tp1", "cpu-tp2", "cpu-serve", "cpu-dp2", "gpu-colocate-tp1", "gpu-shared"]),
+        (2, ["cpu-tp1", "cpu-tp2", "cpu-serve", "cpu-dp2", "gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2"]),
         (3, [stage.name for stage in STAGES if stage.name not in ("gpu-shared", "gpu-split-tp2")]),
         (4, [stage.name for stage in STAGES if stage.name != "gpu-shared"]),
         (8, [stage.name for stage in STAGES if stage.name != "gpu-shared"]),
@@ -63,6 +63,21 @@ def test_stages_by_the_number_of_gpus(gpus, held):
 def test_servers_are_asked_for_what_they_may_answer_otherwise(requirement: str, on_servers: bool, elsewhere: bool):
     assert takes("cpu-serve", requirement) is on_servers
     assert [takes(stage, requirement) for stage in ("cpu-tp1", "gpu-split", "cpu-other")] == [elsewhere] * 3
+
+
+@pytest.mark.parametrize(
+    ("requirement", "on_replicas"),
+    [("update.exact", True), ("update.order", False), ("server.checker", False), ("", False)],
+)
+def test_replicas_are_asked_for_what_they_may_answer_otherwise(requirement: str, on_replicas: bool):
+    assert takes("cpu-dp2", requirement) is on_replicas
+
+
+def test_replicas_are_ranks_of_one_engine():
+    (replicas,) = [stage for stage in STAGES if stage.name == "cpu-dp2"]
+    (alone,) = [stage for stage in STAGES if stage.name == "cpu-tp1"]
+    assert (replicas.engine_ranks, replicas.places) == (2, 2)
+    assert replicas.layout != alone.layout
 
 
 def test_every_family_that_servers_are_asked_for_is_there():

@@ -16,7 +16,7 @@ from suite.subjects import SUBJECTS, from_plain, known_subjects, load, registry,
 from suite.subjects.broadcast import Broadcast
 from suite.subjects.handles import Handles
 
-CPU = ("cpu-tp1", "cpu-tp2", "cpu-serve")
+CPU = ("cpu-tp1", "cpu-tp2", "cpu-serve", "cpu-dp2")
 MODULE = """
 import functools
 

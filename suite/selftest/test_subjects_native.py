@@ -363,9 +363,9 @@ def test_the_stages_of_every_backend():
     fit = {name: {stage.name for stage in STAGES if not subject.unfit(stage)} for name, subject in NATIVE.items()}
     apart = {"gpu-shared", "gpu-split", "gpu-split-tp2", "gpu-fanout", "gpu-split-pp2"}
     assert fit == {
-        "native-gloo": {"cpu-tp1", "cpu-tp2", "cpu-serve"},
+        "native-gloo": {"cpu-tp1", "cpu-tp2", "cpu-serve", "cpu-dp2"},
         "native-ipc": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
-        "native-planned": {"cpu-tp1", "cpu-tp2", "cpu-serve"} | apart,
+        "native-planned": {"cpu-tp1", "cpu-tp2", "cpu-serve", "cpu-dp2"} | apart,
         **dict.fromkeys((*DENSE, "native-sparse"), apart),
     }
 

@@ -14,6 +14,7 @@ class Stage:
     """Which devices the trainer's and the engines' ranks get.
 
     colocated: trainer and engine ranks share devices, rank by rank; on a CPU everything shares the host's memory.
+    data_parallel_size: replicas of an engine; JUDGED_ON_REPLICAS says what is judged where there are several.
     server: engines are `vllm serve` processes that are called over HTTP; JUDGED_ON_SERVERS says what is judged there.
     hosts_apart: NCCL is told that each process is on a host of its own; it would refuse two ranks on one GPU. Devices
     are UUIDs, none on a CPU; `engine_devices` has those of all engines in turn. `engine_visible`, `trainer_visible`:
@@ -33,11 +34,18 @@ class Stage:
     engines: int = 1
     hosts_apart: bool = False
     server: bool = False
+    data_parallel_size: int = 1
 
     @property
     def engine_ranks(self) -> int:
-        """Workers of one engine."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        """Workers of one engine, of all its data-parallel replicas."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What tells whether engines of two stages compute alike."""
+        replicas = [f"dp{self.data_parallel_size}"] if self.data_parallel_size > 1 else []
+        return self.kind, self.tensor_parallel_size, self.pipeline_parallel_size, *replicas
 
     @property
     def places(self) -> int:
@@ -73,6 +81,7 @@ STAGES = (
     Stage("cpu-tp1", "cpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True),
     Stage("cpu-tp2", "cpu", tensor_parallel_size=2, trainer_world_size=1, colocated=True),
     Stage("cpu-serve", "cpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True, server=True),
+    Stage("cpu-dp2", "cpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True, data_parallel_size=2),
     Stage("gpu-colocate-tp1", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True),
     Stage("gpu-shared", "gpu", 1, trainer_world_size=1, colocated=True, engines=2, hosts_apart=True),
     Stage("gpu-split", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=False),
@@ -89,9 +98,14 @@ GPU_OF_ONE_RANK = ("gpu-colocate-tp1", "gpu-shared", "gpu-split")
 # others would only be judged a second time there.
 JUDGED_ON_SERVERS = ("update.exact", "update.repeated", "errors.", "cache.", "inflight.", "server.")
 
+# What replicas may answer otherwise than one engine.
+JUDGED_ON_REPLICAS = ("update.exact", "errors.missing_name")
+
 
 def takes(stage: str, requirement: str) -> bool:
     """Whether a requirement is judged on the stage of this name; what measures is of the requirement ""."""
+    if any(known.data_parallel_size > 1 for known in STAGES if known.name == stage):
+        return requirement.startswith(JUDGED_ON_REPLICAS)
     on_server = any(known.server for known in STAGES if known.name == stage)
     return requirement.startswith(JUDGED_ON_SERVERS) if on_server else not requirement.startswith("server.")
 

@@ -14,6 +14,7 @@ from suite.selftest.mutants import (
     planned,
     planning,
     refusals,
+    replicas,
     sent,
     sequences,
     server,
@@ -26,8 +27,8 @@ from suite.selftest.mutants.registry import CLASSES, MUTANTS, Mutant
 
 __all__ = [
     "MUTANTS", "Mutant",
-    "devices", "drafts", "faults", "hopeless", "inflight", "options", "planned", "planning", "refusals", "sent",
-    "sequences", "server", "sparse", "states", "unseen", "values",
+    "devices", "drafts", "faults", "hopeless", "inflight", "options", "planned", "planning", "refusals", "replicas",
+    "sent", "sequences", "server", "sparse", "states", "unseen", "values",
 ]  # fmt: skip
 
 
