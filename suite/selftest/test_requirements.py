@@ -23,6 +23,7 @@ IDS = [
     "sent.parameters", "sent.float32", "sent.derived", "sent.buffers",
     "inflight.update", "inflight.prefix", "inflight.refused", "inflight.versions", "server.checker",
     "lora.exact", "lora.reloaded", "draft.stale", "draft.updated", "cache.encoder",
+    "sent.spread", "devices.expandable",
 ]  # fmt: skip
 
 

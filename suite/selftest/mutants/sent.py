@@ -3,7 +3,7 @@
 import torch
 
 from extensions.broadcast import BroadcastSender, WorkerExtension
-from extensions.colocate import ColocateWorkerExtension
+from extensions.colocate import ColocateWorkerExtension, HandleSender
 from extensions.tensors import flat_bytes
 from suite.conformance.test_sent import BUFFER_BYTES, DERIVED
 from suite.selftest.mutants.registry import (
@@ -124,3 +124,21 @@ class SpoilsTheRotaryTable(WorkerExtension):
             if hasattr(module, "kv_b_proj") and hasattr(module, "rotary_emb"):
                 module.rotary_emb.cos_sin_cache[256:] *= 1 + torch.finfo(torch.bfloat16).eps
         return count
+
+
+class SendsShardsFromLaterRanks(HandleSender):
+    """Hands over whole tensors on the first two ranks of a trainer, and only their first rows on any other."""
+
+    def handles(self, named_tensors: Named) -> dict[str, dict[str, dict]]:
+        named = [(name, tensor.detach().clone()) for name, tensor in named_tensors]
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 1:
+            for _, tensor in named:
+                tensor[len(tensor) // torch.distributed.get_world_size() :] = 0
+        return super().handles(named)
+
+
+@mutant("sent.spread", NOT_THERE, cpu="cpu-tp1")
+class TrustsEveryRank(ColocateWorkerExtension):
+    """Takes what a rank of the trainer holds for whole tensors, whichever rank it is."""
+
+    weight_sync_sender = f"{PACKAGE}.sent:SendsShardsFromLaterRanks"
