@@ -126,19 +126,19 @@ class SpoilsTheRotaryTable(WorkerExtension):
         return count
 
 
-class SendsShardsFromLaterRanks(HandleSender):
-    """Hands over whole tensors on the first two ranks of a trainer, and only their first rows on any other."""
+class JoinsTwoShards(HandleSender):
+    """Puts every tensor together from what the first two ranks of a trainer hold, and zeros."""
 
     def handles(self, named_tensors: Named) -> dict[str, dict[str, dict]]:
         named = [(name, tensor.detach().clone()) for name, tensor in named_tensors]
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 1:
-            for _, tensor in named:
-                tensor[len(tensor) // torch.distributed.get_world_size() :] = 0
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        for _, tensor in named:
+            tensor[-(-len(tensor) // ranks) * 2 :] = 0
         return super().handles(named)
 
 
 @mutant("sent.spread", NOT_THERE, cpu="cpu-tp1")
-class TrustsEveryRank(ColocateWorkerExtension):
-    """Takes what a rank of the trainer holds for whole tensors, whichever rank it is."""
+class LeavesLaterRanksOut(ColocateWorkerExtension):
+    """Gets tensors that were put together from what two ranks of a trainer hold, however many there are."""
 
-    weight_sync_sender = f"{PACKAGE}.sent:SendsShardsFromLaterRanks"
+    weight_sync_sender = f"{PACKAGE}.sent:JoinsTwoShards"
