@@ -10,6 +10,7 @@ import torch
 from extensions.bracket import UpdateBracket
 from extensions.group import Communicator, GroupError, stateless_init_process_group
 from extensions.manifest import ManifestError
+from extensions.ranks import rank_in_engine
 from extensions.tensors import dtype_of, is_shape
 
 
@@ -25,14 +26,15 @@ class WorkerExtension(UpdateBracket):
     def init_weight_update_group(
         self, master_address: str, master_port: int, rank_offset: int, world_size: int
     ) -> None:
-        """Join the trainer's group as rank `rank_offset` + this worker's rank in its engine.
+        """Join the trainer's group as rank `rank_offset` + this worker's rank in its engine, see `rank_in_engine`.
 
-        `world_size` counts the trainer and the workers of all engines. Each engine has its own `rank_offset`. A group
-        that was joined before is closed first. Raises like `stateless_init_process_group`.
+        `world_size` counts the trainer and the workers of all engines, with those of every data-parallel replica. Each
+        engine has its own `rank_offset`. A group that was joined before is closed first. Raises like
+        `stateless_init_process_group`.
         """
         self.close_weight_update_group()
         self._weight_sync_group = stateless_init_process_group(
-            master_address, master_port, rank_offset + self.rank, world_size, self.device
+            master_address, master_port, rank_offset + rank_in_engine(self), world_size, self.device
         )
 
     def update_weight(self, name: str, dtype: "str | torch.dtype", shape: "list[int] | tuple[int, ...]") -> None:

@@ -12,6 +12,7 @@ from extensions.patches import EACH, WHOLE, Chunk, patch_bytes
 from extensions.tensors import flat_bytes
 
 RUN_BYTES = {"cuda": 2**31, "cpu": 2**26}  # of tensors that are compared together
+MOST_OF_A_RUN = 0.9  # of its bytes: where all changes, that is seen before much of it has been collected
 SPARSE_SHARE = 0.45  # of an update's bytes: where more differs it is sent whole. 15 % of elements of 2 bytes
 
 
@@ -127,8 +128,9 @@ class _Comparing:
             self._sent.tensors[name].copy_(tensor)
 
     def _compare(self, itemsize: int) -> None:
-        run, self._waiting_bytes[itemsize] = self._runs.pop(itemsize), 0
-        found = self._elements.changed([pair for _, pair in run], self._room_bytes // patch_bytes(1, itemsize))
+        run, run_bytes = self._runs.pop(itemsize), self._waiting_bytes.pop(itemsize)
+        most_bytes = min(self._room_bytes, int(MOST_OF_A_RUN * run_bytes))
+        found = self._elements.changed([pair for _, pair in run], most_bytes // patch_bytes(1, itemsize))
         if found is None:
             raise TooMany
         self._expect_room(patch_bytes(sum(found.counts), itemsize))

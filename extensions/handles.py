@@ -14,6 +14,12 @@ from extensions.tensors import MAX_ELEMENTS, dtype_name, dtype_of, is_shape
 
 EVENT_BYTES = 64  # the size of a cudaIpcEventHandle_t: torch reads as many bytes, whatever it is given
 COUNTER_BYTES = 8
+EXPANDABLE = b"e"  # the second byte of torch's handle to memory in an expandable segment; others have a "c"
+EXPANDABLE_HINT = (
+    "; the sender's memory is in expandable segments, whose handles are file descriptors that this process takes by"
+    " pidfd_getfd(): allow it that (both processes of one user; in a container the capability SYS_PTRACE; elsewhere"
+    " kernel.yama.ptrace_scope=0), or start the sender without expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF"
+)
 COUNTERS_PREFIX = b"/torch_"  # begins the names of the files where senders count the tensors still in use
 
 # The arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor after the tensor class, in order.
@@ -119,7 +125,8 @@ def _open_cuda(handle: dict, device: torch.device) -> torch.Tensor:
         )  # fmt: skip
     except RuntimeError as error:
         said = str(error).partition("\n")[0]
-        raise HandleError(f"CUDA could not open the memory on {device}: {said}") from error
+        hint = EXPANDABLE_HINT if handle["memory_handle"][1:2] == EXPANDABLE else ""
+        raise HandleError(f"CUDA could not open the memory on {device}: {said}{hint}") from error
 
 
 def _check_synchronisation(handle: dict) -> None:

@@ -10,6 +10,7 @@ tensors is somewhere else. A worker keeps the tensors that it has opened until i
 
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -17,16 +18,43 @@ from extensions.agreed import Agreed, PlansUpdates
 from extensions.bracket import Update, UpdateError
 from extensions.colocate import ColocateWorkerExtension, HandleSender, of_device, opened_handle
 from extensions.devices import synchronize
+from extensions.model.load import Load
 
 LARGE_BYTES = 16 * 2**20  # of a tensor that is copied alone: 1352 GB/s on an H100; many small ones by a kernel 1041
-Where = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
+# One kernel that copies many tensors of floats computes with them, and changes the bits of a NaN. It copies integers.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Where = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+@dataclass
+class Copies:
+    """Which tensors are copied where, found once for the updates by the same handles and the same plan.
+
+    load: whose places these are. placed: the names of what is copied. small, large: (places, tensors), side by side.
+    rest: tensors that have no place, and are loaded.
+    """
+
+    load: Load
+    placed: list[str]
+    small: tuple[list[torch.Tensor], list[torch.Tensor]]
+    large: tuple[list[torch.Tensor], list[torch.Tensor]]
+    rest: dict[str, torch.Tensor]
+
+
+@dataclass
+class Opened:
+    """The tensors that a worker has opened by handles of one name. copies: where they go, once that was found."""
+
+    name: str = ""
+    tensors: dict[str, torch.Tensor] | None = None
+    copies: Copies | None = None
 
 
 class PlannedColocateWorkerExtension(PlansUpdates, ColocateWorkerExtension):
     """Copies a whole update by one call; give it to vLLM as `worker_extension_cls`."""
 
     weight_sync_sender = "extensions.planned_colocate:KeptHandleSender"
-    _weight_sync_opened: tuple[str, dict[str, torch.Tensor]] = ("", {})
+    _weight_sync_opened = Opened()
 
     def copy_update(self, digest: str, opened: str, ipc_handles: dict[str, dict[str, object]]) -> int:
         """Copy and load the update that was agreed on. Returns its tensors' number.
@@ -40,27 +68,26 @@ class PlannedColocateWorkerExtension(PlansUpdates, ColocateWorkerExtension):
         HandleError as `update_weights_from_ipc_handles`. Nothing was touched then.
         """
         agreed = self._weight_sync_require_agreed(digest)
-        tensors = self._weight_sync_open_handles(opened, ipc_handles)
-        _require_announced(agreed, tensors)
-
-        return self._weight_sync_move(agreed, lambda update: _copy(update, tensors))
+        there = self._weight_sync_open_handles(opened, ipc_handles)
+        if there.copies is None or there.copies.load is not agreed.load:
+            _require_announced(agreed, there.tensors)
+        return self._weight_sync_move(agreed, lambda update: _copy(update, there))
 
     def close_handles(self) -> None:
         """Let go of the trainer's memory."""
-        self._weight_sync_opened = ("", {})
+        self._weight_sync_opened = Opened()
 
-    def _weight_sync_open_handles(self, opened: str, ipc_handles: dict) -> dict[str, torch.Tensor]:
-        name, tensors = self._weight_sync_opened
-        if opened == name and opened:
-            return tensors
+    def _weight_sync_open_handles(self, opened: str, ipc_handles: dict) -> Opened:
+        if opened == self._weight_sync_opened.name and opened:
+            return self._weight_sync_opened
         own = self.report_device_id()
         if not ipc_handles:
             raise UpdateError(f"device {own} was sent no handles, and has opened none called {opened!r:.40}; send them")
         handles = of_device(own, ipc_handles)
         self.close_handles()  # first: memory that the sender has given back stays taken as long as it is open here
         tensors = {name: opened_handle(name, handle, self.device) for name, handle in handles.items()}
-        self._weight_sync_opened = (opened, tensors)
-        return tensors
+        self._weight_sync_opened = Opened(opened, tensors)
+        return self._weight_sync_opened
 
 
 class KeptHandleSender(HandleSender):
@@ -99,24 +126,41 @@ class KeptHandleSender(HandleSender):
 
 
 def _where(tensor: torch.Tensor) -> Where:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _copy(update: Update, tensors: dict[str, torch.Tensor]) -> None:
+def _copy(update: Update, opened: Opened) -> None:
     """Copy tensors to their places in the model, small ones by one kernel, and load those that have none."""
-    placed = {name: place for name in tensors if (place := update.load.place(name)) is not None}
-    if placed:
-        update.load.written_past(placed)  # first: what breaks off has written some
+    if opened.copies is None or opened.copies.load is not update.load:
+        opened.copies = _copies(update.load, opened.tensors)
+    copies = opened.copies
+    if copies.placed:
+        update.load.written_past(copies.placed)  # first: what breaks off has written some
+    for place, tensor in zip(*copies.large, strict=True):
+        place.copy_(tensor)
+    if copies.small[0]:
+        torch._foreach_copy_(*copies.small)
+    update.arrived.update(copies.placed)
+    if copies.rest:
+        update.take(copies.rest)
+
+
+def _copies(load: Load, tensors: dict[str, torch.Tensor]) -> Copies:
+    placed = {name: place for name in tensors if (place := load.place(name)) is not None}
     small = [name for name, place in placed.items() if place.nbytes < LARGE_BYTES]
-    if small:
-        torch._foreach_copy_([placed[name] for name in small], [tensors[name] for name in small])
-    for name, place in placed.items():
-        if place.nbytes >= LARGE_BYTES:
-            place.copy_(tensors[name])
-    update.arrived.update(placed)
-    if rest := {name: tensor for name, tensor in tensors.items() if name not in placed}:
-        update.take(rest)
+    large = [name for name, place in placed.items() if place.nbytes >= LARGE_BYTES]
+    return Copies(
+        load,
+        [*placed],
+        ([_integers(placed[name]) for name in small], [_integers(tensors[name]) for name in small]),
+        ([placed[name] for name in large], [tensors[name] for name in large]),
+        {name: tensor for name, tensor in tensors.items() if name not in placed},
+    )
+
+
+def _integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers, where there are integers of that size."""
+    return tensor.view(INTEGERS.get(tensor.element_size(), tensor.dtype))
 
 
 def _require_announced(agreed: Agreed, tensors: dict[str, torch.Tensor]) -> None:

@@ -68,12 +68,13 @@ class Placed:
     """Where the elements of an update go in a worker's model.
 
     plan: None where there is none, and for an engine with a draft model. bare: loads what is sent element by element
-    alone, and is kept for the next update.
+    alone, and is kept for the next update. sample: of the model's parameters, kept likewise.
     """
 
     agreed: Agreed
     plan: Plan | None
     places: Places
+    sample: Sample
     bare: Load | None = None
 
 
@@ -113,7 +114,9 @@ class SparseWorkerExtension(PlannedWorkerExtension):
                 self._weight_sync_tell_units(agreed)
             self._weight_sync_receive(agreed, any(is_cut for is_cut, _ in told))
         if sender.next != NO_VERSION:
-            self._weight_sync_held = Held(agreed, sender.next, Sample(self.model_runner.get_model()))
+            sample = self._weight_sync_places(agreed).sample
+            sample.take()
+            self._weight_sync_held = Held(agreed, sender.next, sample)
         return len(agreed.announced)
 
     def _weight_sync_version(self, agreed: Agreed) -> bytes:
@@ -141,7 +144,8 @@ class SparseWorkerExtension(PlannedWorkerExtension):
             model, plan = self.model_runner.get_model(), None
             if self._weight_sync_drafter() is None:
                 plan = self._weight_sync_plans().whole(model, self.vllm_config, agreed.announced)
-            placed = Placed(agreed, plan, places_of(model, self.vllm_config, plan, [*agreed.announced]))
+            places = places_of(model, self.vllm_config, plan, [*agreed.announced])
+            placed = Placed(agreed, plan, places, Sample(model))
             self._weight_sync_placed = placed
         return placed
 

@@ -42,8 +42,7 @@ class Receiver(PlannedWorkerExtension):
     """What the extension has of vLLM's worker, for a model that vLLM gives to a transfer engine."""
 
     def __init__(self, model: torch.nn.Module, vllm_config: Any, device: torch.device) -> None:
-        parallel = vllm_config.parallel_config
-        self.rank = getattr(parallel, "data_parallel_index", 0) * parallel.world_size + parallel.rank
+        self.rank = vllm_config.parallel_config.rank
         self.model_runner = SimpleNamespace(get_model=lambda: model)
         self.vllm_config, self.device = vllm_config, device
 

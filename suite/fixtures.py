@@ -22,7 +22,7 @@ from suite.stages import Stage
 from suite.stages.hardware import machine
 from suite.subjects import Subject
 
-FSDP_RANKS = 2
+FSDP_RANKS, SPREAD_RANKS = 2, 4
 SPARE_TRAINERS, SPARE_ENGINES, CORES_A_SPARE = 6, 2, 5  # kept ready at the most; one of a kind for so many cores
 SEEING_TRAINERS = 5  # started ahead at the most, of those that see GPUs in their own way
 POOL = pytest.StashKey[Pool]()
@@ -101,6 +101,14 @@ def sharded(
     """As `sync`, with a trainer that holds the model in shards wherever the stage has room for two ranks."""
     world_size = FSDP_RANKS if stage.kind == "cpu" else stage.trainer_world_size
     yield from lend(pool, _kept(pool, trainers, stage, world_size), request)
+
+
+@pytest.fixture
+def spread(
+    pool: Pool, trainers: Trainers, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
+) -> Iterator[Sync]:
+    """As `sync`, with a trainer of four ranks, each of which holds a part of every tensor. On CPUs."""
+    yield from lend(pool, _kept(pool, trainers, stage, SPREAD_RANKS), request)
 
 
 @pytest.fixture

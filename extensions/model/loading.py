@@ -147,6 +147,8 @@ class LayerwiseReload(Load):
         self._renew_views(path)
         layer = self._layers[path]
         info = get_layerwise_info(layer)
+        if getattr(layer, "_cpu_skip_gemm_dispatch", False):
+            _give_memory(info.kernel_tensors[0], layer)
         for name, buffer in info.kernel_tensors[1].items():
             if f"{path}.{name}" in self._plan.into:  # vLLM leaves some buffers as they were
                 buffer.data.copy_(layer._buffers[name])
@@ -195,7 +197,12 @@ def finalize(model: torch.nn.Module, model_config: object) -> None:
     from vllm.model_executor.model_loader import reload
 
     finish = getattr(reload, "finalize_layerwise_reload", None) or reload.finalize_layerwise_processing
-    finish(model, model_config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(model_config.dtype)  # as when an engine starts: what is made by default is of this dtype
+    try:
+        finish(model, model_config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _name_loaders(model: torch.nn.Module) -> None:
@@ -238,6 +245,17 @@ def _repack_tied_head(model: torch.nn.Module) -> None:
         packed = isinstance(module, ParallelLMHead) and is_packed(module)
         if packed and addresses.count(module.weight.data_ptr()) > 1:
             module.quant_method.process_weights_after_loading(module)
+
+
+def _give_memory(parameters: dict[str, torch.Tensor], layer: torch.nn.Module) -> None:
+    """Give a layer memory for weights that were released: on CPUs with AMX, latent attention does so with kv_b_proj's.
+
+    vLLM's reload would copy into none. Attention, which is processed last, takes what it needs and releases it again.
+    """
+    for name, released in parameters.items():
+        loaded = layer._parameters[name]
+        if not released.numel():
+            parameters[name] = torch.nn.Parameter(torch.empty_like(loaded.data), requires_grad=False)
 
 
 def _with_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -142,6 +142,10 @@ class Sample:
         for parameter in model.parameters():
             if parameter.numel() and parameter.element_size() in INTEGERS and not parameter.is_meta:
                 self._views.setdefault((parameter.device, parameter.element_size()), []).append(_some(parameter.data))
+        self.take()
+
+    def take(self) -> None:
+        """Take what they are now for right. The parameters are where they were when this was made."""
         self._values = self._now()
 
     def holds(self) -> bool:

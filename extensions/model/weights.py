@@ -73,7 +73,12 @@ def is_packed(module: torch.nn.Module) -> bool:
 
 
 def _is_applied(model: torch.nn.Module, module: torch.nn.Module) -> bool:
-    """Whether the layer computes with its packed weight. An input embedding has one and does not use it."""
+    """Whether the layer computes with its packed weight. An input embedding has one and does not use it.
+
+    Latent attention on CPUs with AMX takes what it needs of a layer's weight, and leaves the layer without any.
+    """
+    if module.cpu_linear is torch.nn.functional.linear and not module._parameters["weight"].numel():
+        return False
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     if isinstance(module, VocabParallelEmbedding):

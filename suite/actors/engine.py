@@ -209,9 +209,9 @@ class Engine(adapters.Adapting):
         """Release the GPU memory of the weights (level 1: kept on the host, level 2: dropped) and of the cache."""
         self._llm.sleep(level=level)
 
-    def wake_up(self) -> None:
-        """Take the memory back."""
-        self._llm.wake_up()
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take the memory back: of "weights", of "kv_cache", or of all."""
+        self._llm.wake_up(tags=tags)
 
     def pause(self, prompts: list[list[int]], max_tokens: int, tokens: int) -> None:
         """Start requests, and pause generation once each has given this many tokens; `update_paused` goes on."""

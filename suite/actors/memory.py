@@ -49,6 +49,13 @@ def resources(device: torch.device) -> dict[str, int]:
     return held
 
 
+def expands(device: torch.device) -> bool:
+    """Whether torch has memory of a CUDA device in expandable segments."""
+    return any(
+        segment["is_expandable"] for segment in torch.cuda.memory_snapshot() if segment["device"] == device.index
+    )
+
+
 def _status_bytes(key: str) -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024

@@ -20,6 +20,7 @@ from extensions.group import Communicator, stateless_init_process_group
 from extensions.model.drafter import drafter_of
 from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
+from extensions.ranks import rank_in_engine
 from suite.actors import arrived, memory, recording
 from suite.actors.checksum import checksum
 from suite.processes import wire
@@ -81,7 +82,7 @@ class Probe:
         """Write what this rank computes with, for `probe_compare`."""
         weights, beside = self._probe_copies()
         with of_the_suite("write what this engine computes with"):
-            recording.write(path, self.rank, weights, beside)
+            recording.write(path, self._probe_rank, weights, beside)
 
     def probe_record(self) -> None:
         """Remember what this rank computes with, after a cold load and an answer; see `suite.actors.recording`."""
@@ -93,7 +94,7 @@ class Probe:
         answering = recording.unsteady_of(beside, recording.beside_of(self.model_runner.get_model(), weights))
         with of_the_suite("write what this engine computes with"):
             unsteady = recording.both(answering, recording.unsteady_loads(self.vllm_config, weights))
-            recording.write(path, self.rank, weights, beside, unsteady)
+            recording.write(path, self._probe_rank, weights, beside, unsteady)
 
     def probe_compare(self, path: str, beside: list[str], unsteady: str) -> dict:
         """Compare bit by bit with what was written: what was looked at, and what differs where.
@@ -109,14 +110,14 @@ class Probe:
                 yield name, weight
 
         with of_the_suite("read what another engine computes with"):
-            expected = recording.read_weights(path, self.rank)
-            expected_beside, left_out = recording.agreed(beside, unsteady, self.rank)
+            expected = recording.read_weights(path, self._probe_rank)
+            expected_beside, left_out = recording.agreed(beside, unsteady, self._probe_rank)
         weights = [*recording.differing_weights(looked_at(), expected)]
         found_beside = recording.beside_of(self.model_runner.get_model(), shapes)
         others = recording.differing_beside(found_beside, expected_beside, left_out)
         elements = sum(map(math.prod, shapes.values()))
         counts = {"elements": elements, "weights": len(shapes), "differing": len(weights), "others": len(others)}
-        return {"rank": self.rank, **counts, "first": [*weights, *others][:SHOWN], "shapes": shapes}
+        return {"rank": self._probe_rank, **counts, "first": [*weights, *others][:SHOWN], "shapes": shapes}
 
     def probe_drafter(self, path: str) -> dict:
         """Compare the draft model's weights, bit by bit, with what a cold engine wrote of its model at `path`."""
@@ -125,10 +126,15 @@ class Probe:
             raise RuntimeError("this engine has no draft model")
         found = dict(effective_weights(drafter.model))
         with of_the_suite("read what another engine computes with"):
-            expected = recording.read_weights(path, self.rank)
+            expected = recording.read_weights(path, self._probe_rank)
         differing = [*recording.differing_weights(found.items(), expected)]
         elements = sum(weight.numel() for weight in found.values())
-        return {"rank": self.rank, "elements": elements, "differing": len(differing), "first": differing[:SHOWN]}
+        return {
+            "rank": self._probe_rank,
+            "elements": elements,
+            "differing": len(differing),
+            "first": differing[:SHOWN],
+        }
 
     def probe_alike(self, path: str, other: str) -> dict:
         """Which weights equal, bit by bit, those that a cold engine wrote at `path`.
@@ -136,11 +142,11 @@ class Probe:
         Only those are looked at, and counted as "weights", in which `path` and `other`, of another checkpoint, differ.
         """
         with of_the_suite("read what another engine computes with"):
-            expected = recording.telling(recording.read_weights(path, self.rank), other, self.rank)
+            expected = recording.telling(recording.read_weights(path, self._probe_rank), other, self._probe_rank)
         looked_at = {name: weight for name, weight in self._probe_weights() if name in expected}
         differing = {said.partition(": ")[0] for said in recording.differing_weights(looked_at.items(), expected)}
         same = [name for name in expected if name not in differing]
-        return {"rank": self.rank, "weights": len(expected), "same": len(same), "first": same[:SHOWN]}
+        return {"rank": self._probe_rank, "weights": len(expected), "same": len(same), "first": same[:SHOWN]}
 
     def probe_zero(self) -> dict:
         """How many effective elements there are, and which weights have some that aren't zero."""
@@ -149,7 +155,7 @@ class Probe:
             elements += weight.numel()
             if count := _nonzero(weight):
                 nonzero.append(f"{name}: {count} of {weight.numel()} elements are not zero")
-        return {"rank": self.rank, "elements": elements, "differing": len(nonzero), "first": nonzero[:SHOWN]}
+        return {"rank": self._probe_rank, "elements": elements, "differing": len(nonzero), "first": nonzero[:SHOWN]}
 
     def probe_checksums(self, manifest: list[dict]) -> dict[str, int]:
         """`{announced name: positional checksum}` of what this rank computes with; see `suite.actors.arrived`."""
@@ -173,7 +179,11 @@ class Probe:
         if not all(hasattr(layer, "weight") for layer in (model.model.embed_tokens, model.lm_head)):
             return {"rank": self.rank, "rows": 0, "equal": 0}
         looked_up, applied = model.model.embed_tokens.weight.detach(), applied_weight(model.lm_head)
-        return {"rank": self.rank, "rows": len(looked_up), "equal": int((looked_up == applied).all(dim=1).sum())}
+        return {
+            "rank": self._probe_rank,
+            "rows": len(looked_up),
+            "equal": int((looked_up == applied).all(dim=1).sum()),
+        }
 
     def probe_addresses(self) -> dict[str, int]:
         """`{path: address}` of every tensor on this rank's device that it computes with and that isn't empty."""
@@ -192,7 +202,12 @@ class Probe:
 
     def probe_device(self) -> dict:
         """Which device this worker is on, and its process."""
-        return {"rank": self.rank, "pid": os.getpid(), "device": str(self.device), "id": device_id(self.device)}
+        return {
+            "rank": self._probe_rank,
+            "pid": os.getpid(),
+            "device": str(self.device),
+            "id": device_id(self.device),
+        }
 
     def probe_resources(self) -> dict[str, int]:
         """What this worker's process holds; see `memory.resources`."""
@@ -215,7 +230,7 @@ class Probe:
         if self._probe_group is not None:
             self._probe_group.close()
         self._probe_group = stateless_init_process_group(
-            address, port, rank_offset + self.rank, world_size, self.device
+            address, port, rank_offset + self._probe_rank, world_size, self.device
         )
 
     @of_the_suite("receive a roofline's broadcast")
@@ -248,6 +263,11 @@ class Probe:
         self._probe_buffer = self._probe_pair = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @property
+    def _probe_rank(self) -> int:
+        """This worker's rank among all of its engine's, with the data-parallel replicas in turn."""
+        return rank_in_engine(self)
 
     def _probe_copies(self) -> tuple[recording.Tensors, recording.Beside]:
         """Copies of the weights, and of what is beside them."""

@@ -62,6 +62,7 @@ class Outgoing:
     def held(self) -> list[tuple[str, torch.Tensor]]:
         """All of them at once, from now on."""
         self._held = self._held or list(self._trainer.named_tensors(*self._how))
+        self.count = len(self._held)
         return self._held
 
     def manifest(self) -> list[dict]:
@@ -184,7 +185,7 @@ class Sending:
         announced = self._half.announce(tensors) if self._speaks else {}
         self._announce_s = time.monotonic() - began
         announced = self._half.mislabelled(announced, relabel) if relabel is not None else announced
-        return {"manifest": tensors.manifest(), **announced}
+        return announced if "manifest" in announced else {"manifest": tensors.manifest(), **announced}
 
     def _agree(self, said: TrainerSide, fault: Fault, announcement: dict[str, Any], call_off: bool) -> None:
         """Announce the update, and have all engines start it and all ranks send it, or none. Raises NotStarted."""

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,12 +207,16 @@ class Served:
     async def _follow(self, request: Request, prompt: dict, params: Any) -> None:
         """Take what a request gives until it ends; whatever it raises is its end too."""
         try:
-            async for output in self.llm_engine.generate(prompt, params, f"request-{next(self._numbers)}"):
+            async for output in self._generated(prompt, params, next(self._numbers)):
                 request.take(output)
         except Exception as error:
             request.error = f"{type(error).__name__}: {error}"
         finally:
             request.ended = True
+
+    def _generated(self, prompt: dict, params: Any, number: int) -> AsyncIterator[Any]:
+        """The outputs of one request; `number` counts them."""
+        return self.llm_engine.generate(prompt, params, f"request-{number}")
 
     async def _all(self, awaited: list[Coroutine]) -> None:
         await asyncio.gather(*awaited)

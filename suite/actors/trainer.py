@@ -270,6 +270,10 @@ class Trainer:
         """What this rank's process holds; see `memory.resources`."""
         return memory.resources(self.device)
 
+    def expands(self) -> bool:
+        """Whether this rank has GPU memory in expandable segments."""
+        return memory.expands(self.device)
+
     def memory_peak(self) -> int:
         """Bytes above the mark at the highest since then."""
         return memory.peak_above(self._marked, self.device)

@@ -69,7 +69,7 @@ def test_changes(
             trainer_peak_extra_bytes=trainer_bytes,
             **shares(rounds, whole_bytes, roofline_s),
         )
-        benchmark.extra_info["in_flight"] = _in_flight(sync.with_requests(IN_FLIGHT_ROUNDS, change))
+        benchmark.extra_info["in_flight"] = in_flight(sync.with_requests(IN_FLIGHT_ROUNDS, change))
     for moved in rounds:
         few = moved.bytes_sent < whole_bytes / 2
         expect(few, f"less than half of {whole_bytes} bytes to be sent", moved.bytes_sent, sync.where)
@@ -93,10 +93,14 @@ def shares(rounds: list[Moved], whole_bytes: int, roofline_s: list[float]) -> di
     }
 
 
-def _in_flight(rounds: list[Moved]) -> dict[str, object]:
+def in_flight(rounds: list[Moved]) -> dict[str, object]:
+    """What is said of the pause, without the time of comparing, for which no engine has to pause: none is called then.
+
+    These engines were paused before it, as before every update that is measured.
+    """
     return {
         "requests": REQUESTS,
-        "pause_samples_s": [moved.pause_s for moved in rounds],
-        "update_samples_s": [moved.elapsed_s for moved in rounds],
+        "pause_samples_s": [moved.pause_s - moved.announce_s for moved in rounds],
+        "update_samples_s": [moved.elapsed_s - moved.announce_s for moved in rounds],
         "token_samples_s": [moved.token_s for moved in rounds],
     }

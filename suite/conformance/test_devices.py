@@ -15,6 +15,7 @@ from suite.driver.sync import Sync
 from suite.driver.trainers import Trainers
 from suite.fixtures import lend
 from suite.models import TIED
+from suite.processes.call import RemoteError
 from suite.sequences.player import UNKNOWN_DEVICE
 from suite.session import verdicts
 from suite.stages import Stage
@@ -126,6 +127,44 @@ def test_remap(remapped: Callable[[], Sync], target: int, visibility: Visibility
     for seed in (target, sync.seed):
         sync.load(seed)
         sync.update()
+        sync.expect_exact(seed)
+
+
+@pytest.fixture
+def expanding(
+    pool: Pool, trainers: Trainers, stage: Stage, subject: Subject, model: str, request: pytest.FixtureRequest
+) -> Iterator[Sync]:
+    """As `sync`, with a trainer of its own that has PyTorch's expandable segments on."""
+    trainer = trainers.expanding(stage)
+    yield from lend(pool, trainer, request)
+    trainer.stop_soon()
+
+
+@requirement(
+    "devices.expandable",
+    MUST,
+    text="From a trainer with PyTorch's expandable segments on, an update by handle is exact, or is refused with an"
+    " error that names them, and the weights stay as they were.",
+    because="Such memory is handed over by a file descriptor, which the engine's process may not be allowed to take.",
+    seen_in=("OpenRLHF#957", "vllm#42609"),
+    on="gpu",
+    models={"gpu-colocate-tp1": [TIED]},
+)
+@pytest.mark.needs(engines=lambda key, params: [key])
+def test_expandable(expanding: Sync, target: int) -> None:
+    sync = expanding
+    weights = sync.snapshot()
+    for seed in (target, sync.seed):
+        sync.load(seed)
+        if not all(sync.trainer.call("expands")):
+            raise RuntimeError(f"the trainer has no memory in expandable segments: nothing is told {sync.where}")
+        try:
+            sync.update()
+        except RemoteError as error:
+            named = "expandable" in error.said.lower()
+            expect(named, "an exact update, or an error that names expandable segments", error.said, sync.where)
+            sync.expect_equal_to(weights, "the weights from before the refused update")
+            return
         sync.expect_exact(seed)
 
 

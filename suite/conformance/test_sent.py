@@ -240,6 +240,23 @@ def _update_exactly(sync: Sync, seed: int, expected: Sequence[str], named: Calla
     sync.expect_exact(seed)
 
 
+@requirement(
+    "sent.spread",
+    MUST,
+    text="Two updates from a trainer of four ranks are exact, where each rank holds a part of every tensor and the"
+    " engine has fewer ranks than the trainer.",
+    because="Code that was tried with one or two ranks takes a rank for a device, a shard for a tensor, or the last one"
+    " that spoke for all.",
+    on="cpu",
+    models={"cpu-tp1": [TIED]},
+)
+def test_spread(spread: Sync, target: int) -> None:
+    for seed in (target, spread.seed):
+        spread.load(seed)
+        spread.update()
+        spread.expect_exact(seed)
+
+
 def _expect_among(sync: Sync, names: Iterable[str], expected: Sequence[str]) -> None:
     """Else a test would say nothing of what it is about."""
     missing = [name for name in expected if name not in names]

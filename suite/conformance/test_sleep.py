@@ -39,6 +39,29 @@ def test_level2(sync: Sync, target: int) -> None:
     _exact_after_sleep(sync, target, level=2)
 
 
+@pytest.mark.engine(enable_sleep_mode=True)
+@requirement(
+    "sleep.tags",
+    MUST,
+    text="An engine that slept at level 1 or 2 is updated exactly while its weights are awake and its cache is not, and"
+    " computes with the new weights once the cache is awake too.",
+    because="Trainers on the same GPU leave no room for the cache until the update is over. Waking the cache must not"
+    " bring old weights back, and an update must not need the cache.",
+    seen_in=("vllm#15254", "vllm#44395", "trl#5312"),
+    on="gpu",
+    models=MODELS,
+)
+def test_tags(sync: Sync, target: int) -> None:
+    for level, seed in ((2, target), (1, sync.seed)):
+        sync.sleep(level)
+        sync.wake_up("weights")
+        sync.load(seed)
+        sync.update()
+        sync.wake_up("kv_cache")
+        sync.expect_exact(seed)
+        sync.expect_same_behaviour()
+
+
 def _exact_after_sleep(sync: Sync, target: int, level: int) -> None:
     sync.load(sync.seed)
     sync.update()

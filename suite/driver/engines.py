@@ -81,6 +81,8 @@ def actor_of(key: EngineKey, stage: Stage, launcher: Launcher) -> tuple[str, dic
     """The class that owns an engine in its process, and what it is given beside what every engine is."""
     if key.is_server(stage):
         return "suite.actors.server:ServerEngine", {"address": launcher.address, "port": launcher.free_port()}
+    if stage.data_parallel_size > 1:
+        return "suite.actors.parallel:ParallelEngine", {}
     return f"suite.actors.{'serving:ServingEngine' if key.serves else 'engine:Engine'}", {}
 
 
@@ -112,6 +114,8 @@ def engine_options(stage: Stage, model: str) -> dict:
     if stage.pipeline_parallel_size > 1:
         options["pipeline_parallel_size"] = stage.pipeline_parallel_size
         options |= OF_CPU_PIPELINES if stage.kind == "cpu" else {}
+    if stage.data_parallel_size > 1:
+        options["data_parallel_size"] = stage.data_parallel_size
     return options
 
 

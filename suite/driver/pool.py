@@ -207,8 +207,8 @@ class Pool:
 
         It is one of `among` if any fits: another subject's engine will do, also on another stage, but no server.
         """
-        wanted = (key.model, self._layout(key.stage), key.options, seed, key.again)
-        alike = (o for o in among if (o.model, self._layout(o.stage), o.options, o.seed, o.again) == wanted)
+        wanted = (key.model, self._stages[key.stage].layout, key.options, seed, key.again)
+        alike = (o for o in among if (o.model, self._stages[o.stage].layout, o.options, o.seed, o.again) == wanted)
         of_its_own = replace(key, seed=seed, visible="", copy=0, serves=False)
         return next((other for other in alike if not other.is_server(self._stages[other.stage])), of_its_own)
 
@@ -263,17 +263,13 @@ class Pool:
             self._changed.notify_all()
         self._spares.close()
 
-    def _layout(self, stage: str) -> tuple[str, int, int]:
-        found = self._stages[stage]
-        return found.kind, found.tensor_parallel_size, found.pipeline_parallel_size
-
     def oracle_path(self, key: EngineKey) -> Path:
         """Where engines that compute as `key` does write what they compute with after a cold load."""
         parts = [*self._computing(key), str(key.seed), *(["again"] if key.again else [])]
         return self.launcher.directory / "oracles" / "-".join(parts)
 
     def _computing(self, key: EngineKey) -> list[str]:
-        return [*map(str, (key.model, *self._layout(key.stage))), *(f"{n}={v}" for n, v in key.options)]
+        return [*map(str, (key.model, *self._stages[key.stage].layout)), *(f"{n}={v}" for n, v in key.options)]
 
     def _work(self) -> None:
         """Start one engine after the other. An error in the pool itself does not end this: `_wait_for` raises it."""

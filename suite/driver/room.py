@@ -11,7 +11,7 @@ from suite.stages import Stage
 
 ENGINE_BYTES = 2.0e9  # of a GPU, for an engine without its weights: CUDA's context, cache, graphs, buffers
 TRAINERS_BYTES = 5.0e9  # of a trainer's GPU: CUDA's contexts of the kept trainers and of the spare ones
-GPU_FRACTION = 0.9  # of a GPU's memory may be planned for
+GPU_FRACTION = 0.92  # of a GPU's memory may be planned for
 HOST_BYTES = 4e9  # of host memory, for an engine and what it loads
 MIN_ENGINES = 3  # at once, whatever the host's memory
 GB = 1e9

@@ -93,11 +93,20 @@ class Together:
         """Have the engines forget all that they have cached, of pictures too."""
         gather([engine.process.submit("reset_caches") for engine in self.engines], self.call_deadline_s)
 
-    def sleep_and_wake(self, level: int) -> None:
-        """Have the engines give up their GPU memory and take it back."""
+    def sleep(self, level: int) -> None:
+        """Have the engines give up their GPU memory."""
         for engine in self.engines:
             engine.process.call("sleep", level, deadline_s=self.call_deadline_s)
-            engine.process.call("wake_up", deadline_s=self.call_deadline_s)
+
+    def wake_up(self, *tags: str) -> None:
+        """Have the engines take their GPU memory back: of "weights", of "kv_cache", or all of it."""
+        for engine in self.engines:
+            engine.process.call("wake_up", [*tags] or None, deadline_s=self.call_deadline_s)
+
+    def sleep_and_wake(self, level: int) -> None:
+        """Have the engines give up their GPU memory and take it back."""
+        self.sleep(level)
+        self.wake_up()
 
     def resources(self) -> dict[str, dict[str, int]]:
         """What every engine and trainer rank's process holds, by a name for it."""

@@ -37,6 +37,7 @@ class TrainerGroup:
         visible: list[str | None],
         stage: Stage | None = None,
         joins: bool = True,
+        more: variables.Variables | None = None,
     ) -> None:
         """Start the ranks, and return at once.
 
@@ -45,6 +46,7 @@ class TrainerGroup:
             visible: CUDA_VISIBLE_DEVICES of every rank, None for unset; empty on a CPU.
             stage: has more to say of the environment.
             joins: whether it is to join groups: then what that needs is imported before anyone waits for it.
+            more: environment variables of its own.
         """
         port = launcher.free_port()
         self.world_size = world_size
@@ -54,7 +56,7 @@ class TrainerGroup:
                 "rank": rank, "world_size": world_size, "device": device, "master_address": launcher.address,
                 "master_port": port,
             }  # fmt: skip
-            env = variables.of_trainer(device, visible[rank] if visible else "", rank, stage)
+            env = variables.of_trainer(device, visible[rank] if visible else "", rank, stage) | (more or {})
             process = launcher.start(f"{name}-rank{rank}", TRAINER, arguments, env, CALL_DEADLINE_S)
             self.processes.append(process)
         self._warmed = [process.prepare("warm_up") for process in self.processes if joins]
@@ -246,6 +248,13 @@ class Trainers:
             self.start_seeing(visible, device)
         with self._lock:
             return self._seeing[visible, device].pop(0)
+
+    def expanding(self, stage: Stage) -> TrainerGroup:
+        """A trainer of one rank, ready, whose GPU memory is in expandable segments, for whoever asks, who ends it."""
+        visible = list(stage.trainer_visible)
+        group = TrainerGroup(self._launcher, "trainer-expanding", 1, "cuda", visible, stage, more=variables.EXPANDING)
+        group.ready()
+        return group
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

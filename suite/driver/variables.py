@@ -25,6 +25,10 @@ def of_trainer(device: str, visible: str | None, rank: int, stage: Stage | None)
     return _common("cpu" if device == "cpu" else "gpu", visible) | {"OMP_NUM_THREADS": "1"} | nccl
 
 
+# What has torch allocate GPU memory in segments that grow, which are handed over by another kind of handle.
+EXPANDING: Variables = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
 def of_engine(stage: Stage, copy: int, eager: bool) -> Variables:
     """What an engine's process has in its environment. `copy` counts the engines of a stage that has several."""
     visible = stage.visible_to_engine(copy) if stage.kind == "gpu" else ""

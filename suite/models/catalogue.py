@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from suite.models import layers, pictures
+from suite.models import layers, pictures, quantised
 from suite.models.values import Shape
 
 
@@ -42,7 +42,12 @@ class ModelSpec:
     @property
     def computed(self) -> bool:
         """Whether the trainer computes with this model, or else holds its tensors alone and is no oracle of answers."""
-        return self.layout is None and self.architecture not in PARTICULAR
+        return self.layout is None and self.architecture not in PARTICULAR and not self.quantised
+
+    @property
+    def quantised(self) -> str:
+        """How its checkpoint is quantised, as `suite.models.quantised` names it; empty where it is not."""
+        return self.config.get("quantization_config", {}).get("quant_method", "") if self.layout is None else ""
 
     @property
     def sees(self) -> bool:
@@ -64,6 +69,8 @@ class ModelSpec:
         if self.layout is not None:
             own, _ = self.layout[name]
             return dtype if own == "bfloat16" else own
+        if self.quantised:
+            return quantised.dtype_of(name, self.quantised, dtype)
         return "float32" if name.endswith(IN_FLOAT32.get(self.architecture, ())) else dtype
 
 
@@ -82,6 +89,8 @@ def tensors(spec: ModelSpec) -> list[tuple[str, Shape]]:
     found.append(("model.norm.weight", (hidden,)))
     if not spec.tied:
         found.append(("lm_head.weight", (vocabulary, hidden)))
+    if spec.quantised:
+        return [part for name, shape in found for part in quantised.tensors(name, shape, spec.quantised)]
     return found
 
 
@@ -210,3 +219,7 @@ MODELS: dict[str, ModelSpec] = {
     name: ModelSpec(name, architecture, _config(architecture, purpose, size), purpose)
     for name, architecture, purpose, size in _CATALOGUE
 }
+for _method, _said in quantised.CONFIGS.items():
+    _plain = MODELS["qwen3-untied-tiny"]
+    _config_of_it = _plain.config | {"quantization_config": _said}
+    MODELS[f"qwen3-{_method}-tiny"] = ModelSpec(f"qwen3-{_method}-tiny", "qwen3", _config_of_it, "tiny")

@@ -25,6 +25,8 @@ ROUTER_GAIN = 16.0
 NORM_SPREAD = 0.25
 BIAS_SPREAD = 0.5
 
+SCALES = {"weight_scale_inv": 1.0, ".scales": 0.01}  # of quantised weights: positive
+
 # Elements computed at once: whatever the tensor's size, scratch memory is about 100 MB, and on GPUs, where launching
 # kernels is what takes time, 800 MB.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
@@ -43,14 +45,25 @@ def values(name: str, shape: Shape, seed: int, dtype: torch.dtype | str) -> torc
 def fill_values(out: torch.Tensor, name: str, shape: Shape, seed: int, start: int = 0) -> None:
     """Write elements [start, start + out.numel()) of the flattened tensor `name` of `shape` into contiguous `out`.
 
-    `out` may have any floating dtype, be on any device, and be a shard; the bits are those of `values`.
+    `out` may have any floating dtype, be on any device, and be a shard; the bits are those of `values`. Integers of 32
+    bits get any bits.
     """
     flat = out.view(-1)
+    if not out.dtype.is_floating_point:
+        _fill_integers(flat, name, seed, start)
+        return
     middle, width = _spread(name, shape)
     chunk = CHUNK_ELEMENTS[out.device.type]
     for low in range(0, flat.numel(), chunk):
         high = min(low + chunk, flat.numel())
         flat[low:high] = _elements(name, seed, start + low, start + high, middle, width, out.device)
+
+
+def _fill_integers(flat: torch.Tensor, name: str, seed: int, start: int) -> None:
+    import torch
+
+    position = torch.arange(start, start + flat.numel(), dtype=torch.int64, device=flat.device).to(torch.int32)
+    flat.copy_(_scrambled(position, zlib.crc32(f"{seed} {name}".encode())))
 
 
 def _spread(name: str, shape: Shape) -> tuple[float, float]:
@@ -65,6 +78,9 @@ def _spread(name: str, shape: Shape) -> tuple[float, float]:
         return 1.0, NORM_SPREAD
     if name.endswith(".bias") or len(shape) < 2:
         return 0.0, BIAS_SPREAD
+    scale = next((size for ending, size in SCALES.items() if name.endswith(ending)), 0.0)
+    if scale:
+        return scale, scale / 2
     gain = 1.0
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
         gain = LOGIT_STD

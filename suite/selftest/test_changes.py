@@ -10,7 +10,7 @@ import torch
 
 from extensions.elements import integers
 from suite.actors.shards import TURNED_BITS, local, turn_bits
-from suite.benchmarks.test_changes import shares
+from suite.benchmarks.test_changes import in_flight, shares
 from suite.driver.measuring import Measuring
 from suite.driver.moving import Moved
 from suite.selftest.runs import ONE_CASE, examine
@@ -109,3 +109,8 @@ def test_what_is_said_of_changes_is_a_share_of_a_whole_broadcast():
     assert math.isclose(found["gb_per_s"], 3.0)
     assert found["steps_s"] == {"compare": [4.0] * 3, "begin": [0.5] * 3, "transfer": [2.0] * 3, "end": [0.25] * 3}
     assert (found["bytes_sent"], found["whole_bytes"], found["elapsed_samples_s"]) == (6 * 10**9, 10**11, [9.0] * 3)
+
+
+def test_no_engine_pauses_for_comparing():
+    found = in_flight([Moved(9.0, 8, 3, {}, 1, pause_s=10.0, token_s=0.5, announce_s=4.0)])
+    assert (found["pause_samples_s"], found["update_samples_s"], found["token_samples_s"]) == ([6.0], [5.0], [0.5])

@@ -374,6 +374,17 @@ def test_what_cuda_can_not_open_is_a_handle_error(monkeypatch: pytest.MonkeyPatc
     assert said == "CUDA could not open the memory on cuda:1: CUDA error: invalid argument"
 
 
+def test_what_is_in_expandable_segments_says_what_it_takes_to_open_it(monkeypatch: pytest.MonkeyPatch):
+    def rebuild(*_: object) -> torch.Tensor:
+        raise RuntimeError("pidfd_getfd: Operation not permitted")
+
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_cuda_tensor", rebuild)
+    for handle, named in ((b"\x02e" + bytes(40), True), (b"\x03e" + bytes(40), True), (b"\x02c" + bytes(64), False)):
+        said = refused(_plain_cuda(cuda_arguments(memory_handle=handle)), device=torch.device("cuda", 1))
+        assert said.startswith("CUDA could not open the memory on cuda:1: pidfd_getfd: Operation not permitted")
+        assert ("expandable_segments:True" in said) == named
+
+
 # ---- ids and the sender
 
 

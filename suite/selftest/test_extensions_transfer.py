@@ -86,11 +86,12 @@ class Recording:
 
 @pytest.fixture
 def engine(vllm: Factory) -> Any:
+    from extensions.ranks import rank_in_engine
     from extensions.transfer import PlannedTransferEngine
 
     parallel = SimpleNamespace(data_parallel_index=1, world_size=2, rank=1)
     made = PlannedTransferEngine(None, SimpleNamespace(parallel_config=parallel), torch.device("cpu"), "the model")
-    assert made._receiver.rank == 3, "expected a rank of its own among all replicas"
+    assert rank_in_engine(made._receiver) == 3, "expected a rank of its own among all replicas"
     assert made._receiver.model_runner.get_model() == "the model"
     made._receiver = Recording()
     return made

@@ -544,7 +544,7 @@ def test_what_a_gpu_has_no_room_for_is_not_started(pool: Pool, started: Started,
     assert pool.room.too_large([small]) == ""
     says = (
         "qwen3-32b on gpu: 65.5 GB of the engine's weights + 2.0 GB beside them + 5.0 GB of trainers without theirs"
-        " + 65.5 GB of the trainer's weights = 138.0 GB on one GPU; the GPU has 86.0 GB, of which 90% may be planned"
+        " + 65.5 GB of the trainer's weights = 138.0 GB on one GPU; the GPU has 86.0 GB, of which 92% may be planned"
         " for"
     )
     assert pool.room.too_large([large]) == ("" if fits else says)

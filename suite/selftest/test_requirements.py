@@ -17,12 +17,14 @@ IDS = [
     "update.untied", "update.moe", "update.order", "update.dtype", "update.trained", "update.sequence",
     "update.graphs", "update.fp8", "update.experts_apart", "fanout.two_engines", "names.free", "errors.unknown_name",
     "errors.missing_name", "errors.shape", "errors.dtype", "devices.remap", "devices.identity",
-    "devices.wrong_handle", "cache.prefix", "sleep.level1", "sleep.level2", "memory.steady",
+    "devices.wrong_handle", "cache.prefix", "sleep.level1", "sleep.level2", "sleep.tags", "memory.steady",
     "update.nonfinite", "errors.nested", "faults.trainer_killed", "faults.trainer_stopped", "faults.worker_killed",
     "update.sparse", "sent.mixed_dtypes", "sent.strides", "sent.large", "sent.biases",
     "sent.parameters", "sent.float32", "sent.derived", "sent.buffers",
     "inflight.update", "inflight.prefix", "inflight.refused", "inflight.versions", "server.checker",
     "lora.exact", "lora.reloaded", "draft.stale", "draft.updated", "cache.encoder",
+    "sent.spread", "devices.expandable",
+    "update.fp8_cache", "update.quantised",
 ]  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def uuid_of(name: str) -> str:
     return f"GPU-{int(name)}"
 
 
-ON_CPU = ["cpu-tp1", "cpu-tp2", "cpu-pp2", "cpu-fanout", "cpu-serve"]
+ON_CPU = ["cpu-tp1", "cpu-tp2", "cpu-pp2", "cpu-fanout", "cpu-serve", "cpu-dp2"]
 ON_TWO = ["gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2", "gpu-colocate-pp2"]
 ON_THREE = [*ON_TWO, "gpu-fanout", "gpu-split-pp2"]
 ON_FOUR = [*ON_THREE, "gpu-fanout3", "gpu-split-tp2", "gpu-colocate-tp4", "gpu-colocate-pp2-tp2"]
@@ -113,6 +113,8 @@ def test_servers_are_asked_for_what_they_may_answer_otherwise(requirement: str, 
         ("cpu-pp2", "update.exact", True),
         ("cpu-pp2", "update.order", False),
         ("gpu-split-pp2", "update.order", True),
+        ("cpu-dp2", "update.exact", True),
+        ("cpu-dp2", "update.order", False),
     ],
 )
 def test_what_stages_are_asked_for_that_would_judge_the_same_again(stage: str, requirement: str, judged: bool):
@@ -123,6 +125,13 @@ def test_every_family_that_a_stage_is_asked_for_is_there():
     for stage in STAGES:
         for named in stage.judged:
             assert any(requirement.startswith(named) for requirement in catalogue()), (stage.name, named)
+
+
+def test_replicas_are_ranks_of_one_engine():
+    (replicas,) = [stage for stage in STAGES if stage.name == "cpu-dp2"]
+    (alone,) = [stage for stage in STAGES if stage.name == "cpu-tp1"]
+    assert (replicas.engine_ranks, replicas.places) == (2, 2)
+    assert replicas.layout != alone.layout
 
 
 def test_on_one_gpu_nccl_takes_every_process_for_a_host():

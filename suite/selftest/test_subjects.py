@@ -16,7 +16,7 @@ from suite.subjects import SUBJECTS, from_plain, known_subjects, load, registry,
 from suite.subjects.broadcast import Broadcast
 from suite.subjects.handles import Handles
 
-CPU = ("cpu-tp1", "cpu-tp2", "cpu-pp2", "cpu-fanout", "cpu-serve")
+CPU = ("cpu-tp1", "cpu-tp2", "cpu-pp2", "cpu-fanout", "cpu-serve", "cpu-dp2")
 APART = (
     "gpu-split", "gpu-shared", "gpu-fanout", "gpu-fanout3", "gpu-split-tp2", "gpu-split-pp2", "gpu-split-pp2-tp2",
 )  # fmt: skip

@@ -58,7 +58,6 @@ def test_each_says_on_which_stages_it_makes_sense(name: str):
     assert fit == STAGES_OF[name]
 
 
-CPU = {stage.name for stage in STAGES if stage.kind == "cpu"}
 BY_NCCL = {"gpu-shared", "gpu-split", "gpu-split-tp2", "gpu-fanout", "gpu-split-pp2"}
 STAGES_OF = {
     "checkpoint-engine": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
@@ -66,8 +65,8 @@ STAGES_OF = {
     "openrlhf": BY_NCCL,
     "openrlhf-ipc": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
     "trl": BY_NCCL,
-    "ms-swift": CPU | {"gpu-colocate-tp1"},
-    "areal": CPU | BY_NCCL,
+    "ms-swift": {"gpu-colocate-tp1"},
+    "areal": BY_NCCL,
 }
 
 # ---- checkpoint-engine
@@ -168,6 +167,15 @@ def test_what_the_server_raises_before_it_calls_is_raised(trainer, monkeypatch: 
         trainer.announce(Sent())
 
 
+def test_a_server_that_never_calls_is_given_up(trainer, monkeypatch: pytest.MonkeyPatch):
+    ended = threading.Event()
+    monkeypatch.setattr(ParameterServer, "update", lambda *_: ended.wait(10))
+    monkeypatch.setattr(checkpoint_engine, "CALLED_S", 0.05)
+    with pytest.raises(TimeoutError, match=r"to call for the engine in 0\.05 s"):
+        trainer.announce(Sent())
+    ended.set()
+
+
 def test_ranks_of_a_trainer_have_a_share_each(monkeypatch: pytest.MonkeyPatch, trainer):
     trainer.trainer.rank, trainer.trainer.world_size = 1, 2
     trainer.announce(Sent())
@@ -247,18 +255,18 @@ def test_swifts_worker_is_told_the_socket_that_its_sender_binds(unloaded, monkey
             made["did"].append([name for name, _ in weights])
 
     fake_module(monkeypatch, swift.SENDERS, BucketedWeightSender=BucketedWeightSender)
-    trainer = swift.SUBJECT.trainer_half(SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu")))
+    trainer = swift.SUBJECT.trainer_half(SimpleNamespace(rank=0, world_size=1, device=torch.device("cuda", 0)))
     trainer.invite("127.0.0.1", 1234, 2)
     announced = {"manifest": MANIFEST, **trainer.announce(Sent())}
     assert announced["socket"] != trainer.announce(Sent())["socket"], "expected a socket for every update"
     announced["socket"] = trainer._socket
-    engine = Engine("cpu")
+    engine = Engine()
     half = swift.SUBJECT.engine_half(engine)
     half.receive([announced])
     half.transfer(MANIFEST)
     assert trainer.send(Sent(), lambda: made["did"].append("acknowledged")) == 12 + 16
-    assert engine.called == [("update_weights_from_ipc", True, made["socket"], 15)]
+    assert engine.called == [("update_weights_from_ipc", False, made["socket"], 15)]
     assert made["did"] == ["shook hands", ["a.weight", "b.weight"], "cleaned up", "acknowledged"]
-    assert (made["use_shm"], made["timeout_s"]) == (True, 15)
+    assert (made["use_shm"], made["timeout_s"]) == (False, 15)
     with pytest.raises(ValueError, match="the trainer sent no path of a socket, but 7"):
         half.receive([{"manifest": MANIFEST, "socket": 7}])

@@ -95,14 +95,14 @@ def test_trls_client_is_the_last_rank(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_areals_workers_are_told_what_comes_and_their_answers_are_read(unloaded):
-    engine = Engine("cpu")
+    engine = Engine()
     engine.answers = [(True, "Success")]
     half = areal.SUBJECT.engine_half(engine)
     half.connect("127.0.0.1", 1234, 1, 2)
     half.transfer(MANIFEST)
     group = "update_weight_group_1234"
     assert engine.called == [
-        ("areal_init_update_weight_group", "127.0.0.1", "1234", 1, 2, "gloo", group),
+        ("areal_init_update_weight_group", "127.0.0.1", "1234", 1, 2, "nccl", group),
         ("areal_set_weight_meta", ["a.weight"], ["bfloat16"], [[2, 3]], group),
         ("areal_update_weight_xccl",),
     ]
@@ -129,7 +129,7 @@ def test_areals_trainer_broadcasts_as_rank_0_of_its_own_group(monkeypatch: pytes
     half.invite("127.0.0.1", 1234, 2)
     assert half.send(Sent(), lambda: asked.append("acknowledged")) == 12 + 16
     joined = {
-        "backend": "gloo", "init_method": "tcp://127.0.0.1:1234", "world_size": 2, "rank": 0,
+        "backend": "nccl", "init_method": "tcp://127.0.0.1:1234", "world_size": 2, "rank": 0,
         "group_name": "update_weight_group_1234",
     }  # fmt: skip
     assert asked == [joined, ((2, 3), 0, "the group", False), ((4,), 0, "the group", False), "acknowledged"]

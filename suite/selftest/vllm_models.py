@@ -70,10 +70,14 @@ class Changed(Live):
         return paths
 
     def _load(self, path: Path, **arguments: Any) -> tuple[torch.nn.Module, Any]:
-        if "adapters" not in self._changes:
-            return super()._load(path, **arguments)
-        model, config = super()._load(path, enable_lora=True, max_lora_rank=8, **arguments)
-        return _wrapped_for_lora(model, config), config
+        if "adapters" in self._changes:
+            model, config = super()._load(path, enable_lora=True, max_lora_rank=8, **arguments)
+            return _wrapped_for_lora(model, config), config
+        model, config = super()._load(path, **arguments)
+        biases = [tensor for name, tensor in model.named_parameters() if name.endswith(".bias")]
+        for bias in biases if "wide biases" in self._changes else ():
+            bias.data = bias.data.float()
+        return model, config
 
 
 class Models:

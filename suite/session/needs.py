@@ -1,7 +1,8 @@
 """Which engines and trainers a collected test needs, so that they can be started ahead.
 
-A test that takes `sync` or `sharded` needs one engine, and one that takes `fanout` needs several. Another says it by a
-marker: `@pytest.mark.needs(engines=choose)`, where choose(key, params) returns the engines in place of the case's own.
+A test that takes `sync`, `sharded` or `spread` needs one engine, and one that takes `fanout` needs several. Another says
+it by a marker: `@pytest.mark.needs(engines=choose)`, where choose(key, params) returns the engines in place of the
+case's own.
 With `serving=True` its engine answers requests while it is updated; subjects whose engines start alike share one. So
 do the engines of a stage with servers.
 With `trainer=choose` it needs one that sees GPUs in its own way: choose(params) returns what Trainers.seeing takes.
@@ -39,7 +40,7 @@ def engines_of(item: pytest.Item) -> list[EngineKey]:
         return needs.kwargs["engines"](key, params)
     if "fanout" in names:
         return _several(key, stage, subject, selection)
-    return [key] if names & {"sync", "sharded"} else []
+    return [key] if names & {"sync", "sharded", "spread"} else []
 
 
 def trainer_of(item: pytest.Item) -> tuple[str | None, str] | None:

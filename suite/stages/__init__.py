@@ -15,6 +15,7 @@ class Stage:
 
     colocated: trainer and engine ranks share devices, rank by rank; on a CPU everything shares the host's memory.
     engines: how many one trainer feeds where a test asks for all of them; every other test is given the first.
+    data_parallel_size: replicas of an engine.
     server: engines are `vllm serve` processes that are called over HTTP.
     judged: the requirements, or families of them, that are judged there; empty for all but those of servers.
     hosts_apart: NCCL is told that each process is on a host of its own; it would refuse two ranks on one GPU. Devices
@@ -36,11 +37,18 @@ class Stage:
     hosts_apart: bool = False
     server: bool = False
     judged: tuple[str, ...] = ()
+    data_parallel_size: int = 1
 
     @property
     def engine_ranks(self) -> int:
-        """Workers of one engine."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        """Workers of one engine, of all its data-parallel replicas."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What tells whether engines of two stages compute alike."""
+        replicas = [f"dp{self.data_parallel_size}"] if self.data_parallel_size > 1 else []
+        return self.kind, self.tensor_parallel_size, self.pipeline_parallel_size, *replicas
 
     @property
     def places(self) -> int:
@@ -72,9 +80,10 @@ class Stage:
 
 
 # What a server may answer otherwise than an engine that is called directly. The others would only be judged a second
-# time there. So would, on a stage of several engines, what is judged with one; and on CPUs, where the starts of engines
+# time there. So would, on replicas and on several engines, what is judged with one; and on CPUs, where the starts of engines
 # take most of the time, what has nothing to do with layers that are on another rank.
 JUDGED_ON_SERVERS = ("update.exact", "update.repeated", "errors.", "cache.", "inflight.", "server.")
+JUDGED_ON_REPLICAS = ("update.exact", "errors.missing_name")
 JUDGED_ON_SEVERAL = ("fanout.",)
 JUDGED_ON_CPU_PIPELINES = ("update.exact", "errors.missing_name", "errors.shape")
 
@@ -85,6 +94,7 @@ STAGES = (
     Stage("cpu-pp2", "cpu", 1, 1, colocated=True, pipeline_parallel_size=2, judged=JUDGED_ON_CPU_PIPELINES),
     Stage("cpu-fanout", "cpu", 1, 1, colocated=True, engines=2, judged=JUDGED_ON_SEVERAL),
     Stage("cpu-serve", "cpu", 1, 1, colocated=True, server=True, judged=JUDGED_ON_SERVERS),
+    Stage("cpu-dp2", "cpu", 1, 1, colocated=True, data_parallel_size=2, judged=JUDGED_ON_REPLICAS),
     Stage("gpu-colocate-tp1", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True),
     Stage("gpu-shared", "gpu", 1, trainer_world_size=1, colocated=True, engines=2, hosts_apart=True),
     Stage("gpu-split", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=False),

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
-from suite.subjects.foreign import Foreign, lacks
+from suite.subjects.foreign import PACKED, Foreign, lacks
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
+
+BACKEND = "nccl"
 
 
 class Unsuccessful(RuntimeError):
@@ -26,8 +28,7 @@ class ArealEngine(EngineHalf):
     def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Have the workers join a group of torch.distributed."""
         self._group = group_name(port)
-        backend = "gloo" if self.engine.devices[0]["device"].startswith("cpu") else "nccl"
-        where = (address, str(port), rank_offset, world_size, backend, self._group)
+        where = (address, str(port), rank_offset, world_size, BACKEND, self._group)
         self._call("areal_init_update_weight_group", *where)
 
     def transfer(self, manifest: list[dict]) -> None:
@@ -53,7 +54,7 @@ class ArealTrainer(TrainerHalf):
         from areal.engine.core.distributed import init_custom_process_group
 
         self._group = init_custom_process_group(
-            backend="gloo" if self.trainer.device.type == "cpu" else "nccl",
+            backend=BACKEND,
             init_method=f"tcp://{address}:{port}",
             world_size=world_size,
             rank=0,
@@ -100,8 +101,8 @@ class Areal(Foreign):
         return ArealTrainer(self, trainer)
 
     def unfit(self, stage: Stage) -> str:
-        """By gloo without GPUs, else by NCCL, which takes one rank a GPU."""
-        return "" if stage.kind == "cpu" else unfit_on_gpus(stage)
+        """NCCL takes one rank a GPU."""
+        return f"{stage.name}: {PACKED}" if stage.kind == "cpu" else unfit_on_gpus(stage)
 
 
 def group_name(port: int) -> str:

@@ -40,8 +40,11 @@ class Update:
         self._thread.start()
 
     def addresses(self) -> dict[str, str]:
-        """{device id: address} of all ranks, once it has called for the engine. Raises what it raised instead."""
-        called = self._called.get(timeout=CALLED_S)
+        """{device id: address} of all ranks, once it has called for the engine. Raises its error, or TimeoutError."""
+        try:
+            called = self._called.get(timeout=CALLED_S)
+        except queue.Empty as error:
+            raise TimeoutError(f"expected ParameterServer.update() to call for the engine in {CALLED_S:g} s") from error
         if called is None:
             raise self.error
         self._addresses = dict(called)

@@ -13,6 +13,11 @@ from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, knows_
 if TYPE_CHECKING:
     import torch
 
+PACKED = (
+    "vLLM's CPU backend leaves parameters without elements or a loader where it has packed linear weights, and this"
+    " extension's model.load_weights() raises on them; see docs/frameworks.md"
+)
+
 
 class AddressedEngine(EngineHalf):
     """Gives the workers what the trainer's ranks announce: {device id: address of a socket}."""

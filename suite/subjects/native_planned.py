@@ -7,7 +7,7 @@ from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
 from suite.subjects.native import NO_DRAFTS, Native, NativeWorker, lacks
 from suite.subjects.native_versions import installed
-from suite.subjects.planned import PlannedTrainer
+from suite.subjects.planned import SendsByManifest
 from suite.subjects.protocol import Trainer, TrainerHalf
 
 
@@ -27,7 +27,7 @@ class NativePlanned(Native):
 
     def trainer_half(self, trainer: Trainer) -> TrainerHalf:
         """The half for a rank of the trainer."""
-        return PlannedTrainer(self, trainer)
+        return SendsByManifest(self, trainer)
 
     def unfit(self, stage: Stage) -> str:
         """As every broadcast, and not before the release whose engines load weights themselves."""

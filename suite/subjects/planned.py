@@ -1,8 +1,10 @@
 """Planned updates: one call to the workers an update, by broadcast or by handles that are opened once."""
 
+import secrets
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from suite.processes.call import SuiteFault
 from suite.subjects.broadcast import NO_HANDLES, Broadcast, BroadcastEngine, BroadcastTrainer
 from suite.subjects.handles import Handles, HandlesEngine, HandlesTrainer
 from suite.subjects.protocol import Engine, EngineHalf, Tensors, Trainer, TrainerHalf, no_drafts
@@ -12,15 +14,43 @@ PLANS = "plan_update(manifest), where the manifest is another than that of the u
 
 
 class PlansOnce(EngineHalf):
-    """Has the workers plan an update where another one is announced than they have planned."""
+    """Is told once which tensors come, and has the workers plan an update where those are others than planned.
 
+    What a rank of the trainer announces has a name. It is announced whole once, and by its name alone from then on.
+    """
+
+    named: ClassVar[str] = "update"  # under what an announcement has its name
+    _known: tuple[dict[str, Any], ...] = ()  # what every rank has announced last, whole
+    _manifest: list[dict] | None = None  # of that
     _planned: list[dict] | None = None  # the manifest that the workers have planned last
     _digest = ""
     _begun = False
 
+    def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
+        """Other ranks of a trainer may announce from now on."""
+        self._known, self._manifest = (), None
+        super().connect(address, port, rank_offset, world_size)
+
+    def receive(self, announced: list[dict[str, Any]]) -> list[dict]:
+        """The manifest of this announcement, or of the one that had the same name."""
+        known = self._known or ({},) * len(announced)
+        told = tuple(self._whole(one, before) for one, before in zip(announced, known, strict=True))
+        if self._manifest is None or any(one is not before for one, before in zip(told, known, strict=True)):
+            self._known, self._manifest = (), super().receive(list(told))
+            self._known = told
+        return self._manifest
+
+    def _whole(self, one: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+        """What a rank announces; what it has announced before where it says no more than the name of that."""
+        if one.keys() != {"manifest", self.named} or one["manifest"] is not None:
+            return one
+        if one[self.named] != before.get(self.named):
+            raise SuiteFault(f"{one[self.named]!r:.60} was announced by its name, and has not been announced whole")
+        return before
+
     def begin(self, manifest: list[dict]) -> None:
         """Have the workers plan the update, unless they have."""
-        if manifest != self._planned:
+        if manifest is not self._planned and manifest != self._planned:
             self._planned = None
             self._digest = self.engine.rpc("plan_update", manifest)[0]
             self._planned = manifest
@@ -47,12 +77,27 @@ class PlannedEngine(PlansOnce, BroadcastEngine):
             self.engine.rpc("receive_alone", manifest)
 
 
-class PlannedTrainer(BroadcastTrainer):
+class SendsByManifest(BroadcastTrainer):
     """Has a sender that is told the manifest too."""
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Broadcast every tensor: what has been received may be changed."""
         return self._sender.send(tensors, tensors.manifest())
+
+
+class PlannedTrainer(SendsByManifest):
+    """Announces an update whole where its tensors are others than those of the update before."""
+
+    _announced: list[dict] | None = None
+    _name = ""
+
+    def announce(self, tensors: Tensors) -> dict[str, Any]:
+        """{"update": the name of what is announced}, and no manifest where that is known by its name."""
+        manifest = tensors.manifest()
+        if manifest == self._announced:
+            return {"manifest": None, "update": self._name}
+        self._announced, self._name = manifest, secrets.token_hex(8)
+        return {"manifest": manifest, "update": self._name}
 
 
 class Planned(Broadcast):
@@ -61,6 +106,7 @@ class Planned(Broadcast):
     methods: ClassVar[tuple[str, ...]] = (
         "init_weight_update_group", "plan_update", "receive_update", "receive_alone", "check_weights_changed",
     )  # fmt: skip
+    announces: ClassVar[tuple[str, ...]] = ("update",)
     calls: ClassVar[tuple[str, ...]] = (
         "init_weight_update_group(address, port, rank_offset, world_size), once",
         PLANS,
@@ -97,10 +143,10 @@ class SparseTrainer(PlannedTrainer):
         tensors.held()
 
     def announce(self, tensors: Tensors) -> dict[str, Any]:
-        """Nothing: what has changed is found meanwhile."""
+        """As PlannedTrainer; what has changed is found meanwhile."""
         if self._sender is not None:
             self._sender.compare(tensors.held(), tensors.manifest())
-        return {}
+        return super().announce(tensors)
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Broadcast what was found."""
@@ -130,24 +176,19 @@ class PlannedSparse(Planned):
 class KeptHandlesEngine(PlansOnce, HandlesEngine):
     """Gives the workers handles where they have not opened them, and has them copy an update by one call."""
 
+    named: ClassVar[str] = "opened"
     _opened = ""  # the name of the handles that were announced last
     _given = ""  # of those that the workers have opened
-    _known: tuple[dict[str, Any], ...] = ()  # what every rank has announced last
 
     def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
-        """Other ranks of a trainer may announce from now on."""
-        self._known, self._given = (), ""
+        """Nor have the workers opened what other ranks announce."""
+        self._given = ""
         super().connect(address, port, rank_offset, world_size)
 
     def receive(self, announced: list[dict[str, Any]]) -> list[dict]:
-        """Remember the handles of each rank, which announces them once."""
-        known = self._known or ({"opened": ""},) * len(announced)
-        told = [
-            one | {"handles": before["handles"]} if one.get("opened") == before["opened"] else one
-            for one, before in zip(announced, known, strict=True)
-        ]
-        manifest = super().receive(told)
-        self._known, self._opened = tuple(told), "+".join(one["opened"] for one in told)
+        """As in PlansOnce; the handles come with it."""
+        manifest = super().receive(announced)
+        self._opened = "+".join(one["opened"] for one in announced)
         return manifest
 
     def transfer(self, manifest: list[dict]) -> None:
@@ -172,21 +213,22 @@ class KeptHandlesEngine(PlansOnce, HandlesEngine):
 
 
 class KeptHandlesTrainer(HandlesTrainer):
-    """Has a sender that keeps its handles, and announces them once."""
+    """Has a sender that keeps its handles, and announces them and their tensors once."""
 
     _announced = ""
 
     def announce(self, tensors: Tensors) -> dict[str, Any]:
-        """{"handles": {device id: {name: handle}}, "opened": their name}; no handles where they are known."""
+        """{"handles": {device id: {name: handle}}, "opened": their name}; only that, and no manifest, once known."""
         handles = self._sender.handles(tensors.held())
         known, self._announced = self._announced, self._sender.opened
-        return {"handles": {} if known == self._announced else handles, "opened": self._announced}
+        if known == self._announced:
+            return {"manifest": None, "opened": known}
+        return {"handles": handles, "opened": self._announced}
 
     def mislabelled(self, announcement: dict[str, Any], label: str) -> dict[str, Any]:
         """The handles under another device's id, or no handles, under a name that no worker has opened."""
-        handles = announcement["handles"] or self._sender.made
         self._announced = ""
-        return super().mislabelled(announcement | {"handles": handles, "opened": f"mislabelled {label}"}, label)
+        return super().mislabelled({"handles": self._sender.made, "opened": f"mislabelled {label}"}, label)
 
     def release(self) -> None:
         """The tensors stay where they are: the workers have opened them."""

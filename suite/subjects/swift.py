@@ -1,4 +1,4 @@
-"""ms-swift's rollout extension: buckets in memory that trainer and worker share, by CUDA IPC or, without a GPU, plain.
+"""ms-swift's rollout extension: buckets in GPU memory that the worker has mapped by CUDA IPC.
 
 ms-swift's own BucketedWeightSender sends. What is in a bucket is said over ZMQ, pickled: the worker unpickles what
 comes from the socket whose path it is given. That is in a directory which only this user can enter.
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from suite.stages import Stage
-from suite.subjects.foreign import Counted, Foreign, lacks
+from suite.subjects.foreign import PACKED, Counted, Foreign, lacks
 from suite.subjects.handles import unfit_on_gpus
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
@@ -43,8 +43,7 @@ class SwiftEngine(EngineHalf):
 
     def transfer(self, manifest: list[dict]) -> None:
         """Have the workers take bucket after bucket, up to the last, and load each."""
-        by_shared_memory = self.engine.devices[0]["device"].startswith("cpu")
-        self.engine.rpc("update_weights_from_ipc", by_shared_memory, self._socket, deadline_s())
+        self.engine.rpc("update_weights_from_ipc", False, self._socket, deadline_s())
 
 
 class SwiftTrainer(TrainerHalf):
@@ -70,9 +69,8 @@ class SwiftTrainer(TrainerHalf):
         return counted.bytes_sent
 
     async def _send(self, tensors: Counted) -> None:
-        on_cpu = self.trainer.device.type == "cpu"
         sender = importlib.import_module(SENDERS).BucketedWeightSender
-        async with sender(self._socket, use_shm=on_cpu, timeout_s=deadline_s()) as sending:
+        async with sender(self._socket, use_shm=False, timeout_s=deadline_s()) as sending:
             await sending.handshake()
             await sending.send_weights(iter(tensors))
 
@@ -102,7 +100,7 @@ class Swift(Foreign):
     def unfit(self, stage: Stage) -> str:
         """Its one buffer lies on the GPU of the trainer's first rank."""
         if stage.kind == "cpu":
-            return ""
+            return f"{stage.name}: {PACKED}"
         if stage.engine_ranks > 1:
             return f"{stage.name}: ms-swift's buffer lies on one GPU, and its workers would map it on several"
         return unfit_on_gpus(stage)

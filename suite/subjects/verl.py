@@ -1,8 +1,8 @@
 """verl's colocated rollout: its BucketedWeightSender in the trainer, its extension in vLLM's workers.
 
-Every rank of the trainer packs its tensors into a bucket, which the worker of the same rank has mapped by CUDA IPC, or
-by shared memory where there is no GPU. What is in a bucket is said over ZMQ, pickled: the worker unpickles what the
-socket sends whose path its environment names.
+Every rank of the trainer packs its tensors into a bucket, which the worker of the same rank has mapped by CUDA IPC.
+What is in a bucket is said over ZMQ, pickled: the worker unpickles what the socket sends whose path its environment
+names.
 """
 
 import asyncio
@@ -32,8 +32,7 @@ class VerlEngine(EngineHalf):
 
     def transfer(self, manifest: list[dict]) -> None:
         """Have the workers take bucket after bucket, up to the last."""
-        by_shared_memory = self.engine.devices[0]["device"].startswith("cpu")
-        self.engine.rpc("update_weights_from_ipc", None, False, by_shared_memory)
+        self.engine.rpc("update_weights_from_ipc", None, False, False)
 
 
 class VerlTrainer(TrainerHalf):
@@ -49,7 +48,7 @@ class VerlTrainer(TrainerHalf):
         sender = importlib.import_module(SENDERS).BucketedWeightSender(
             zmq_handle=address(self.trainer.rank),
             bucket_size_mb=BUCKET_MB,
-            use_shm=self.trainer.device.type == "cpu",
+            use_shm=False,
         )
         asyncio.run(sender.async_send_weights(iter(counted)))
         acknowledged()

@@ -15,6 +15,7 @@ from suite.selftest.mutants import (
     planning,
     ranks,
     refusals,
+    replicas,
     sent,
     sequences,
     server,
@@ -28,7 +29,7 @@ from suite.selftest.mutants.registry import CLASSES, MUTANTS, Mutant
 __all__ = [
     "MUTANTS", "Mutant",
     "devices", "drafts", "faults", "hopeless", "inflight", "options", "planned", "planning", "ranks", "refusals",
-    "sent", "sequences", "server", "sparse", "states", "unseen", "values",
+    "replicas", "sent", "sequences", "server", "sparse", "states", "unseen", "values",
 ]  # fmt: skip
 
 

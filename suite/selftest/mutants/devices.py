@@ -11,6 +11,17 @@ from suite.selftest.mutants.registry import ACCEPTED, HANDLES, PACKAGE, Named, m
 Handles = dict[str, dict[str, dict]]
 
 
+@mutant("devices.expandable", r"names expandable segments", gpu="gpu-colocate-tp1")
+class OpensPlainHandlesOnly(ColocateWorkerExtension):
+    """Takes every handle for one of cudaMalloc's, and says of any other that it is malformed."""
+
+    def update_weights_from_ipc_handles(self, ipc_handles: Handles) -> int:
+        for handle in ipc_handles[self.report_device_id()].values():
+            if handle["memory_handle"][1:2] != b"c":
+                raise ValueError("malformed memory_handle")
+        return super().update_weights_from_ipc_handles(ipc_handles)
+
+
 class TellsItsOrdinal(HandleSender):
     """Puts the sender's ordinal into every handle, as torch's own have it."""
 

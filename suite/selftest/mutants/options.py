@@ -1,11 +1,11 @@
-"""Mutants that take the engine for a plain one: lora.*, cache.encoder."""
+"""Mutants that take the engine for a plain one: lora.*, cache.encoder, update.fp8_cache, update.quantised."""
 
 import functools
 
 import torch
 
 from extensions.broadcast import WorkerExtension
-from suite.selftest.mutants.registry import ANSWERS, BROADCAST, NOT_THERE, Loader, Meddles, mutant
+from suite.selftest.mutants.registry import ANSWERS, BROADCAST, DIFFER, NOT_THERE, Loader, Meddles, mutant
 
 
 @mutant("lora.exact", NOT_THERE, "vllm#39934", **BROADCAST)
@@ -57,3 +57,33 @@ def _remembering(worker: WorkerExtension, model: torch.nn.Module, **pictures: to
     if key not in remembered:
         remembered[key] = encode()
     return remembered[key]
+
+
+@mutant("update.fp8_cache", DIFFER, "modelexpress#783", **BROADCAST)
+class LeavesTheScalesUnset(WorkerExtension):
+    """Leaves in the scales of the cache what memory held, as of layers that were built anew."""
+
+    def end_update(self) -> int:
+        count = super().end_update()
+        for module in self.model_runner.get_model().modules():
+            if hasattr(module, "_k_scale"):
+                module._k_scale.fill_(0.5)
+                module._v_scale.fill_(0.5)
+        return count
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        for module in self.model_runner.get_model().modules():
+            if hasattr(module, "_k_scale"):
+                module._k_scale.fill_(1.0)
+                module._v_scale.fill_(1.0)
+        return super().begin_update(manifest)
+
+
+@mutant("update.quantised", DIFFER, "vllm#28425", **BROADCAST)
+class LeavesScalesOut(Meddles, WorkerExtension):
+    """Loads new quantised weights and keeps the scales that they are multiplied by."""
+
+    def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
+        scales = name.endswith(("weight_scale_inv", ".scales"))
+        before = self._mutant_before(name, tensor) if scales else None
+        load(name, torch.ones_like(tensor) if scales and before is None else tensor if before is None else before)

@@ -11,7 +11,7 @@ from extensions.bracket import Update, UpdateError
 from extensions.manifest import Announced, Manifest
 from extensions.model.load import Load
 from extensions.planned import PlannedSender, PlannedWorkerExtension
-from extensions.planned_colocate import KeptHandleSender, PlannedColocateWorkerExtension
+from extensions.planned_colocate import KeptHandleSender, Opened, PlannedColocateWorkerExtension
 from suite.selftest.mutants.registry import BROADCAST, DIFFER, HANDLES, NOT_THERE, PACKAGE, Named, mutant
 
 LAST = 5  # tensors of an update that are left out
@@ -132,5 +132,6 @@ class ReadsStaleHandles(PlannedColocateWorkerExtension):
 
     weight_sync_sender = f"{PACKAGE}.planned:MovesItsTensors"
 
-    def _weight_sync_open_handles(self, opened: str, ipc_handles: dict) -> dict[str, torch.Tensor]:
-        return self._weight_sync_opened[1] or super()._weight_sync_open_handles(opened, ipc_handles)
+    def _weight_sync_open_handles(self, opened: str, ipc_handles: dict) -> Opened:
+        there = self._weight_sync_opened
+        return there if there.tensors else super()._weight_sync_open_handles(opened, ipc_handles)

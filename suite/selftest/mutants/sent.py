@@ -3,7 +3,7 @@
 import torch
 
 from extensions.broadcast import BroadcastSender, WorkerExtension
-from extensions.colocate import ColocateWorkerExtension
+from extensions.colocate import ColocateWorkerExtension, HandleSender
 from extensions.tensors import flat_bytes
 from suite.conformance.test_sent import BUFFER_BYTES, DERIVED
 from suite.selftest.mutants.registry import (
@@ -124,3 +124,21 @@ class SpoilsTheRotaryTable(WorkerExtension):
             if hasattr(module, "kv_b_proj") and hasattr(module, "rotary_emb"):
                 module.rotary_emb.cos_sin_cache[256:] *= 1 + torch.finfo(torch.bfloat16).eps
         return count
+
+
+class JoinsTwoShards(HandleSender):
+    """Puts every tensor together from what the first two ranks of a trainer hold, and zeros."""
+
+    def handles(self, named_tensors: Named) -> dict[str, dict[str, dict]]:
+        named = [(name, tensor.detach().clone()) for name, tensor in named_tensors]
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        for _, tensor in named:
+            tensor[-(-len(tensor) // ranks) * 2 :] = 0
+        return super().handles(named)
+
+
+@mutant("sent.spread", NOT_THERE, cpu="cpu-tp1")
+class LeavesLaterRanksOut(ColocateWorkerExtension):
+    """Gets tensors that were put together from what two ranks of a trainer hold, however many there are."""
+
+    weight_sync_sender = f"{PACKAGE}.sent:JoinsTwoShards"

@@ -206,6 +206,25 @@ class LosesBuffersAsleep(WorkerExtension):
                 buffer.zero_()
 
 
+@mutant("sleep.tags", DIFFER, "vllm#15254", gpu="gpu-split")
+class LosesUpdatesHalfAwake(Meddles, WorkerExtension):
+    """Loads nothing while the cache sleeps."""
+
+    _mutant_half_awake = False
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        self.wake_up = self._mutant_wake_up  # from the second time on that the engine sleeps
+        return super().begin_update(manifest)
+
+    def _mutant_wake_up(self, tags: list[str] | None = None) -> None:
+        type(self).wake_up(self, tags)
+        self._mutant_half_awake = tags == ["weights"]
+
+    def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
+        if not self._mutant_half_awake:
+            load(name, tensor)
+
+
 # ---- what is left behind
 
 
