@@ -95,4 +95,5 @@ def test_the_probe_counts_the_rows_that_are_looked_up_and_applied_alike(changed_
     built = model(model=model(embed_tokens=model(weight=looked_up)), lm_head=Packed(applied))
     probe = Probe()
     probe.rank, probe.model_runner = 1, SimpleNamespace(get_model=lambda: built)
+    probe.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=2, data_parallel_index=0))
     assert probe.probe_embedding_and_head() == {"rank": 1, "rows": 6, "equal": equal}

@@ -1,8 +1,8 @@
 """Which engines and trainers a collected test needs, so that they can be started ahead.
 
-A test that takes `sync`, `sharded` or `spread` needs one engine, and one that takes `fanout` needs several. Another says
-it by a marker: `@pytest.mark.needs(engines=choose)`, where choose(key, params) returns the engines in place of the
-case's own.
+A test that takes `sync`, `sharded` or `spread` needs one engine, and one that takes `fanout` needs several. Another
+says it by a marker: `@pytest.mark.needs(engines=choose)`, where choose(key, params) returns the engines in place of
+the case's own.
 With `serving=True` its engine answers requests while it is updated; subjects whose engines start alike share one. So
 do the engines of a stage with servers.
 With `trainer=choose` it needs one that sees GPUs in its own way: choose(params) returns what Trainers.seeing takes.

@@ -80,8 +80,8 @@ class Stage:
 
 
 # What a server may answer otherwise than an engine that is called directly. The others would only be judged a second
-# time there. So would, on replicas and on several engines, what is judged with one; and on CPUs, where the starts of engines
-# take most of the time, what has nothing to do with layers that are on another rank.
+# time there. So would, on replicas and on several engines, what is judged with one; and on CPUs, where the starts of
+# engines take most of the time, what has nothing to do with layers that are on another rank.
 JUDGED_ON_SERVERS = ("update.exact", "update.repeated", "errors.", "cache.", "inflight.", "server.")
 JUDGED_ON_REPLICAS = ("update.exact", "errors.missing_name")
 JUDGED_ON_SEVERAL = ("fanout.",)
