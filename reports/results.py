@@ -1,4 +1,4 @@
-"""The page of measured results, docs/results.md: tables of every machine's runs, and how to read them."""
+"""The page of measured results, docs/results.md: tables of every folder of runs, and how to read them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from pathlib import Path
 from reports import trend
 from reports.compare import same_hardware
 from reports.load import Run, UnusableInput, document_of, read_all
-from reports.matrix import SYMBOL, cells
+from reports.matrix import SYMBOL, cells, in_order
 from reports.repeated import parse
 from reports.table import markdown, markdown_table
 from reports.units import counted, seconds
 
 BASELINES = Path(__file__).parent / "baselines"
+NOT_JUDGED = ("unsupported", "not-applicable")
+REFERENCES = {"broadcast", "colocate", ""}  # the subjects of a run that names none; "" has what is judged of none
 REPEATED = "repeated"  # the folder of counts of cases that were judged many times in a row
 INTRODUCTION = """\
 # Measured results
 
 Written by `python -m reports results > docs/results.md` from the runs that are kept in `reports/baselines`, a folder
-for each machine. Do not edit this page: keep another run there and write it again. What the figures mean is said in
+for runs of one machine that belong together. Do not edit this page: keep another run there and write it again. What the figures mean is said in
 [interpretation.md](interpretation.md).
 
 How to read it:
 
-* A column is one whole run with one vLLM version. All runs of a machine come from the same hardware, not always from
+* A column is one run with one vLLM version. All runs of a folder come from the same hardware, not always from
   the same host.
+* Where other subjects than the two references were judged, a table has what each one met, requirement by requirement.
 * *Requirements met* counts the requirements of which every case that was judged passed. A requirement has a row of its
   own where some run did not meet it or did not judge it.
 * A time is the median of the whole update: from the first side's start to the last side's end.
@@ -59,7 +62,7 @@ def _machine(name: str, files: Sequence[Path]) -> str:
     labels = [run.label for run in runs]
     parts = [f"## {markdown(name)}: {markdown(runs[0].environment.hardware)}"]
     parts.append(markdown_table(("run", *labels), _facts(runs)))
-    parts.append(markdown_table(("requirement", *labels), [trend.met_row(runs), *_not_met(runs)]))
+    parts += _judged(runs, labels)
     right = range(1, len(labels) + 1)
     times = trend.seconds_rows(runs)
     parts += [markdown_table(("median time, GB/s, of roofline", *labels), times, right)] if times else []
@@ -78,6 +81,29 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         *((name, *(facts.get(name, "-") for facts in known)) for name in names),
         ("took", *(map(seconds, took))),
     ]
+
+
+def _judged(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
+    """What was met: of the references in one table for all runs, of other subjects in one for each run."""
+    if not any(run.outcomes for run in runs):
+        return []
+    if all({outcome.subject for outcome in run.outcomes} <= REFERENCES for run in runs):
+        return [markdown_table(("requirement", *labels), [trend.met_row(runs), *_not_met(runs)])]
+    return [_by_subject(run) for run in runs]
+
+
+def _by_subject(run: Run) -> str:
+    """Requirements x subjects; without those that no subject was judged by."""
+    found = cells(run.outcomes, "requirement", "subject")
+    subjects = in_order(subject for _, subject in found)
+    judged = in_order(
+        name for (name, _), cell in found.items() if cell.verdict not in ("unsupported", "not-applicable")
+    )
+    rows = []
+    for name in judged:
+        verdicts = [found[name, subject].verdict if (name, subject) in found else "" for subject in subjects]
+        rows.append((name, *(f"{SYMBOL[verdict]} {verdict}" if verdict else "absent" for verdict in verdicts)))
+    return markdown_table((f"requirement, {run.label}", *subjects), rows)
 
 
 def _not_met(runs: Sequence[Run]) -> list[tuple[str, ...]]:

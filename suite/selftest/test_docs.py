@@ -16,7 +16,7 @@ from reports.results import results_markdown
 from suite import ROOT
 from suite.conformance import test_update
 from suite.conformance.__main__ import page as requirements
-from suite.selftest import fakes
+from suite.selftest import fakes, reports_data
 from suite.selftest.mutants import registry, states
 from suite.subjects import load, subject_from
 
@@ -98,6 +98,21 @@ def test_results_without_runs_are_refused(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "machine" / "broken.json").write_text("{")
     assert reports(["results", "--baselines", str(tmp_path)]) == 2
     assert f"{tmp_path / 'machine' / 'broken.json'}: line 1 column 2" in capsys.readouterr().err
+
+
+def test_other_subjects_have_a_table_of_their_own_for_each_run(tmp_path: Path):
+    (tmp_path / "machine").mkdir()
+    document = reports_data.run()
+    document["conformance"] = [
+        reports_data.outcome("update.exact", "broadcast", "gpu-split", "qwen3-8b", "pass", ""),
+        reports_data.outcome("update.exact", "verl", "gpu-split", "qwen3-8b", "fail", "stale"),
+        reports_data.outcome("update.order", "verl", "gpu-split", "qwen3-8b", "unsupported", "no order"),
+    ]
+    reports_data.write(document, tmp_path / "machine" / "run.json")
+    page = results_markdown(tmp_path)
+    assert "| requirement, 0.33.0 | broadcast | verl |" in page
+    assert "| update.exact | ✓ pass | ✗ fail |" in page
+    assert "update.order" not in page, "expected nothing of what no subject was judged by"
 
 
 @pytest.mark.parametrize("content", ["[", "{}", '{"counts": {"pass": "many"}}'])
