@@ -21,8 +21,8 @@ INTRODUCTION = """\
 # Measured results
 
 Written by `python -m reports results > docs/results.md` from the runs that are kept in `reports/baselines`, a folder
-for runs of one machine that belong together. Do not edit this page: keep another run there and write it again. What the figures mean is said in
-[interpretation.md](interpretation.md).
+for runs of one machine that belong together. Do not edit this page: keep another run there and write it again. What
+the figures mean is said in [interpretation.md](interpretation.md).
 
 How to read it:
 
