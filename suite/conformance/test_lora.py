@@ -26,7 +26,7 @@ WRAPPED = ".base_layer."  # in the names of weights that an adapter may change
     seen_in=("verl#7327", "vllm#39934", "verl#6256"),
     models=MODELS,
 )
-def test_exact(sync: Sync, target: int) -> None:
+def test_beside_adapters(sync: Sync, target: int) -> None:
     for seed in (target, sync.seed):
         sync.load(seed)
         sync.update()
