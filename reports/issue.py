@@ -58,7 +58,7 @@ def issue_markdown(run: Run, words: Sequence[str]) -> str:
         f"**{case.level}** {markdown(case.text or case.requirement)}",
         _said(case),
         _also(others),
-        f"## Environment\n\n{_environment(run)}",
+        f"## Environment\n\n{_environment(run, case)}",
         _steps(case),
         _repeated(run, case),
     ]
@@ -98,9 +98,11 @@ def _also(others: list[Outcome]) -> str:
     return f"The same run has {counted(len(others), 'failed case')} more of these: {_listed(others)}."
 
 
-def _environment(run: Run) -> str:
+def _environment(run: Run, case: Outcome) -> str:
+    """The facts that matter to any case, after the release of what the subject is of where it is a package."""
     facts = dict(run.environment.facts)
-    return markdown_table(("", ""), [(name, facts[name]) for name in FACTS if name in facts])
+    its = [name for name in facts if name not in FACTS and f"{case.subject}-".startswith(f"{name}-")]
+    return markdown_table(("", ""), [(name, facts[name]) for name in (*its, *FACTS) if name in facts])
 
 
 def _steps(case: Outcome) -> str:
@@ -140,7 +142,7 @@ def _names_of(node: ast.stmt) -> list[str]:
 def _repeated(run: Run, case: Outcome) -> str:
     lines = ["## Repeat it"]
     if case.repeat:
-        lines += ["", "With the suite:", "", _fenced(case.repeat, "sh")]
+        lines += ["", "With the suite:", "", _fenced(_alone(case), "sh")]
     if case.subject.startswith(NATIVE) and (altered := ALTERED.get(case.requirement)):
         text = SCRIPT.read_text(encoding="utf-8")
         script = text.replace("REQUIREMENT", case.requirement).replace('"ALTER THE TENSORS"', altered)
@@ -151,6 +153,12 @@ def _repeated(run: Run, case: Outcome) -> str:
         ]
         lines.append(_fenced(script.rstrip(), "python"))
     return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def _alone(case: Outcome) -> str:
+    """The command that repeats a case, without the run's other subjects: what they need may not be installed."""
+    others = re.compile(rf" --subject=(?!{re.escape(case.subject)}( |$))\S+")
+    return others.sub("", case.repeat) if f"--subject={case.subject}" in case.repeat.split() else case.repeat
 
 
 def _fenced(text: str, language: str) -> str:

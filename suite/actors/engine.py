@@ -66,6 +66,7 @@ class Engine(adapters.Adapting):
         options: dict,
     ) -> None:
         os.environ[EXTENSION] = subject["extension"]  # before the workers are made: they inherit it
+        self.takes_adapters = bool(options.get("enable_lora"))
         self._examine(subject)
         self._cold: list[list[dict]] = []
         self._listener = Listener(link_path)

@@ -22,6 +22,8 @@ class Sent:
 class Engine:
     """Keeps what is called in its workers."""
 
+    takes_adapters = False
+
     def __init__(self, device: str = "cuda:0") -> None:
         self.devices = [{"rank": 0, "id": DEVICE, "device": device}]
         self.called: list[tuple] = []

@@ -56,6 +56,21 @@ def test_an_issue_says_what_was_expected_and_found_and_on_what(written):
         assert part in text, f"expected {part!r} in\n{text}"
 
 
+def test_an_issue_repeats_its_own_subject_alone_and_names_its_release(written, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(RUN["environment"]["packages"], "openrlhf", "0.11.2")
+    monkeypatch.setitem(RUN["environment"]["packages"], "open", "1.0")
+    named = case("errors.shape", "test_errors.py::test_shape", subject="openrlhf-ipc")
+    for options, left in (
+        ("--subject=verl --subject=openrlhf-ipc --subject=openrlhf --stage=a", "--subject=openrlhf-ipc --stage=a"),
+        ("--subject=openrlhf-ipc", "--subject=openrlhf-ipc"),
+        ("--subject=openrlhf --extension=b:C", "--subject=openrlhf --extension=b:C"),
+    ):
+        text, _, _ = written([named | {"repeat": f"pytest it {options}"}], "errors.shape")
+        assert f"```sh\npytest it {left}\n```" in text
+        assert "| openrlhf | 0.11.2 |\n| vLLM |" in text
+        assert "| open |" not in text
+
+
 def test_an_issue_has_the_steps_of_its_test_and_no_other(written):
     text, _, _ = written([case("errors.shape", "test_errors.py::test_shape")], "errors.shape")
     steps = re.search(r"## Steps.*?```python\n(.*?)```", text, re.DOTALL)[1]

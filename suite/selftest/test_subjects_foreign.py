@@ -1,6 +1,7 @@
 """Adapters of other projects' extensions, without those projects: what they ask of them, and what is said where one
 is not installed. `tox run -e verl` and its like judge the extensions themselves."""
 
+import json
 import os
 import threading
 from importlib import metadata
@@ -15,7 +16,7 @@ from extensions.segments import RUN_ID
 from suite import ROOT
 from suite.selftest.fakes import fake_module
 from suite.selftest.foreign import DEVICE, MANIFEST, TENSORS, Engine, Sent
-from suite.session import selection
+from suite.session import selection, waivers
 from suite.stages import STAGES
 from suite.subjects import checkpoint_engine, foreign, known_subjects, swift, verl
 
@@ -58,16 +59,30 @@ def test_each_says_on_which_stages_it_makes_sense(name: str):
     assert fit == STAGES_OF[name]
 
 
-BY_NCCL = {"gpu-shared", "gpu-split", "gpu-split-tp2", "gpu-fanout", "gpu-split-pp2"}
+BY_NCCL = {
+    "gpu-shared", "gpu-split", "gpu-split-tp2", "gpu-fanout", "gpu-fanout3", "gpu-split-pp2", "gpu-split-pp2-tp2",
+}  # fmt: skip
+COLOCATED = {f"gpu-colocate-{ranks}" for ranks in ("tp1", "tp2", "tp4", "pp2", "pp2-tp2")}
 STAGES_OF = {
-    "checkpoint-engine": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
-    "verl": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
+    "checkpoint-engine": COLOCATED,
+    "verl": COLOCATED,
     "openrlhf": BY_NCCL,
-    "openrlhf-ipc": {"gpu-colocate-tp1", "gpu-colocate-tp2"},
+    "openrlhf-ipc": COLOCATED,
     "trl": BY_NCCL,
     "ms-swift": {"gpu-colocate-tp1"},
     "areal": BY_NCCL,
 }
+
+
+def test_what_is_waived_is_judged_where_it_was_seen():
+    found = waivers.read(ROOT / "suite" / "subjects" / "waivers" / "frameworks.toml")
+    run = json.loads((ROOT / "reports" / "baselines" / "1xh200-frameworks" / "vllm-0.24.0.json").read_text())
+    failed = {(case["requirement"], case["subject"]) for case in run["conformance"] if case["verdict"] == "fail"}
+    declared = {(name, subject.name) for subject in FOREIGN.values() for name in subject.lacks}
+    corrected = {("lora.exact", "verl")}  # the adapter did not say that the engine took adapters
+    assert {(waiver.requirement, waiver.subject) for waiver in found} == failed - declared - corrected
+    assert all(waiver.vllm.contains(run["environment"]["vllm"]["version"]) for waiver in found)
+
 
 # ---- checkpoint-engine
 
@@ -208,6 +223,9 @@ def test_verls_worker_and_sender_mean_the_same_socket(monkeypatch: pytest.Monkey
     assert verl.address(1) == "ipc:///tmp/rl-colocate-zmq-run7-replica-0-rank-1.sock"
     half.transfer(MANIFEST)
     assert engine.called == [("update_weights_from_ipc", None, False, False)]
+    engine.takes_adapters = True
+    half.transfer(MANIFEST)
+    assert engine.called[1:] == [("update_weights_from_ipc", {"peft_type": "LORA"}, False, False)]
 
 
 def test_verls_sender_is_given_the_tensors_as_they_are(monkeypatch: pytest.MonkeyPatch):

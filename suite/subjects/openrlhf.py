@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from suite.stages import Stage
 from suite.subjects import broadcast, handles
 from suite.subjects.adapting import pair
-from suite.subjects.foreign import Foreign, lacks
+from suite.subjects.foreign import Foreign, lacks, no_adapters
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Trainer, TrainerHalf
 
 EXTENSION = "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap"
@@ -116,7 +116,7 @@ class OpenRlhfIpc(OpenRlhf):
         return handles.unfit_on_gpus(stage)
 
 
-_LACKS = lacks("WorkerWrap")
+_LACKS = lacks("WorkerWrap") | no_adapters("OpenRLHF starts no engine that takes LoRA adapters")
 SUBJECTS = (
     OpenRlhf("openrlhf", EXTENSION, _LACKS | broadcast.NO_HANDLES),
     OpenRlhfIpc("openrlhf-ipc", EXTENSION, _LACKS),

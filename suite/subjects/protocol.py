@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What the engine's half has of its engine. devices: {"rank", "id", ...} of every worker."""
+    """What the engine's half has of its engine.
+
+    devices: {"rank", "id", ...} of every worker. takes_adapters: whether it was started for LoRA adapters.
+    """
 
     devices: list[dict[str, Any]]
+    takes_adapters: bool
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         """Call a worker method on all ranks; their results."""

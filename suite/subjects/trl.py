@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
-from suite.subjects.foreign import Foreign, lacks
+from suite.subjects.foreign import Foreign, lacks, no_adapters
 from suite.subjects.protocol import Engine, EngineHalf, Tensors, Trainer, TrainerHalf
 
 ANOTHER = "of the trainer"  # where the worker asks for the client's device, to refuse its own
+MERGED = "trl vllm-serve starts no engine that takes LoRA adapters: TRL's trainer merges them before it sends"
 ONE_SERVER = {"fanout.two_engines": "its ranks are those of one server's workers, and the client's after them"}
 
 
@@ -92,5 +93,5 @@ class Trl(Foreign):
 SUBJECT = Trl(
     "trl",
     "trl.scripts.vllm_serve:WeightSyncWorkerExtension",
-    lacks=lacks("WeightSyncWorkerExtension") | NO_HANDLES | ONE_SERVER,
+    lacks=lacks("WeightSyncWorkerExtension") | no_adapters(MERGED) | NO_HANDLES | ONE_SERVER,
 )

@@ -20,6 +20,7 @@ from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Traine
 JOB = "VERL_RAY_JOB_ID"  # in the environment of its workers, to tell jobs of one machine apart
 SENDERS = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
 BUCKET_MB = 2048  # of verl's own rollout configuration; its sender's default is 512
+LORA = {"peft_type": "LORA"}  # with base weights, the worker looks at no more of it than that there is one
 NO_ADDRESSES = {"devices.wrong_handle": "the trainer hands over nothing that names a device: sockets go by rank"}
 
 
@@ -31,8 +32,11 @@ class VerlEngine(EngineHalf):
         os.environ[JOB] = job()  # before the workers are made: they inherit it
 
     def transfer(self, manifest: list[dict]) -> None:
-        """Have the workers take bucket after bucket, up to the last."""
-        self.engine.rpc("update_weights_from_ipc", None, False, False)
+        """Have the workers take bucket after bucket, up to the last.
+
+        As verl's trainer does, say where the engine takes adapters: the worker then finds vLLM's names of base weights.
+        """
+        self.engine.rpc("update_weights_from_ipc", LORA if self.engine.takes_adapters else None, False, False)
 
 
 class VerlTrainer(TrainerHalf):
@@ -64,7 +68,7 @@ class VerlSubject(Foreign):
     roofline: ClassVar[str] = "copy"
     calls: ClassVar[tuple[str, ...]] = (
         "BucketedWeightSender.async_send_weights(), in the trainer",
-        "update_weights_from_ipc(peft_config=None, base_sync_done=False, use_shm=...)",
+        "update_weights_from_ipc(peft_config=..., base_sync_done=False, use_shm=False); without LoRA peft_config=None",
         "LLM.reset_prefix_cache(), as verl's rollout does by clear_kv_cache",
     )
 
