@@ -102,7 +102,9 @@ class Engined(Engine):
 
     def __init__(self, worker: ProbedWorker, path: str) -> None:
         calling = lambda method, args: [getattr(worker, method)(*args)]  # noqa: E731
-        self._llm = SimpleNamespace(collective_rpc=calling, reset_prefix_cache=lambda: True)
+        model = SimpleNamespace(model_config=SimpleNamespace(is_multimodal_model=False))
+        self._llm = SimpleNamespace(collective_rpc=calling, reset_prefix_cache=lambda: True, llm_engine=model)
+        self.devices = [{"rank": 0}]
         self._watch = SimpleNamespace(waiting=contextlib.nullcontext)
         self._examine(SUBJECTS["colocate"].plain())
         self._listener, self._links = Listener(path), []
