@@ -30,6 +30,7 @@ written to. So an update that does not fit is refused by name with nothing touch
 model that says that it is inconsistent.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -219,7 +220,7 @@ def planned(model: torch.nn.Module, vllm_config: object, announced: Announced) -
 
 
 def _recorded(
-    model: torch.nn.Module, vllm_config: object, announced: Announced, ranks: tuple[int, int] | None = None
+    model: torch.nn.Module, vllm_config: object, announced: Announced, ranks: tuple[int, ...] | None = None
 ) -> Plan:
     """The plan of one rank. Each refused tensor is left out, and the others are recorded again."""
     refused: dict[str, str] = {}
@@ -248,7 +249,9 @@ def _with_other_ranks(plan: Plan, model: torch.nn.Module, vllm_config: object) -
     are made too.
     """
     parallel = vllm_config.parallel_config
-    sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+    sizes = [parallel.tensor_parallel_size, parallel.pipeline_parallel_size]
+    if getattr(parallel, "data_parallel_size", 1) > 1:  # of a dense model, each replica takes itself for the only one
+        sizes.append(parallel.data_parallel_size)
     open_names = _not_read_whole(plan)
     if math.prod(sizes) == 1 or not open_names:
         return plan
@@ -261,7 +264,7 @@ def _with_other_ranks(plan: Plan, model: torch.nn.Module, vllm_config: object) -
     }
     others = {name: plan.announced[name] for name in open_names if name not in elsewhere}
     refused = dict(plan.refused)
-    for ranks in [(tp, pp) for pp in range(sizes[1]) for tp in range(sizes[0])] if others else ():
+    for ranks in itertools.product(*map(range, sizes)) if others else ():
         other = _recorded(model, vllm_config, others, ranks)
         refused |= other.refused | {names_of(fill.reads): fill.misfit for fill in other.fills if fill.misfit}
         for name, regions in other.reads.items():

@@ -151,11 +151,12 @@ class Recorder(TorchDispatchMode):
 
 @contextmanager
 def twin_of(
-    model: torch.nn.Module, vllm_config: object, ranks: tuple[int, int] | None = None
+    model: torch.nn.Module, vllm_config: object, ranks: tuple[int, ...] | None = None
 ) -> Iterator[torch.nn.Module]:
     """A model of the same class and configuration on the meta device. The live model stays as it is.
 
-    ranks: the tensor-parallel and the pipeline rank that it is built for, if not this process's own.
+    ranks: the tensor-parallel rank, the pipeline rank and, of replicas that share experts, the replica that it is
+    built for, if not this process's own.
 
     vLLM registers the layers of every model that it builds in the configuration, and keeps rotary embeddings for the
     next model. The twin gets a configuration of its own, and what it left behind is removed. Parameters that the live
@@ -216,14 +217,14 @@ def _maps_of_experts_with_values() -> Iterator[None]:
 
 
 @contextmanager
-def _as_rank(ranks: tuple[int, int] | None) -> Iterator[None]:
+def _as_rank(ranks: tuple[int, ...] | None) -> Iterator[None]:
     """Have vLLM take this process for another rank of the same engine. Nothing is sent meanwhile."""
     if ranks is None:
         yield
         return
-    from vllm.distributed import get_pp_group, get_tp_group
+    from vllm.distributed import get_dp_group, get_pp_group, get_tp_group
 
-    groups = (get_tp_group(), get_pp_group())
+    groups = (get_tp_group(), get_pp_group(), get_dp_group())[: len(ranks)]
     own = [(group.rank_in_group, group.rank) for group in groups]
     try:
         for group, rank in zip(groups, ranks, strict=True):
