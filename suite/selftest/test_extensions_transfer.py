@@ -148,6 +148,15 @@ def test_what_cannot_be_planned_keeps_no_sender_waiting(engine: Any, told: dict,
     assert engine._receiver.calls == [("_weight_sync_refuse",)]
 
 
+# vLLM 0.32 uses AMX where the CPU has it, and does not ask the kernel for it in every process that computes: SIGILL.
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) asks; where there is no AMX, it fails and changes nothing.
+ASKS_FOR_AMX = """
+import ctypes, platform
+if platform.machine() == "x86_64":
+    ctypes.CDLL(None).syscall(158, 0x1023, 18)
+"""
+
+
 @pytest.mark.skipif(NO_ENGINE is not None, reason="there is no vLLM for CPUs here")
 def test_a_trainer_updates_an_engine_through_vllms_own_api(tmp_path: Path):
     """The package is as pip installs it, as far as vLLM looks for plugins."""
@@ -157,6 +166,7 @@ def test_a_trainer_updates_an_engine_through_vllms_own_api(tmp_path: Path):
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: planned-under-test\nVersion: 1\n")
     lines = [f"[{GROUP}]", *(f"{name} = {value}" for name, value in entries.items())]
     (installed / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    (installed.parent / "sitecustomize.py").write_text(ASKS_FOR_AMX)
     spec = models.MODELS[TIED]
     start = models.write_checkpoint(spec, 0, tmp_path / "start")
     zeros = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in models.tensors(spec)}
