@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
+from suite.subjects.counted import Contiguous
 from suite.subjects.foreign import PACKED, Foreign, lacks
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
@@ -65,13 +66,11 @@ class ArealTrainer(TrainerHalf):
         """Broadcast every tensor, and wait until the engines have answered."""
         import torch
 
-        sent = 0
-        for _, tensor in tensors:
-            whole = tensor.detach().contiguous()
+        counted = Contiguous(tensors)
+        for _, whole in counted:
             torch.distributed.broadcast(whole, src=0, group=self._group, async_op=False)
-            sent += whole.numel() * whole.element_size()
         acknowledged()
-        return sent
+        return counted.bytes_sent
 
     def close(self) -> None:
         """Forget the group: to leave it would wait for workers that may hang."""

@@ -12,17 +12,32 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from suite.stages import Stage
-from suite.subjects.foreign import AddressedEngine, Foreign, lacks
+from suite.subjects.foreign import Foreign, lacks
 from suite.subjects.handles import unfit_on_gpus
-from suite.subjects.protocol import Engine, EngineHalf, Tensors, Trainer, TrainerHalf
+from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
 CALLED_S = 30.0  # how long the ParameterServer may take until it calls for the engine
 GIVEN_UP_S = 2.0
 BUCKET_GB = "1"  # as in vLLM's packs; it takes three times as much of the GPU. By default it takes 8, thrice
 
 
-class CheckpointEngine(AddressedEngine):
-    """Calls update_weights_from_ipc({device id: address}) on all workers."""
+class CheckpointEngine(EngineHalf):
+    """Calls update_weights_from_ipc({device id: address of a socket}) on all workers."""
+
+    def __init__(self, subject: Subject, engine: Engine) -> None:
+        super().__init__(subject, engine)
+        self.addresses: dict[str, str] = {}
+
+    def receive(self, announced: list[dict[str, Any]]) -> list[dict]:
+        """Put the addresses of all ranks together. Raises ValueError for what is malformed."""
+        manifest, self.addresses = super().receive(announced), {}
+        for announcement in announced:
+            said = announcement["addresses"]
+            texts = isinstance(said, dict) and all(isinstance(part, str) for pair in said.items() for part in pair)
+            if not texts:
+                raise ValueError(f"the trainer sent no {{device: address}}, but {said!r:.120}")
+            self.addresses |= said
+        return manifest
 
     def transfer(self, manifest: list[dict]) -> None:
         """Have the workers take bucket after bucket, until the trainer says that it was the last."""

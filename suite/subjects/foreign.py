@@ -4,14 +4,10 @@ A file of this folder that is named after a project has its adapter: how the ext
 what sends in the trainer. docs/frameworks.md says with which vLLM each was tried, and what was found.
 """
 
-from collections.abc import Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
-from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, knows_no_drafts, no_beginning
-
-if TYPE_CHECKING:
-    import torch
+from suite.subjects.protocol import Subject, knows_no_drafts, no_beginning
 
 PACKED = (
     "vLLM's CPU backend leaves parameters without elements or a loader where it has packed linear weights, and this"
@@ -19,29 +15,10 @@ PACKED = (
 )
 
 
-class AddressedEngine(EngineHalf):
-    """Gives the workers what the trainer's ranks announce: {device id: address of a socket}."""
-
-    def __init__(self, subject: Subject, engine: Engine) -> None:
-        super().__init__(subject, engine)
-        self.addresses: dict[str, str] = {}
-
-    def receive(self, announced: list[dict[str, Any]]) -> list[dict]:
-        """Put the addresses of all ranks together. Raises ValueError for what is malformed."""
-        manifest, self.addresses = super().receive(announced), {}
-        for announcement in announced:
-            said = announcement["addresses"]
-            texts = isinstance(said, dict) and all(isinstance(part, str) for pair in said.items() for part in pair)
-            if not texts:
-                raise ValueError(f"the trainer sent no {{device: address}}, but {said!r:.120}")
-            self.addresses |= said
-        return manifest
-
-
 class Foreign(Subject):
     """An extension of another project.
 
-    distribution, module: the package as it is installed, and as it is imported. version: the one that is examined.
+    distribution: the package, as it is installed. version: the one that is examined.
     environment: the tox environment that has it.
     """
 
@@ -71,15 +48,3 @@ def lacks(name: str, **more: str) -> dict[str, str]:
 def no_adapters(why: str) -> dict[str, str]:
     """What a project lacks that starts its engines without LoRA adapters; see Subject.lacks."""
     return dict.fromkeys(("lora.exact", "lora.reloaded"), why)
-
-
-class Counted:
-    """Tensors on their way out, as they are; their bytes are counted."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self._tensors, self.bytes_sent = tensors, 0
-
-    def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
-        for name, tensor in self._tensors:
-            self.bytes_sent += tensor.numel() * tensor.element_size()
-            yield name, tensor

@@ -1,17 +1,18 @@
 """vLLM's native transfer by NCCL, tensor by tensor, in packs, or as sparse patches, sent by vLLM's own sender."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
+from suite.subjects.counted import Contiguous
 from suite.subjects.native import NO_DRAFTS, Native, lacks
 from suite.subjects.native_versions import Api, installed
 from suite.subjects.protocol import Tensors, Trainer, TrainerHalf, load
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 NO_SPARSE = "sparse patches go by checkpoint names from vLLM 0.29 on; before, by those of the engine's fused parameters"
 
@@ -27,31 +28,13 @@ class NcclTrainer(TrainerHalf):
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Have vLLM's sender send, which waits for the engines' answer where it does so for its own client."""
-        counted = Counted(tensors)
+        counted = Contiguous(tensors)
         self._sender.send(counted, acknowledged)
         return counted.bytes_sent
 
     def close(self) -> None:
         """Forget the sender: to leave its group would wait for workers that may hang."""
         self._sender = None
-
-
-class Counted:
-    """Tensors on their way out: contiguous, as NCCL reads them, and counted."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self._tensors, self.bytes_sent = tensors, 0
-
-    def manifest(self) -> list[dict]:
-        """[{"name", "dtype", "shape"}, ...] of all, in their order."""
-        return self._tensors.manifest()
-
-    def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
-        self.bytes_sent = 0
-        for name, tensor in self._tensors:
-            whole = tensor.detach().contiguous()
-            self.bytes_sent += whole.numel() * whole.element_size()
-            yield name, whole
 
 
 class NativeNccl(Native):

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from suite.stages import Stage
-from suite.subjects.foreign import PACKED, Counted, Foreign, lacks
+from suite.subjects.counted import Counted
+from suite.subjects.foreign import PACKED, Foreign, lacks
 from suite.subjects.handles import unfit_on_gpus
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
+from suite.subjects.counted import Contiguous
 from suite.subjects.foreign import Foreign, lacks, no_adapters
 from suite.subjects.protocol import Engine, EngineHalf, Tensors, Trainer, TrainerHalf
 
@@ -49,13 +50,11 @@ class LastRankTrainer(TrainerHalf):
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Broadcast every tensor, and meet the workers after each."""
-        sent = 0
-        for _, tensor in tensors:
-            whole = tensor.detach().contiguous()
+        counted = Contiguous(tensors)
+        for _, whole in counted:
             self._communicator.broadcast(whole, src=self._rank)
             self._communicator.group.barrier()
-            sent += whole.numel() * whole.element_size()
-        return sent
+        return counted.bytes_sent
 
     def close(self) -> None:
         """Forget the group: to leave it would wait for workers that may hang."""

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 from extensions.segments import RUN_ID
 from suite.stages import Stage
-from suite.subjects.foreign import Counted, Foreign, lacks
+from suite.subjects.counted import Counted
+from suite.subjects.foreign import Foreign, lacks
 from suite.subjects.handles import unfit_on_gpus
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
