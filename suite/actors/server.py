@@ -140,4 +140,8 @@ def limits(arguments: dict) -> SimpleNamespace:
     """What the suite asks of an engine's model_config."""
     config = json.loads(Path(arguments["model"], "config.json").read_text())
     vocabulary = (config.get("text_config") or {}).get("vocab_size") or config["vocab_size"]
-    return SimpleNamespace(get_vocab_size=lambda: vocabulary, max_model_len=arguments["max_model_len"])
+    return SimpleNamespace(
+        get_vocab_size=lambda: vocabulary,
+        max_model_len=arguments["max_model_len"],
+        hf_config=SimpleNamespace(**config),
+    )

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from suite.actors import server, vllm_command
+from suite.actors import answers, server, vllm_command
 from suite.actors.engine import Engine, StaleCache, WorkerError
 from suite.actors.over_http import COMPLETIONS, GENERATE, HttpError, Remote
 from suite.actors.probe import Probe
@@ -378,5 +378,7 @@ def test_the_command_finds_its_version_whatever_its_package_is_called(
     ],
 )
 def test_how_many_tokens_a_model_knows_is_read_from_its_config(tmp_path: Path, config: dict, vocabulary: int):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert server.limits({"model": str(tmp_path), "max_model_len": 64}).get_vocab_size() == vocabulary
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    found = server.limits({"model": str(tmp_path), "max_model_len": 64})
+    assert found.get_vocab_size() == vocabulary
+    assert answers.pictured(found) == [], "expected a model that is asked about text alone"
