@@ -97,7 +97,6 @@ class Sending:
         self._subject: Subject | None = None
         self._half: TrainerHalf | None = None
         self._links: tuple[link.Link, ...] = ()
-        self._announce_s = 0.0
 
     def connect(self, subject: dict, link_paths: list[str], deadline_s: float) -> None:
         """Be a rank of this subject, and let go of earlier engines. A rank that speaks gets a line to each engine.
@@ -134,7 +133,8 @@ class Sending:
         started, striking = time.monotonic(), Fault(fault)
         tensors, said = Outgoing(self._trainer, order, alter, striking), TrainerSide(self._links, deadline_s)
         try:
-            self._agree(said, striking, self._announcement(tensors, said, relabel), call_off)
+            announcement, announce_s = self._announcement(tensors, said, relabel)
+            self._agree(said, striking, announcement, call_off)
             sent = self._send(tensors, said, striking)
         except Refused:
             self._half.release()
@@ -143,7 +143,7 @@ class Sending:
             said.failed(error)
             raise
         self._half.release()
-        measured = {"bytes_sent": sent, "tensors": tensors.count, "announce_s": self._announce_s}
+        measured = {"bytes_sent": sent, "tensors": tensors.count, "announce_s": announce_s}
         return {"started_s": started, "ended_s": time.monotonic(), **measured}
 
     def forget(self) -> None:
@@ -177,15 +177,16 @@ class Sending:
     def _all_speak(self) -> bool:
         return self._subject.speakers(self._trainer.world_size) == self._trainer.world_size
 
-    def _announcement(self, tensors: Outgoing, said: TrainerSide, relabel: str | None) -> dict[str, Any]:
+    def _announcement(self, tensors: Outgoing, said: TrainerSide, relabel: str | None) -> tuple[dict[str, Any], float]:
+        """What is announced, and the seconds in which the subject prepared it."""
         if self._speaks:
             self._half.gather(tensors)
         said.begin()
         began = time.monotonic()
         announced = self._half.announce(tensors) if self._speaks else {}
-        self._announce_s = time.monotonic() - began
+        announce_s = time.monotonic() - began
         announced = self._half.mislabelled(announced, relabel) if relabel is not None else announced
-        return announced if "manifest" in announced else {"manifest": tensors.manifest(), **announced}
+        return announced if "manifest" in announced else {"manifest": tensors.manifest(), **announced}, announce_s
 
     def _agree(self, said: TrainerSide, fault: Fault, announcement: dict[str, Any], call_off: bool) -> None:
         """Announce the update, and have all engines start it and all ranks send it, or none. Raises NotStarted."""

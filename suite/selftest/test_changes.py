@@ -64,7 +64,9 @@ def test_rank_0_compares_before_it_announces_and_the_others_gather_alone(monkeyp
     for half in halves:
         half.invite("address", 7, 3)
         half.gather(tensors)
-        assert half.announce(tensors) == {}
+        announced = half.announce(tensors)
+        assert announced.pop("update") != ""
+        assert announced == {"manifest": "manifest"}
         assert half.send(tensors, lambda: None) == (8 if half is halves[0] else 0)
         half.forget()
     assert halves[0]._sender.calls == [("address", 7, 3, "cpu"), ("compare", "all", "manifest"), "send", "forget"]
