@@ -193,17 +193,18 @@ class Load(ABC):
         return (self._layers[path]._buffers[attribute] if found is None else found).data
 
     def _target(self, into: str) -> torch.Tensor:
-        """The tensor of this name that loading writes into. Raises LoadError where the plan was made for another.
-
-        It may be in float32 instead: the CPU backend widens the biases of small layers, and reload leaves them so.
-        """
+        """The tensor of this name that loading writes into. Raises LoadError where the plan was made for another."""
         self._restore(split(into)[0])
         target, planned = self._tensor(into), self._plan.tensors[into]
-        alike = target.dtype == planned.dtype or (target.dtype == torch.float32 and planned.dtype.itemsize == 2)
+        alike = self._takes(target.dtype, planned.dtype)
         if not alike or (target.shape, target.stride()) != (planned.shape, planned.stride()):
             expected, there = (f"{t.dtype} {list(t.shape)}" for t in (planned, target))
             raise LoadError(f"{into}: planned as {expected}, found {there}; the plan is not of this model any more")
         return target
+
+    def _takes(self, found: torch.dtype, planned: torch.dtype) -> bool:
+        """Whether a tensor that was planned with one dtype may have another."""
+        return found == planned
 
     def _renew_views(self, path: str) -> None:
         """Give the views of a layer's tensors the values that these have now."""

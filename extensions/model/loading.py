@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from extensions.model.load import DirectLoad, Load, configured
-from extensions.model.twin import unwrap_loader
+from extensions.model.twin import default_dtype, unwrap_loader
 from extensions.model.weights import is_packed
 from extensions.plan import Plan
 
@@ -131,6 +131,10 @@ class LayerwiseReload(Load):
                         tensors[name].data.copy_(old)
                 unwrap_loader(tensors[name])
 
+    def _takes(self, found: torch.dtype, planned: torch.dtype) -> bool:
+        """Float32 too: the CPU backend widens the biases of small layers, and vLLM's reload leaves them so."""
+        return super()._takes(found, planned) or (found == torch.float32 and planned.itemsize == 2)
+
     def _written(self, names: Iterable[str]) -> None:
         filled = self._plan.filled if self._plan is not None else {}
         for path in {path for name in names for path in filled.get(name, ())}:
@@ -197,12 +201,8 @@ def finalize(model: torch.nn.Module, model_config: object) -> None:
     from vllm.model_executor.model_loader import reload
 
     finish = getattr(reload, "finalize_layerwise_reload", None) or reload.finalize_layerwise_processing
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(model_config.dtype)  # as when an engine starts: what is made by default is of this dtype
-    try:
+    with default_dtype(model_config.dtype):
         finish(model, model_config)
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _name_loaders(model: torch.nn.Module) -> None:

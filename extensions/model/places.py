@@ -49,7 +49,8 @@ def places_of(model: torch.nn.Module, vllm_config: object, plan: Plan | None, na
 
 def part_of_plan(plan: Plan, names: Iterable[str]) -> Plan:
     """The plan of an update of these tensors alone. They are whole units: nothing else fills what they fill."""
-    announced = {name: plan.announced[name] for name in plan.announced if name in {*names}}
+    chosen = {*names}
+    announced = {name: layout for name, layout in plan.announced.items() if name in chosen}
     into = {fill.into for name in announced for fill in plan.of(name)}
     fills = [
         fill

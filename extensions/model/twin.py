@@ -172,10 +172,15 @@ def twin_of(
     own.compilation_config = copy.copy(vllm_config.compilation_config)
     own.compilation_config.static_forward_context = {}
     own.compilation_config.static_all_moe_layers = []
-    ropes, dtype = dict(_ROPE_DICT), torch.get_default_dtype()
-    torch.set_default_dtype(vllm_config.model_config.dtype)  # by which vLLM chooses attention backends
+    ropes = dict(_ROPE_DICT)
     try:
-        with set_current_vllm_config(own), torch.no_grad(), _as_rank(ranks), _maps_of_experts_with_values():
+        with (
+            set_current_vllm_config(own),
+            default_dtype(vllm_config.model_config.dtype),  # by which vLLM chooses attention backends
+            torch.no_grad(),
+            _as_rank(ranks),
+            _maps_of_experts_with_values(),
+        ):
             try:
                 with torch.device("meta"):
                     twin = initialize_model(vllm_config=own, model_class=type(model))
@@ -186,9 +191,19 @@ def twin_of(
                 unwrap_loader(tensor)
             yield twin
     finally:
-        torch.set_default_dtype(dtype)
         _ROPE_DICT.clear()
         _ROPE_DICT.update(ropes)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Have torch make tensors of this dtype where nobody says which, as vLLM does when it loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
