@@ -63,11 +63,13 @@ class PlansUpdates(UpdateBracket):
         agreed = self._weight_sync_agreed
         if agreed is None or agreed.digest.hex() != digest or agreed.kept != self._weight_sync_counts():
             return False
-        of_model, of_drafter = parted(agreed.announced)
         model, drafter = self.model_runner.get_model(), self._weight_sync_drafter()
+        if drafter is None:
+            return self._weight_sync_plans().holds(model)
+        of_model, of_drafter = parted(agreed.announced)
         if of_model and not self._weight_sync_plans().holds(model):
             return False
-        return not of_drafter or drafter is None or self._weight_sync_plans(DRAFT).holds(drafter.model)
+        return not of_drafter or self._weight_sync_plans(DRAFT).holds(drafter.model)
 
     def _weight_sync_counts(self) -> tuple[int, int]:
         """Which plans are kept now, of the model and of the draft model; see `Kept.kept`."""

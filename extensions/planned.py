@@ -164,10 +164,15 @@ class PlannedSender(BroadcastSender):
     def _next(self, named: Iterator[tuple[str, torch.Tensor]], expected: str) -> torch.Tensor:
         name, tensor = next(named, ("nothing", torch.empty(0)))
         if name != expected or (tensor.dtype, tuple(tensor.shape)) != self._announced[expected]:
-            found = f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}"
+            found = shown(name, tensor)
             self._group.abort(f"the sender has another tensor than {expected}: {found}")
             raise ValueError(f"expected {expected} as in the manifest, found {found}")
         return tensor.detach().to(self._group.device).contiguous()
+
+
+def shown(name: str, tensor: torch.Tensor) -> str:
+    """A tensor in a message."""
+    return f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 @contextlib.contextmanager

@@ -18,11 +18,10 @@ from extensions.agreed import Agreed, PlansUpdates
 from extensions.bracket import Update, UpdateError
 from extensions.colocate import ColocateWorkerExtension, HandleSender, of_device, opened_handle
 from extensions.devices import synchronize
+from extensions.elements import INTEGERS
 from extensions.model.load import Load
 
 LARGE_BYTES = 16 * 2**20  # of a tensor that is copied alone: 1352 GB/s on an H100; many small ones by a kernel 1041
-# One kernel that copies many tensors of floats computes with them, and changes the bits of a NaN. It copies integers.
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Where = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
@@ -159,7 +158,10 @@ def _copies(load: Load, tensors: dict[str, torch.Tensor]) -> Copies:
 
 
 def _integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers, where there are integers of that size."""
+    """The same memory as integers, where there are integers of that size.
+
+    One kernel that copies many tensors of floats computes with them, and changes the bits of a NaN.
+    """
     return tensor.view(INTEGERS.get(tensor.element_size(), tensor.dtype))
 
 

@@ -47,9 +47,9 @@ from extensions.planned import (
     agree,
     hear,
     in_step,
+    shown,
 )
 from extensions.staging import Staging
-from extensions.tensors import dtype_name
 
 TAKES_CHANGES = b"\1" * VERSION_BYTES  # said by a worker as its next version
 
@@ -300,8 +300,7 @@ class SparseSender(PlannedSender):
         for name, layout in self._announced.items():
             given, tensor = next(tensors, ("nothing", torch.empty(0)))
             if (given, (tensor.dtype, tuple(tensor.shape))) != (name, layout):
-                found = f"{given} {dtype_name(tensor.dtype)} {list(tensor.shape)}"
-                raise ValueError(f"expected {name} as in the manifest, found {found}")
+                raise ValueError(f"expected {name} as in the manifest, found {shown(given, tensor)}")
             yield name, tensor.detach().to(self._group.device)
         if (more := next(tensors, None)) is not None:
             raise ValueError(f"{more[0]} is not in the manifest")

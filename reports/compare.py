@@ -9,7 +9,7 @@ from statistics import median
 from reports import pace, statistics
 from reports.environment import differences
 from reports.load import Run, Timing, UnusableInput
-from reports.matrix import FOUND_WANTING, Cell, cells
+from reports.matrix import FOUND_WANTING, NOT_JUDGED, Cell, cells
 from reports.pace import Against
 from reports.pause import MEANING
 from reports.statistics import Ratio
@@ -26,7 +26,6 @@ CAUSES = {
 DEFAULT_CAUSES = ("failing", "error", "slower")
 LAST = ("only in A", "only in B", "judged in neither")  # shown last: a run with other stages has many of these
 BOUND = 0.5  # from this share of roofline on, drift of the hardware explains the time
-NOT_JUDGED = {"absent", "not-applicable", "unsupported"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Change:
             return "still failing (waived)" if self.was in ("fail", "waived") else "newly waived"
         if self.now == self.was:
             return "unchanged" if self.now != "fail" else "still failing"
-        if {self.now, self.was} <= NOT_JUDGED:
+        if {self.now, self.was} <= {"absent", *NOT_JUDGED}:
             return "judged in neither"
         if self.now == "fail":
             return "newly failing"

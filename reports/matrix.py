@@ -12,6 +12,7 @@ from reports.units import counted
 # The verdict of several cases is the first of these that any case has.
 ORDER = ("fail", "error", "waived", "pass", "unsupported", "not-applicable")
 FOUND_WANTING = ("fail", "error", "waived")  # told case by case, with their messages
+NOT_JUDGED = ("unsupported", "not-applicable")
 SYMBOL = {"pass": "✓", "fail": "✗", "waived": "~", "error": "!", "unsupported": "∅", "not-applicable": "-"}
 MEANING = {
     "pass": "met",

@@ -8,13 +8,12 @@ from pathlib import Path
 from reports import trend
 from reports.compare import same_hardware
 from reports.load import Run, UnusableInput, document_of, read_all
-from reports.matrix import SYMBOL, cells, in_order
+from reports.matrix import NOT_JUDGED, SYMBOL, cells, in_order
 from reports.repeated import parse
 from reports.table import markdown, markdown_table
 from reports.units import counted, seconds
 
 BASELINES = Path(__file__).parent / "baselines"
-NOT_JUDGED = ("unsupported", "not-applicable")
 REFERENCES = {"broadcast", "colocate", ""}  # the subjects of a run that names none; "" has what is judged of none
 REPEATED = "repeated"  # the folder of counts of cases that were judged many times in a row
 INTRODUCTION = """\
@@ -96,9 +95,7 @@ def _by_subject(run: Run) -> str:
     """Requirements x subjects; without those that no subject was judged by."""
     found = cells(run.outcomes, "requirement", "subject")
     subjects = in_order(subject for _, subject in found)
-    judged = in_order(
-        name for (name, _), cell in found.items() if cell.verdict not in ("unsupported", "not-applicable")
-    )
+    judged = in_order(name for (name, _), cell in found.items() if cell.verdict not in NOT_JUDGED)
     rows = []
     for name in judged:
         verdicts = [found[name, subject].verdict if (name, subject) in found else "" for subject in subjects]

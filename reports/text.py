@@ -9,7 +9,7 @@ from itertools import zip_longest
 from reports import fanout, rows, units
 from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
 from reports.load import Run, Timing
-from reports.matrix import FOUND_WANTING, MEANING, SYMBOL, Cell, cells, headline, in_order, legend
+from reports.matrix import FOUND_WANTING, MEANING, NOT_JUDGED, SYMBOL, Cell, cells, headline, in_order, legend
 from reports.message import message_text
 from reports.pause import LEGEND
 from reports.table import text_table, wrapped
@@ -70,7 +70,7 @@ def _reasons(run: Run, width: int) -> list[str]:
         head = f"{SYMBOL[first.verdict]} {first.verdict} {first.level} {first.requirement}: {where}"
         lines = [wrapped(head, width, ""), message_text(first.told_with_clause or "no message", width)]
         parts.append("\n".join([*lines, *([wrapped(more, width)] if more else [])]))
-    for verdict in ("unsupported", "not-applicable"):
+    for verdict in NOT_JUDGED:
         counted = Counter(outcome.detail or "no reason given" for outcome in run.outcomes if outcome.verdict == verdict)
         lines = [wrapped(f"{count} x {reason}", width, "    ", 2) for reason, count in counted.items()]
         parts.append("\n".join([f"{SYMBOL[verdict]} {verdict}:", *lines]) if lines else "")

@@ -177,7 +177,7 @@ class Probe:
         """
         model = self.model_runner.get_model()
         if not all(hasattr(layer, "weight") for layer in (model.model.embed_tokens, model.lm_head)):
-            return {"rank": self.rank, "rows": 0, "equal": 0}
+            return {"rank": self._probe_rank, "rows": 0, "equal": 0}
         looked_up, applied = model.model.embed_tokens.weight.detach(), applied_weight(model.lm_head)
         return {
             "rank": self._probe_rank,

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from extensions.elements import INTEGERS
+from extensions.elements import integers
 from extensions.tensors import flat_bytes
 
 TURNED_BITS = 7  # the lowest of an element: of a bfloat16 number those are its mantissa
@@ -34,7 +34,7 @@ def turn_bits(tensors: Iterable[torch.Tensor], one_in: int, seed: int) -> int:
     turned = 0
     for number, tensor in enumerate(tensor for tensor in tensors if tensor.numel()):
         draw = torch.Generator(tensor.device).manual_seed(seed * 2**20 + number)
-        flat = flat_bytes(tensor).view(INTEGERS[tensor.element_size()])
+        flat = integers(tensor)
         step = min(one_in, len(flat))
         firsts = torch.arange(0, len(flat) - step + 1, step, device=tensor.device)
         at = firsts + torch.randint(step, firsts.shape, generator=draw, device=tensor.device)

@@ -194,6 +194,23 @@ def test_buffers(sync: Sync, target: int) -> None:
             expect(not other, f"every buffer of rank {rank} as it was", f"{len(other)} others: {other[:5]}", sync.where)
 
 
+@requirement(
+    "sent.spread",
+    MUST,
+    text="Two updates from a trainer of four ranks are exact, where each rank holds a part of every tensor and the"
+    " engine has fewer ranks than the trainer.",
+    because="Code that was tried with one or two ranks takes a rank for a device, a shard for a tensor, or the last one"
+    " that spoke for all.",
+    on="cpu",
+    models={"cpu-tp1": [TIED]},
+)
+def test_spread(spread: Sync, target: int) -> None:
+    for seed in (target, spread.seed):
+        spread.load(seed)
+        spread.update()
+        spread.expect_exact(seed)
+
+
 def _mixed(sync: Sync) -> dict[str, str]:
     """A dtype by tensor. No bfloat16 value changes: those of norms lie around 1, where float16 has all of them."""
     others = cycle(("float32", "bfloat16"))
@@ -240,23 +257,6 @@ def _update_exactly(sync: Sync, seed: int, expected: Sequence[str], named: Calla
     for rank in sync.compared(seed):
         _expect_among(sync, [named(name) for name, shape in rank["shapes"].items() if math.prod(shape)], expected)
     sync.expect_exact(seed)
-
-
-@requirement(
-    "sent.spread",
-    MUST,
-    text="Two updates from a trainer of four ranks are exact, where each rank holds a part of every tensor and the"
-    " engine has fewer ranks than the trainer.",
-    because="Code that was tried with one or two ranks takes a rank for a device, a shard for a tensor, or the last one"
-    " that spoke for all.",
-    on="cpu",
-    models={"cpu-tp1": [TIED]},
-)
-def test_spread(spread: Sync, target: int) -> None:
-    for seed in (target, spread.seed):
-        spread.load(seed)
-        spread.update()
-        spread.expect_exact(seed)
 
 
 def _expect_among(sync: Sync, names: Iterable[str], expected: Sequence[str]) -> None:

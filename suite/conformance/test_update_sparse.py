@@ -30,18 +30,19 @@ def test_sparse(sync: Sync, target: int) -> None:
     for alter in equal:
         _expect_little(sync, whole, sync.update(alter=alter).bytes_sent)
     by_sign = sync.snapshot()
-    for names, one_in in ((None, ONE_IN), (few, ONE_IN_A_FEW), ([*few, sync.weight], ONE_IN_A_FEW)):
+    turns = ((None, ONE_IN), (few, ONE_IN_A_FEW), ([*few, sync.weight], ONE_IN_A_FEW))
+    for names, one_in in turns:
         _turn(sync, names, one_in)
         sent = sync.update().bytes_sent
     _expect_little(sync, whole, sent)
     changed = sync.snapshot()
-    for names, one_in in (([*few, sync.weight], ONE_IN_A_FEW), (few, ONE_IN_A_FEW), (None, ONE_IN)):
+    for names, one_in in reversed(turns):
         _turn(sync, names, one_in)
         sync.update()
     sync.expect_exact(target)
     sync.load(sync.seed)
     sync.load(target)
-    for names, one_in in ((None, ONE_IN), (few, ONE_IN_A_FEW), ([*few, sync.weight], ONE_IN_A_FEW)):
+    for names, one_in in turns:
         _turn(sync, names, one_in)
     sync.update()
     sync.expect_equal_to(changed, LOADED_ANEW)

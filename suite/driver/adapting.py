@@ -6,7 +6,6 @@ from suite.driver.expected import expect
 from suite.driver.expecting import Expecting
 from suite.driver.together import MAX_TOKENS
 from suite.models.adapters import write_adapter, write_merged
-from suite.processes.call import gather
 
 NAME = "adapter"  # of every adapter: each takes the place of the one before, also on disk
 
@@ -21,12 +20,12 @@ class Adapting(Expecting):
     def load_adapter(self, seed: int | None) -> None:
         """Write the adapter of a seed over the one before, and have the engines load it in its place; None: zeros."""
         write_adapter(self.spec, seed, self._adapter)
-        self._all_engines("load_adapter", str(self._adapter))
+        self.all_engines("load_adapter", str(self._adapter))
         self.reset_cache()
 
     def remove_adapter(self) -> None:
         """Have the engines forget the adapter."""
-        self._all_engines("remove_adapter")
+        self.all_engines("remove_adapter")
 
     def clear_adapter(self) -> None:
         """Have the engines forget the adapter and its matrices, which are zeros in an engine that never had one."""
@@ -55,15 +54,11 @@ class Adapting(Expecting):
 
     def expect_adapted(self, prompts: list[list[int]], oracle: list[dict]) -> None:
         """Greedy tokens and log-probabilities with the adapter are those of an oracle, as `adapted` gives them."""
-        calls = [e.process.submit("generate", prompts, MAX_TOKENS, str(self._adapter)) for e in self.engines]
-        for said in gather(calls, self.call_deadline_s):
+        for said in self.all_engines("generate", prompts, MAX_TOKENS, str(self._adapter)):
             self.expect_said(prompts, oracle, said)
 
     def expect_has_adapter(self, expected: bool) -> None:
         """Every engine has an adapter, or none has."""
-        found = self._all_engines("has_adapter")
+        found = self.all_engines("has_adapter")
         has = f"engines that have {'an' if expected else 'no'} adapter"
         expect(found == [expected] * len(self.engines), has, found, self.where)
-
-    def _all_engines(self, method: str, *args: object) -> list:
-        return gather([engine.process.submit(method, *args) for engine in self.engines], self.call_deadline_s)

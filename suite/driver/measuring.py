@@ -37,12 +37,10 @@ class Measuring(Moving):
         return "device copy" if self.stage.kind == "gpu" else "memory copy", [max(ranks) for ranks in copies]
 
     def _join_roofline(self) -> None:
-        launcher, offset = self.pool.launcher, 1
-        address, port, world_size = launcher.address, launcher.free_port(), 1 + sum(e.ranks for e in self.engines)
+        address, port, world_size = self.pool.launcher.address, self.pool.launcher.free_port(), self.group_size
         calls = [self.trainer.processes[0].submit("join_roofline", address, port, world_size)]
-        for engine in self.engines:
+        for engine, offset in self.offsets():
             calls.append(engine.process.submit("rpc", "probe_join", address, port, offset, world_size))
-            offset += engine.ranks
         gather(calls, self.call_deadline_s)
 
     def _broadcasts(self, nbytes: int, samples: int) -> list[float]:

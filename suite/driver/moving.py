@@ -2,9 +2,11 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from suite.actors.dialogue import NotStarted
+from suite.driver.engines import EngineHandle
 from suite.driver.expected import Differs
 from suite.driver.together import Together
 from suite.driver.trainers import TrainerFailed
@@ -58,13 +60,23 @@ class Moving(Together):
         for engine in self.engines:
             engine.connection = id(self.trainer)
 
-    def _meet(self) -> None:
-        port, offset = self.pool.launcher.free_port(), 1
-        world_size = 1 + sum(engine.ranks for engine in self.engines)
-        calls = [rank.submit("invite", self.pool.launcher.address, port, world_size) for rank in self.trainer.processes]
+    @property
+    def group_size(self) -> int:
+        """The ranks of a group of one rank of the trainer and all workers of the engines."""
+        return 1 + sum(engine.ranks for engine in self.engines)
+
+    def offsets(self) -> Iterator[tuple[EngineHandle, int]]:
+        """Each engine, and the rank of its first worker in such a group, where the trainer's is 0."""
+        offset = 1
         for engine in self.engines:
-            calls.append(engine.process.submit("connect", self.pool.launcher.address, port, offset, world_size))
+            yield engine, offset
             offset += engine.ranks
+
+    def _meet(self) -> None:
+        address, port, world_size = self.pool.launcher.address, self.pool.launcher.free_port(), self.group_size
+        calls = [rank.submit("invite", address, port, world_size) for rank in self.trainer.processes]
+        for engine, offset in self.offsets():
+            calls.append(engine.process.submit("connect", address, port, offset, world_size))
         self._gathered(calls, JOIN_DEADLINE_S)
 
     def update(
@@ -100,8 +112,8 @@ class Moving(Together):
         sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])
         first = halves[0]
         given = {name: first[name] for name in ("pause_s", "token_s", "cache_is_held") if name in first}
-        given |= {name: sent[name] for name in ("announce_s",) if name in sent}
-        return Moved(ended - started, sent["bytes_sent"], sent["tensors"], first["steps_s"], first["calls"], **given)
+        told = (sent["bytes_sent"], sent["tensors"], first["steps_s"], first["calls"], sent["announce_s"])
+        return Moved(ended - started, *told, **given)
 
     def refusal(self, deadline_s: float, **how: object) -> str:
         """Attempt an update that has to be refused and return the error; fails if it succeeds."""

@@ -67,17 +67,19 @@ class Together:
 
     def call_engines(self, method: str, *args: object) -> list[list]:
         """Call a worker method; its results by engine and rank."""
-        calls = [engine.process.submit("rpc", method, *args) for engine in self.engines]
-        return gather(calls, self.call_deadline_s)
+        return self.all_engines("rpc", method, *args)
+
+    def all_engines(self, method: str, *args: object) -> list:
+        """Call a method of every `Engine` at once; what each returns."""
+        return gather([engine.process.submit(method, *args) for engine in self.engines], self.call_deadline_s)
 
     def half(self, step: str, *args: object) -> list:
         """Have every engine take a single step of an update, see `Engine.half`; what each returns."""
-        return gather([engine.process.submit("half", step, *args) for engine in self.engines], self.call_deadline_s)
+        return self.all_engines("half", step, *args)
 
     def generate(self, prompts: list[list[int]], max_tokens: int = MAX_TOKENS) -> list[list[dict]]:
         """Greedy continuations, for each engine."""
-        calls = [engine.process.submit("generate", prompts, max_tokens) for engine in self.engines]
-        return gather(calls, self.call_deadline_s)
+        return self.all_engines("generate", prompts, max_tokens)
 
     def prompts(self, count: int = PROMPTS, length: int = PROMPT_TOKENS) -> list[list[int]]:
         """Random prompts in the model's vocabulary, the same ones every time."""
@@ -87,11 +89,11 @@ class Together:
 
     def reset_cache(self) -> None:
         """Have the engines forget the prefixes that they have cached."""
-        gather([engine.process.submit("reset_prefix_cache") for engine in self.engines], self.call_deadline_s)
+        self.all_engines("reset_prefix_cache")
 
     def reset_caches(self) -> None:
         """Have the engines forget all that they have cached, of pictures too."""
-        gather([engine.process.submit("reset_caches") for engine in self.engines], self.call_deadline_s)
+        self.all_engines("reset_caches")
 
     def sleep(self, level: int) -> None:
         """Have the engines give up their GPU memory."""
