@@ -13,6 +13,7 @@ from extensions.colocate import ColocateWorkerExtension
 from extensions.manifest import Announced, check, manifest_of
 
 CPU = torch.device("cpu")
+VLLM_CONFIG = SimpleNamespace(parallel_config=SimpleNamespace(world_size=1, data_parallel_index=0))  # without replicas
 SHAPES = {"a.weight": (2, 3), "b.weight": (4,), "c.weight": (1,)}
 
 
@@ -59,7 +60,7 @@ class Worker(ColocateWorkerExtension, WorkerExtension):
 
     rank = 1
     device = CPU
-    vllm_config = None
+    vllm_config = VLLM_CONFIG
     model_config = SimpleNamespace(hf_config=None)
 
     def __init__(self) -> None:

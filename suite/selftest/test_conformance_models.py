@@ -8,6 +8,7 @@ import torch
 from suite.actors.probe import Probe
 from suite.conformance import test_update_models as judging
 from suite.models import MODELS, TIED, tensors
+from suite.selftest import fakes
 from suite.selftest.test_extensions_weights import Packed, model
 
 EXPERTS, UNTIED = "qwen3-moe-tiny", "qwen3-untied-tiny"
@@ -95,5 +96,5 @@ def test_the_probe_counts_the_rows_that_are_looked_up_and_applied_alike(changed_
     built = model(model=model(embed_tokens=model(weight=looked_up)), lm_head=Packed(applied))
     probe = Probe()
     probe.rank, probe.model_runner = 1, SimpleNamespace(get_model=lambda: built)
-    probe.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=2, data_parallel_index=0))
+    probe.vllm_config = fakes.VLLM_CONFIG
     assert probe.probe_embedding_and_head() == {"rank": 1, "rows": 6, "equal": equal}

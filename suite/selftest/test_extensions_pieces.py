@@ -37,6 +37,7 @@ from extensions.plan import Plan, _parameters
 from extensions.planned import PlannedSender, PlannedWorkerExtension
 from extensions.staging import Staging
 from suite.processes.local import ADDRESS, free_port
+from suite.selftest import fakes
 
 CPU, HALF = torch.device("cpu"), torch.bfloat16
 SMALL_BYTES = 16 * ALIGNMENT_BYTES  # in the place of STAGED_BYTES
@@ -265,7 +266,7 @@ class Allocations(TorchDispatchMode):
 class Receiving(PlannedWorkerExtension):
     """A worker of rank 1 with a Shard for its model."""
 
-    rank, device, vllm_config, _weight_sync_staged_bytes = 0, CPU, None, SMALL_BYTES
+    rank, device, vllm_config, _weight_sync_staged_bytes = 0, CPU, fakes.VLLM_CONFIG, SMALL_BYTES
 
     def __init__(self) -> None:
         self.model = Shard()

@@ -9,6 +9,7 @@ import torch
 from suite.actors import recording
 from suite.actors.probe import Probe
 from suite.actors.recording import WHOLE, Kept, beside_of, both, differing_beside, unsteady_of, weights_of
+from suite.selftest import fakes
 
 RANK = 1
 
@@ -30,7 +31,7 @@ class Worker(Probe):
 
     def __init__(self, built: torch.nn.Module) -> None:
         self.rank, self.device = RANK, torch.device("cpu")
-        self.model, self.vllm_config = built, None
+        self.model, self.vllm_config = built, fakes.VLLM_CONFIG
         self.model_runner = SimpleNamespace(get_model=lambda: built)
 
 

@@ -10,7 +10,7 @@ from torch.multiprocessing import reductions
 
 from extensions.colocate import HandleSender
 from suite.actors.probe import Probe
-from suite.selftest import copied
+from suite.selftest import copied, fakes
 from suite.stages import STAGES
 from suite.subjects import SUBJECTS, known_subjects, subject_from
 from suite.subjects.adapting import adapted, expect_known_forms, pair
@@ -97,7 +97,7 @@ def test_what_a_classs_own_sender_makes_stays_as_it_is(said: dict):
 class Pairs(Probe, copied.TakesPairs):
     """A worker that takes pairs, and keeps what it would load."""
 
-    device, rank = CPU, 0
+    device, rank, vllm_config = CPU, 0, fakes.VLLM_CONFIG
 
     def _weight_sync_accept(self, tensors: dict[str, torch.Tensor]) -> None:
         self.loaded = tensors
