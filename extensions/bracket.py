@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from extensions.asleep import KeepsAsleep
 from extensions.devices import synchronize
 from extensions.kept import Kept
 from extensions.manifest import Announced, Layout, Manifest, parse, require_name
@@ -89,7 +90,7 @@ class State:
     stale: bool = False  # the draft model is of another update than the model
 
 
-class UpdateBracket:
+class UpdateBracket(KeepsAsleep):
     """Mixed into a vLLM worker. vLLM does not call `__init__` here, so the first state is a class attribute."""
 
     # The states, as update_state() names them, and what leads out of each:
@@ -169,6 +170,7 @@ class UpdateBracket:
 
     def update_state(self) -> str:
         """`ready`, `updating`, `inconsistent`, or `stale draft` where only the draft model's weights are not right."""
+        self._weight_sync_watch_sleep()
         state = self._weight_sync_state
         if state.update is not None:
             return "updating"
@@ -196,7 +198,12 @@ class UpdateBracket:
         return drafter_of(self.model_runner, self.vllm_config)
 
     def _weight_sync_load(self, announced: Announced) -> Load | DraftLoad:
-        """The load of an update. Raises ManifestError where a model can't take its tensors."""
+        """The load of an update. Raises ManifestError where a model can't take its tensors.
+
+        Raises SleepError where some that the update does not bring may be lost.
+        """
+        self._weight_sync_watch_sleep()
+        self._weight_sync_refuse_lost()
         drafter = self._weight_sync_drafter()
         of_model, of_drafter = parted(announced) if drafter else (announced, {})
         model, found = self.model_runner.get_model(), None

@@ -32,6 +32,7 @@ class WorkerExtension(UpdateBracket):
         engine has its own `rank_offset`. A group that was joined before is closed first. Raises like
         `stateless_init_process_group`.
         """
+        self._weight_sync_watch_sleep()
         self.close_weight_update_group()
         self._weight_sync_group = stateless_init_process_group(
             master_address, master_port, rank_offset + rank_in_engine(self), world_size, self.device

@@ -22,6 +22,7 @@ class ColocateWorkerExtension(UpdateBracket):
 
     def report_device_id(self) -> str:
         """The id of this worker's device, the same in every process: the key under which its handles are sent."""
+        self._weight_sync_watch_sleep()
         return device_id(self.device)
 
     def update_weights_from_ipc_handles(self, ipc_handles: dict[str, dict[str, object]]) -> int:

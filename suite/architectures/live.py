@@ -48,7 +48,7 @@ class Live:
         """
         facts = self._load_both()
         model, config = self._load(self._paths[0])
-        self._worker = Worker(model, config)
+        self._worker = self._worker_of(model, config)
         self._update(1, together=False)
         stale = _stale(self._cold[1], model)
         if not stale:
@@ -69,6 +69,9 @@ class Live:
             model.load_weights(self._sent(1).items())
             reload.finalize_layerwise_reload(model, config.model_config)
         return facts | {"stale": _stale(self._cold[1], model), "state": "ready"}
+
+    def _worker_of(self, model: torch.nn.Module, config: Any) -> Worker:
+        return Worker(model, config)
 
     def _load_both(self) -> dict[str, int]:
         """Write both checkpoints and load them as an engine that starts does: what an update has to give."""

@@ -30,8 +30,8 @@ def test_level1(sync: Sync, target: int) -> None:
     MUST,
     text="An engine that slept at level 2, which discards the weights, is exact after it woke and was updated: buffers"
     " too.",
-    because="What no update sends, such as rotary tables, is not restored by one.",
-    seen_in=("vllm#16564", "vllm#29341", "trl#5312", "vllm#57853"),
+    because="What no update sends, such as rotary tables or scales of attention, is not restored by one.",
+    seen_in=("vllm#16564", "vllm#29341", "vllm#53343", "vllm#54941", "nemo-rl#2631", "trl#5312", "vllm#57853"),
     on="gpu",
     models=MODELS,
 )

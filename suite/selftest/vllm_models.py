@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from extensions.manifest import manifest_of
 from extensions.model import loading
+from extensions.model.walk import tensors_of
 from extensions.model.weights import effective_weights
 from extensions.pieces import cut, part_of
 from extensions.plan import plan_of
@@ -54,12 +55,27 @@ class Changed(Live):
     """An architecture in the process of Models, with changes that no config says.
 
     "adapters": the engine takes LoRA adapters. "repeated head": the checkpoint repeats the embedding as the output
-    layer that is tied to it.
+    layer that is tied to it. "asleep": the engine sleeps at level 2 before each update. "attention in a dict": no
+    attention layer is registered in the module that holds it.
     """
 
     def __init__(self, name: str, directory: Path, changes: tuple[str, ...]) -> None:
         super().__init__(name, directory, port=0, entered=lambda step: None)  # the groups are there
         self._changes = changes
+
+    def _worker_of(self, model: torch.nn.Module, config: Any) -> Worker:
+        if "asleep" not in self._changes:
+            return super()._worker_of(model, config)
+        config.model_config.enable_sleep_mode = True
+        worker = Sleeper(model, config)
+        worker.update_state()
+        return worker
+
+    def _update(self, index: int, together: bool) -> None:
+        if "asleep" in self._changes:
+            self._worker.sleep(level=2)
+            self._worker.wake_up()
+        super()._update(index, together)
 
     def _write(self) -> list[Path]:
         paths = super()._write()
@@ -77,7 +93,23 @@ class Changed(Live):
         biases = [tensor for name, tensor in model.named_parameters() if name.endswith(".bias")]
         for bias in biases if "wide biases" in self._changes else ():
             bias.data = bias.data.float()
+        if "attention in a dict" in self._changes:
+            layers = enumerate(model.model.layers)
+            model.attention_instances = {index: layer.self_attn._modules.pop("attn") for index, layer in layers}
         return model, config
+
+
+class Sleeper(Worker):
+    """A worker that sleeps as vLLM's do on GPUs: at level 2 all is lost but registered buffers."""
+
+    def sleep(self, level: int = 1) -> None:
+        self._buffers = {name: buffer.clone() for name, buffer in self.model_runner.get_model().named_buffers()}
+        for tensor in tensors_of(self.model_runner.get_model()).values() if level == 2 else ():
+            tensor.zero_()
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        for name, buffer in self.model_runner.get_model().named_buffers():
+            buffer.copy_(self._buffers[name])
 
 
 class Models:
