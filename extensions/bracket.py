@@ -55,6 +55,8 @@ class Update:
 
     def missing(self) -> list[str]:
         """The announced names that have not arrived, in the order of the manifest."""
+        if self.announced.keys() <= self.arrived:
+            return []
         return [name for name in self.announced if name not in self.arrived]
 
     def awaited(self, name: str) -> Layout:
@@ -146,7 +148,7 @@ class UpdateBracket(KeepsAsleep):
             self.abort_update()  # so that the next update finds every layer ready for loading
             raise
         inconsistent = state.inconsistent and not update.of_model
-        stale = not update.of_drafter and self._weight_sync_drafter() is not None
+        stale = self._weight_sync_drafter() is not None and not update.of_drafter
         self._weight_sync_state = State(inconsistent=inconsistent, stale=stale)
         return len(update.announced)
 

@@ -15,6 +15,7 @@ from extensions.model.headers import checkpoint_layouts
 from extensions.model.twin import HEAD, live_tensors, split
 from extensions.model.views import parted
 from extensions.plan import Plan, PlanError, planned
+from extensions.tensors import layout_of
 
 MAX_ALONE = 1024  # plans of tensors outside the bracket that are kept
 
@@ -27,7 +28,8 @@ class Kept:
     """
 
     _model: weakref.ref | None = None
-    _places: list[tuple[dict, str, int, torch.Size]] = field(default_factory=list)
+    _places: list[tuple[dict, str]] = field(default_factory=list)  # what holds each of its tensors, and the name there
+    _layout: tuple[list, ...] = ()  # where those were, in their order
     _whole: tuple[Announced, Plan | None] | None = None
     _alone: dict[tuple, Plan | None] = field(default_factory=dict)
     kept: int = 0  # counts the models that plans were kept of: another one, or the same with its tensors elsewhere
@@ -55,25 +57,23 @@ class Kept:
         """Whether plans are kept of this model, and its tensors are where they were."""
         if self._model is None or self._model() is not model:
             return False
-        for holder, name, address, shape in self._places:
-            tensor = holder.get(name)
-            if tensor is None or tensor.data_ptr() != address or tensor.shape != shape:
-                return False
-        return True
+        tensors = [holder.get(name) for holder, name in self._places]
+        return not any(tensor is None for tensor in tensors) and layout_of(tensors) == self._layout
 
     def _keep(self, model: torch.nn.Module) -> None:
         """Keep plans of this model. Those of another one, or from before its tensors moved, are dropped."""
         if not self.holds(model):
             self._whole, self._alone, self.kept = None, {}, self.kept + 1
             self._model, self._places = weakref.ref(model), [*_places(model)]
+            self._layout = layout_of([holder[name] for holder, name in self._places])
 
 
-def _places(model: torch.nn.Module) -> Iterator[tuple[dict, str, int, torch.Size]]:
+def _places(model: torch.nn.Module) -> Iterator[tuple[dict, str]]:
     for module in model.modules():
         for holder in (module._parameters, module._buffers):
             for name, tensor in holder.items():
                 if tensor is not None:
-                    yield holder, name, tensor.data_ptr(), tensor.shape
+                    yield holder, name
 
 
 def accepted(model: torch.nn.Module, vllm_config: object, announced: Announced, whole: bool = True) -> Plan | None:

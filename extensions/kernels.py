@@ -180,7 +180,7 @@ class _Compared:
         firsts = [*accumulate(tiles, initial=0)]
         self.parts, self._size = parts, like.element_size()
         rows = [part.row(first) for part, first in zip(parts, firsts, strict=False)]
-        self._table, self._of_tile = _tables(rows, tiles, like.device)
+        self._table, self._of_tile = tables(rows, tiles, like.device)
         self._grid = (firsts[-1],)
         self._bits = torch.empty(firsts[-1] * ROWS, dtype=torch.int32, device=like.device)
         self._counts = torch.empty(firsts[-1], dtype=torch.int32, device=like.device)
@@ -214,13 +214,13 @@ def _write_all(
         steps = [(FAR, 1, 0)] * (dims - len(into.steps)) + [*into.steps]
         told = [first, segment.begin, segment.count, into.elements, into.offset, into.memory.data_ptr()]
         rows.append([*told, *(number for step in steps for number in step)])
-    table, of_block = _tables(rows, blocks, positions.device)
+    table, of_block = tables(rows, blocks, positions.device)
     given = (table, of_block, positions, values, wrong)
     element = KINDS[values.element_size()]
     _write[(sum(blocks),)](*given, block=BLOCK, dims=dims, is_run=is_run, element=element)
 
 
-def _tables(rows: list[list[int]], programs: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def tables(rows: list[list[int]], programs: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernels are told: a row for each part, and for each program the number of its part."""
     of_program = torch.repeat_interleave(
         torch.arange(len(rows), dtype=torch.int32, device=device),

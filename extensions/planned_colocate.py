@@ -17,26 +17,25 @@ import torch
 from extensions.agreed import Agreed, PlansUpdates
 from extensions.bracket import Update, UpdateError
 from extensions.colocate import ColocateWorkerExtension, HandleSender, of_device, opened_handle
+from extensions.copying import Copy, copy_of
 from extensions.devices import synchronize
-from extensions.elements import INTEGERS
 from extensions.model.load import Load
+from extensions.tensors import layout_of
 
-LARGE_BYTES = 16 * 2**20  # of a tensor that is copied alone: 1352 GB/s on an H100; many small ones by a kernel 1041
-Where = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
+Where = tuple[list[str], tuple[list, ...]]  # names, and what `layout_of` says of the tensors
 
 
 @dataclass
 class Copies:
     """Which tensors are copied where, found once for the updates by the same handles and the same plan.
 
-    load: whose places these are. placed: the names of what is copied. small, large: (places, tensors), side by side.
-    rest: tensors that have no place, and are loaded.
+    load: whose places these are. placed: the names of what `copy` copies. rest: tensors that have no place, and are
+    loaded.
     """
 
     load: Load
     placed: list[str]
-    small: tuple[list[torch.Tensor], list[torch.Tensor]]
-    large: tuple[list[torch.Tensor], list[torch.Tensor]]
+    copy: Copy
     rest: dict[str, torch.Tensor]
 
 
@@ -97,7 +96,7 @@ class KeptHandleSender(HandleSender):
         super().__init__(device)
         self.opened = ""  # the name of the handles that were made last
         self.made: dict[str, dict[str, dict]] = {}  # those handles
-        self._where: dict[str, Where] = {}
+        self._where: Where | None = None  # of the tensors that they lead to; None where they lead to copies
 
     def handles(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, dict]]:
         """As HandleSender; `opened` is their name then. They are the same as before where the tensors are.
@@ -105,40 +104,35 @@ class KeptHandleSender(HandleSender):
         Tensors that are not contiguous are copied, so that their handles are new every time.
         """
         named = list(named_tensors)
-        if self._device.type == "cuda":
-            where = {name: _where(tensor) for name, tensor in named}
-            if where == self._where and all(tensor.is_contiguous() for _, tensor in named):
-                synchronize(self._device)
-                return self.made
-            made = super().handles(named)
-        else:
-            where, made = {}, super().handles(named)  # the values are copied into shared memory every time
-        if made != self.made or where != self._where:
-            self.opened = secrets.token_hex(16)
-        self.made, self._where = made, where
-        return made
+        if self._device.type != "cuda":  # the values are copied into shared memory every time
+            before, self.made = self.made, super().handles(named)
+            self.opened = self.opened if self.made == before else secrets.token_hex(16)
+            return self.made
+        tensors = [tensor for _, tensor in named]
+        where = [name for name, _ in named], layout_of(tensors)
+        if where == self._where:
+            synchronize(self._device)
+            return self.made
+        self._where = None
+        self.made, self.opened = super().handles(named), secrets.token_hex(16)
+        if all(tensor.is_contiguous() for tensor in tensors):
+            self._where = where
+        return self.made
 
     def release(self) -> None:
         """Let go of tensors and shared memory. Workers have to be sent new handles after that."""
-        self.made, self._where, self.opened = {}, {}, ""
+        self.made, self._where, self.opened = {}, None, ""
         super().release()
 
 
-def _where(tensor: torch.Tensor) -> Where:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
 def _copy(update: Update, opened: Opened) -> None:
-    """Copy tensors to their places in the model, small ones by one kernel, and load those that have none."""
+    """Copy tensors to their places in the model, and load those that have none."""
     if opened.copies is None or opened.copies.load is not update.load:
         opened.copies = _copies(update.load, opened.tensors)
     copies = opened.copies
     if copies.placed:
         update.load.written_past(copies.placed)  # first: what breaks off has written some
-    for place, tensor in zip(*copies.large, strict=True):
-        place.copy_(tensor)
-    if copies.small[0]:
-        torch._foreach_copy_(*copies.small)
+    copies.copy()
     update.arrived.update(copies.placed)
     if copies.rest:
         update.take(copies.rest)
@@ -146,23 +140,8 @@ def _copy(update: Update, opened: Opened) -> None:
 
 def _copies(load: Load, tensors: dict[str, torch.Tensor]) -> Copies:
     placed = {name: place for name in tensors if (place := load.place(name)) is not None}
-    small = [name for name, place in placed.items() if place.nbytes < LARGE_BYTES]
-    large = [name for name, place in placed.items() if place.nbytes >= LARGE_BYTES]
-    return Copies(
-        load,
-        [*placed],
-        ([_integers(placed[name]) for name in small], [_integers(tensors[name]) for name in small]),
-        ([placed[name] for name in large], [tensors[name] for name in large]),
-        {name: tensor for name, tensor in tensors.items() if name not in placed},
-    )
-
-
-def _integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers, where there are integers of that size.
-
-    One kernel that copies many tensors of floats computes with them, and changes the bits of a NaN.
-    """
-    return tensor.view(INTEGERS.get(tensor.element_size(), tensor.dtype))
+    copy = copy_of([(place, tensors[name]) for name, place in placed.items()])
+    return Copies(load, [*placed], copy, {name: tensor for name, tensor in tensors.items() if name not in placed})
 
 
 def _require_announced(agreed: Agreed, tensors: dict[str, torch.Tensor]) -> None:

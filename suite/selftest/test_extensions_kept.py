@@ -77,7 +77,16 @@ def removed(model: Model) -> None:
     del model.layers[7].weight
 
 
-@pytest.mark.parametrize("change", [grown, reshaped, moved, replaced, moved_buffer, removed])
+def transposed(model: Model) -> None:
+    weight = model.layers[7].weight
+    weight.data = weight.data.as_strided((3, 4), (1, 3))
+
+
+def retyped(model: Model) -> None:
+    model.table = model.table.view(torch.int32)
+
+
+@pytest.mark.parametrize("change", [grown, reshaped, transposed, retyped, moved, replaced, moved_buffer, removed])
 def test_a_plan_is_dropped_when_a_tensor_of_the_model_has_moved(made: list, change):
     model, plans = Model(), Kept()
     held = [tensor.data for tensor in (*model.parameters(), *model.buffers())]  # no address is used a second time
@@ -89,6 +98,29 @@ def test_a_plan_is_dropped_when_a_tensor_of_the_model_has_moved(made: list, chan
     plans.alone(model, None, {"weight0": (HALF, (3, 4))})
     assert len(made) == 4
     assert held
+
+
+class Slow(torch.nn.Parameter):
+    """A parameter whose class sees every look at it, as vLLM's do."""
+
+    looks = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.looks += 1
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_to_look_whether_tensors_have_moved_calls_nothing_of_their_classes():
+    model, plans = Model(2), Kept()
+    model.layers[0].weight = Slow(torch.zeros(3, 4))
+    plans._keep(model)
+    Slow.looks = 0
+    assert plans.holds(model)
+    model.layers[0].weight.data = torch.zeros(3, 4)
+    moved = Slow.looks
+    assert not plans.holds(model)
+    assert Slow.looks == moved == 1, "expected the one look of setting .data"
 
 
 def test_values_may_change_under_a_plan(made: list):

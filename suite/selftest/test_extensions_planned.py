@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from extensions import bracket, kept, planned, planned_colocate
+from extensions import bracket, copying, kept, planned
 from extensions.agreed import digest_of
 from extensions.bracket import UpdateError
 from extensions.group import GroupError
@@ -320,7 +320,7 @@ def copied(worker: Worker, sender: KeptHandleSender, digest: str, tensors: dict[
 
 @pytest.mark.parametrize("large_bytes", [1, 2**20])
 def test_handles_are_opened_once(worker: Worker, monkeypatch: pytest.MonkeyPatch, large_bytes: int):
-    monkeypatch.setattr(planned_colocate, "LARGE_BYTES", large_bytes)
+    monkeypatch.setattr(copying, "LARGE_BYTES", large_bytes)
     digest, sender, opened = worker.plan_update(MANIFEST), KeptHandleSender(CPU), ""
     for by in (0, 1, 2):
         opened = copied(worker, sender, digest, changed(by), opened)
