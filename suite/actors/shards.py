@@ -15,6 +15,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def first_row(tensor: torch.Tensor, rank: int, world_size: int) -> int:
+    """Where a rank's rows of the whole tensor begin: shards are cut as torch.chunk does."""
+    rows = len(tensor)
+    return min(rows, -(-rows // world_size) * rank)
+
+
 def words(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's memory as int64 where its size allows, else as bytes: a sum of bytes takes eight times as long."""
     held = flat_bytes(tensor)

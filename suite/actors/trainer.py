@@ -21,7 +21,7 @@ from suite import models
 from suite.actors import checkpoint, checksum, memory, oracles
 from suite.actors.roofline import Roofline
 from suite.actors.sending import Sending
-from suite.actors.shards import local, turn_bits, whole, words
+from suite.actors.shards import first_row, local, turn_bits, whole, words
 
 GROUP_TIMEOUT = timedelta(seconds=120)
 BATCH = (8, 64)  # sequences and tokens of one training step on one rank
@@ -165,7 +165,7 @@ class Trainer:
             if seed is None:
                 own.zero_()
                 continue
-            first = self._first_row(tensor)
+            first = first_row(tensor, self.rank, self.world_size)
             if self._fuses(parameter):
                 for name, view in checkpoint.views(parameter, own, first):
                     models.fill_values(view, name, tuple(view.shape), seed)
@@ -246,7 +246,11 @@ class Trainer:
         have to iterate to the end. `order` is that of `checkpoint.ordered`, `alter` the fields of
         `checkpoint.Alterations`.
         """
-        return self._named(order, alter, whole)
+        if alter or self._model is not None or self._mesh is not None:
+            return self._named(order, alter, whole)
+        if order not in self._listed:  # tensors alone are the same ones until others are loaded
+            self._listed[order] = [*self._named(order, None, whole)]
+        return iter(self._listed[order])
 
     def named_layout(
         self, order: str = "checkpoint", alter: dict[str, Any] | None = None
@@ -334,6 +338,7 @@ class Trainer:
         self._tensors: dict[str, torch.Tensor] = {}
         self._holder: dict[str, str] = {}  # which parameter holds each tensor of the checkpoint
         self._manifests: dict[str, list[dict]] = {}  # by order
+        self._listed: dict[str, list[tuple[str, torch.Tensor]]] = {}  # by order
         self._optimizer: torch.optim.Optimizer | None = None
         gc.collect()
         if self.device.type == "cuda":
@@ -370,13 +375,6 @@ class Trainer:
         from torch.distributed.tensor import Shard, empty
 
         return empty(shape, dtype=dtype, device_mesh=self._mesh, placements=[Shard(0)])
-
-    def _first_row(self, tensor: torch.Tensor) -> int:
-        """Where this rank's rows of the whole begin: shards are cut as torch.chunk does."""
-        if self._mesh is None:
-            return 0
-        rows = len(tensor)
-        return min(rows, -(-rows // self.world_size) * self.rank)
 
     def _sizes(self) -> dict[str, int]:
         shapes = [tensor.shape for _, tensor in self.named_layout()]

@@ -102,10 +102,10 @@ class Moving(Together):
         with self.pool.timeline("moving", str(self.engines[0].key)):
             method, first = ("update_running", [running]) if running else ("update_paused" if paused else "update", [])
             asked = [*first, deadline_s, reset_cache, bracket]
+            # First the trainer: engines wait for what it announces.
+            sending = [rank.submit("update", deadline_s, **how) for rank in self.trainer.processes]
             calls = [engine.process.submit(method, *asked) for engine in self.engines]
-            ranks = self.trainer.processes
-            calls += [rank.submit("update", deadline_s, **how) for rank in ranks]
-            halves = self._gathered(calls, deadline_s + CALL_MARGIN_S)
+            halves = self._gathered([*calls, *sending], deadline_s + CALL_MARGIN_S)
         self.pool.patience.succeeded(self.subject.name)
         started = min(half["started_s"] for half in halves)
         ended = max(half["ended_s"] for half in halves)

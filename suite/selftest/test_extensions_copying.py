@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ from extensions import copying
 from extensions.copying import PlainCopy, copy_of, expect_right
 from suite import ROOT
 from suite.selftest.test_extensions_elements import DEADLINE_S, INTERPRET, INTERPRETED
-
 
 CPU = torch.device("cpu")
 NAN = torch.tensor([0x7F81, 0xFF83 - 2**16], dtype=torch.int16).view(torch.bfloat16)  # bits that arithmetic changes

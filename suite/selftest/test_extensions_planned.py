@@ -375,8 +375,12 @@ def test_on_a_gpu_handles_are_new_once_a_tensor_is_elsewhere(monkeypatch: pytest
     tensors["lower"] = tensors["lower"].clone()
     assert sender.handles(tensors.items()) != first[0]
     assert sender.opened not in ("", first[1])
+    for changed in (tensors["lower"].view(torch.int16), tensors["lower"].view(4, 3)):  # at the same address
+        before, tensors["lower"] = sender.opened, changed
+        assert (sender.handles(tensors.items()), sender.opened != before)[1]
+    assert len(made) == 4
     again = sender.opened
     tensors["lower"] = tensors["lower"].t()  # not contiguous: the sender copies it, every time
     opened = {sender.handles(tensors.items()) and sender.opened for _ in range(2)}
-    assert again not in opened
-    assert len(made) == 4
+    assert len({again, *opened}) == 3
+    assert len(made) == 6

@@ -366,6 +366,23 @@ def test_two_ranks_hold_and_train_one_model(pair, trainer, written, name, tmp_pa
     assert_answers_close(on_all(pair, "greedy", PROMPTS, 6), trainer.greedy(PROMPTS, 6))
 
 
+def test_tensors_without_a_model_are_given_as_they_are_now(trainer, tmp_path):
+    for seed, name in ((3, TIED), (4, "qwen3-untied-tiny"), (5, TIED)):
+        trainer.load_random(str(models.write_config(MODELS[name], tmp_path)), "bfloat16", seed)
+        for order in ("checkpoint", "reversed", "checkpoint"):
+            found = [*trainer.named_tensors(order)]
+            layout = [(name, tuple(tensor.shape)) for name, tensor in trainer.named_layout(order)]
+            assert [(name, tuple(tensor.shape)) for name, tensor in found] == layout
+            assert_same(dict(found), expected(name, seed))
+        first = next(iter(dict(found)))
+        assert first not in dict(trainer.named_tensors(alter={"drop": [first]}))
+        trainer.negate()
+        assert_same(dict(trainer.named_tensors()), {n: -tensor for n, tensor in expected(name, seed).items()})
+    trainer.forget()
+    with pytest.raises(RuntimeError, match="holds no weights"):
+        [*trainer.named_tensors()]
+
+
 def test_two_ranks_hold_random_weights(pair, tmp_path):
     spec = MODELS["qwen3-moe-tiny"]
     on_all(pair, "load_random", str(models.write_config(spec, tmp_path)), "bfloat16", 3)
