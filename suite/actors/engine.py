@@ -3,11 +3,13 @@
 import os
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from suite.actors import adapters, answers, drafting
 from suite.actors.cuda import cuda_is_initialised
 from suite.actors.dialogue import EngineSide
+from suite.actors.following import Following
 from suite.actors.in_flight import InFlight
 from suite.actors.link import Link, Listener
 from suite.actors.probe import EXTENSION, PROBED
@@ -182,12 +184,16 @@ class Engine(adapters.Adapting):
         """Forget keys and values of earlier prompts, which old weights have computed. Raises StaleCache."""
         self._expect_reset(self._llm.reset_prefix_cache())
 
-    def reset_caches(self) -> None:
+    def reset_caches(self, following: Following | None = None) -> None:
         """Forget all that old weights have computed: prefixes, and what the encoders of a model made of pictures.
 
-        Raises StaleCache.
+        following: has reset the prefix cache, where it was sent. Raises StaleCache.
         """
-        self.reset_prefix_cache()
+        if following is not None and following.sent:
+            with self._watch.waiting():
+                self._expect_reset(following.result())
+        else:
+            self.reset_prefix_cache()
         if getattr(self._llm.llm_engine.model_config, "is_multimodal_model", False):
             resets = self._llm if hasattr(self._llm, "reset_encoder_cache") else self._llm.llm_engine
             resets.reset_encoder_cache()
@@ -264,12 +270,14 @@ class Engine(adapters.Adapting):
         try:
             said.expect_go()
             begun = time.monotonic()
-            half.transfer(manifest)
+            resets = reset_cache and not half.resets_cache
+            with self._following(resets and half.ends_by_one_call) as following:
+                half.transfer(manifest)
             transferred = time.monotonic()
             if bracket:
                 half.end()
-            if reset_cache and not half.resets_cache:
-                self.reset_caches()
+            if resets:
+                self.reset_caches(following)
         except Exception as error:
             said.refuse(error)  # before aborting, which a dead worker may make impossible
             if bracket:
@@ -312,6 +320,10 @@ class Engine(adapters.Adapting):
                 "expected reset_prefix_cache() to answer True, found False: nothing was reset, since requests"
                 " hold a part of the cache. Pause generation first, let them end, or pass reset_running_requests=True"
             )
+
+    def _following(self, resets: bool) -> AbstractContextManager[Following | None]:
+        """Has the prefix cache reset right behind the next call to the workers, where replies are in step."""
+        return Following(self._llm, self._llm.reset_prefix_cache) if resets and not self._doubtful else nullcontext()
 
     def _examine(self, subject: dict) -> None:
         self._subject = from_plain(subject)

@@ -177,6 +177,7 @@ class KeptHandlesEngine(PlansOnce, HandlesEngine):
     """Gives the workers handles where they have not opened them, and has them copy an update by one call."""
 
     named: ClassVar[str] = "opened"
+    ends_by_one_call: ClassVar[bool] = True
     _opened = ""  # the name of the handles that were announced last
     _given = ""  # of those that the workers have opened
 

@@ -58,7 +58,11 @@ class EngineHalf:
     """The half that runs in the engine's process.
 
     Those that the extension has of begin_update(manifest), end_update() and abort_update() are called around an update.
+    ends_by_one_call: whether transfer() makes one call to the workers, and end() none, so that the engine may be told
+    at once what it has to do after that.
     """
+
+    ends_by_one_call: ClassVar[bool] = False
 
     def __init__(self, subject: "Subject", engine: Engine) -> None:
         self.subject, self.engine = subject, engine
