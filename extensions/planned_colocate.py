@@ -9,6 +9,7 @@ tensors is somewhere else. A worker keeps the tensors that it has opened until i
 """
 
 import secrets
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class PlannedColocateWorkerExtension(PlansUpdates, ColocateWorkerExtension):
 
     weight_sync_sender = "extensions.planned_colocate:KeptHandleSender"
     _weight_sync_opened = Opened()
+    _weight_sync_times: dict[str, float] | None = None
 
     def copy_update(self, digest: str, opened: str, ipc_handles: dict[str, dict[str, object]]) -> int:
         """Copy and load the update that was agreed on. Returns its tensors' number.
@@ -65,11 +67,27 @@ class PlannedColocateWorkerExtension(PlansUpdates, ColocateWorkerExtension):
         handles of this name have not been opened, and where they are not those of the plan; ManifestError and
         HandleError as `update_weights_from_ipc_handles`. Nothing was touched then.
         """
+        times = {"begun": time.monotonic()}
         agreed = self._weight_sync_require_agreed(digest)
         there = self._weight_sync_open_handles(opened, ipc_handles)
         if there.copies is None or there.copies.load is not agreed.load:
             _require_announced(agreed, there.tensors)
-        return self._weight_sync_move(agreed, lambda update: _copy(update, there))
+        times["check"] = time.monotonic()
+
+        def move(update: Update) -> None:
+            _copy(update, there)
+            times["launch"] = time.monotonic()
+
+        moved = self._weight_sync_move(agreed, move)
+        self._weight_sync_times = times | {"copy": time.monotonic()}
+        return moved
+
+    def update_times(self) -> dict[str, float]:
+        """When the parts of the last `copy_update` were over, on the machine's monotonic clock, its beginning first.
+
+        They are: checked whether plan and handles hold, launched the copies, waited for them.
+        """
+        return self._weight_sync_times or {}
 
     def close_handles(self) -> None:
         """Let go of the trainer's memory."""

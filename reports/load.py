@@ -17,6 +17,7 @@ from reports.fanout import engines_of
 from reports.node import Node, UnusableInput, members, refuse_non_finite
 from reports.pace import Pace
 from reports.pause import Pause, pause
+from reports.spent import Medians, medians
 
 __all__ = ["Outcome", "Run", "Timing", "UnusableInput", "document_of", "labelled", "only", "parse", "read", "read_all"]
 
@@ -94,6 +95,7 @@ class Outcome:
 class Timing:
     """One benchmark. Without raw samples (pytest-benchmark keeps them only when asked) `samples_s` is empty.
 
+    parts_s: of what the update consists, see `reports.spent`.
     pauses: whether its times are those for which an engine could not generate, see `figures`.
     engines: how many were updated at once.
     """
@@ -115,7 +117,8 @@ class Timing:
     roofline_gb_per_s: float | None = None
     engine_peak_extra_bytes: float | None = None
     trainer_peak_extra_bytes: float | None = None
-    steps_s: tuple[tuple[str, float], ...] = ()
+    steps_s: Medians = ()
+    parts_s: Medians = ()
     failed: str = ""
     distinct: str = ""
     pace: Pace | None = None
@@ -128,7 +131,8 @@ class Timing:
         """What is compared of it: itself and, where it was measured, its pause as a benchmark of its own."""
         if self.pause is None:
             return (self,)
-        taken = {"samples_s": self.pause.samples_s, "median_s": statistics.median(self.pause.samples_s), "steps_s": ()}
+        taken = {"samples_s": self.pause.samples_s, "median_s": statistics.median(self.pause.samples_s)}
+        taken |= {"steps_s": (), "parts_s": ()}
         named = {"distinct": f"{self.distinct} pause".strip(), "bytes_sent": None, "pause": None, "pauses": True}
         return (self, replace(self, **taken, **named))
 
@@ -314,8 +318,6 @@ def _timing(node: Node, notes: list[str]) -> Timing:
     roofline_gb_per_s = extra["roofline_gb_per_s"].optional_number()
     if roofline_gb_per_s is None and roofline and bytes_sent and statistics.median(roofline):
         roofline_gb_per_s = bytes_sent / statistics.median(roofline) / 1e9
-    steps = extra["steps_s"]
-    steps_s = tuple((name, _median(steps[name])) for name in steps.of(dict, "an object")) if "steps_s" in extra else ()
     return Timing(
         group=node["group"].optional_text() or "",
         subject=extra["subject"].optional_text() or "",
@@ -334,17 +336,12 @@ def _timing(node: Node, notes: list[str]) -> Timing:
         roofline_gb_per_s=roofline_gb_per_s,
         engine_peak_extra_bytes=extra["engine_peak_extra_bytes"].optional_number(),
         trainer_peak_extra_bytes=extra["trainer_peak_extra_bytes"].optional_number(),
-        steps_s=steps_s,
+        steps_s=medians(extra, "steps_s"),
+        parts_s=medians(extra, "parts_s"),
         distinct=extra["measures"].optional_text() or "",
         pause=pause(extra),
         engines=engines_of(extra),
     )
-
-
-def _median(node: Node) -> float:
-    if isinstance(node.value, list):
-        return statistics.median(node.numbers()) if node.value else 0.0
-    return node.number()
 
 
 def _joined(timings: list[Timing], outcomes: tuple[Outcome, ...], paces: dict[str, Pace]) -> list[Timing]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from reports import fanout, rows, units
+from reports import fanout, rows, spent, units
 from reports.compare import DEFAULT_CAUSES, LAST, Change, Comparison, TimingChange
 from reports.load import Run, Timing
 from reports.matrix import FOUND_WANTING, MEANING, NOT_JUDGED, SYMBOL, Cell, cells, headline, in_order, legend
@@ -86,6 +86,8 @@ def _throughput(timings: tuple[Timing, ...], width: int) -> str:
     paused = [timing for timing in timings if timing.pause]
     if paused:
         parts += [_throughput_table(paused, rows.PAUSE_COLUMNS, width), wrapped(LEGEND, width, "")]
+    if taken := spent.lines(timings):
+        parts += [spent.TITLE, "\n".join(wrapped(line, width, "") for line in taken), wrapped(spent.LEGEND, width, "")]
     if (several := fanout.table(timings))[1]:
         shown = text_table(*several, width, fanout.RIGHT)
         parts += ["One trainer, several engines", shown, wrapped(fanout.LEGEND, width, "")]

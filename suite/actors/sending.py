@@ -123,8 +123,8 @@ class Sending:
         fault: dict | None = None,
         call_off: bool = False,
     ) -> dict:
-        """This rank's half of one update. Returns when it started and ended (monotonic clock), what was sent, and for
-        how many seconds the subject prepared what it announced.
+        """This rank's half of one update. Returns when it started, announced and ended (monotonic clock), what was
+        sent, and for how many seconds the subject prepared what it announced.
 
         `order` and `alter` are those of `named_tensors`. `relabel` names the device of the handles falsely; where it
         is empty there are none. `fault` is that of `Fault`. `call_off` ends the update when all engines have begun it.
@@ -134,6 +134,7 @@ class Sending:
         tensors, said = Outgoing(self._trainer, order, alter, striking), TrainerSide(self._links, deadline_s)
         try:
             announcement, announce_s = self._announcement(tensors, said, relabel)
+            announced = time.monotonic()
             self._agree(said, striking, announcement, call_off)
             sent = self._send(tensors, said, striking)
         except Refused:
@@ -143,7 +144,7 @@ class Sending:
             said.failed(error)
             raise
         self._half.release()
-        measured = {"bytes_sent": sent, "tensors": tensors.count, "announce_s": announce_s}
+        measured = {"bytes_sent": sent, "tensors": tensors.count, "announce_s": announce_s, "announced_s": announced}
         return {"started_s": started, "ended_s": time.monotonic(), **measured}
 
     def forget(self) -> None:

@@ -81,11 +81,13 @@ def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, trainers: Trai
     How `in_flight` is read says reports/pause.py.
     """
     rounds: list[Moved] = []
+    parts_s: list[dict[str, float]] = []
 
     def one_update() -> None:
         sync.renew()
         rounds.append(sync.update())
         moved_clock.add(rounds[-1].elapsed_s)
+        parts_s.append(sync.parts(rounds[-1]))
 
     with trainers.quiet(), pool.quiet():
         benchmark.pedantic(one_update, rounds=ROUNDS, iterations=1, warmup_rounds=0)
@@ -111,6 +113,7 @@ def _measure(benchmark: BenchmarkFixture, sync: Sync, pool: Pool, trainers: Trai
             engine_peak_extra_bytes=engine_bytes,
             trainer_peak_extra_bytes=trainer_bytes,
             steps_s={step: [r.steps_s[step] for r in rounds] for step in rounds[0].steps_s},
+            parts_s={part: [taken[part] for taken in parts_s] for part in parts_s[0]},
         )
         benchmark.extra_info.update(_in_flight(sync, config))  # last: a subject may fail only with requests in flight
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 
 from suite.driver.moving import Moved, Moving
+from suite.driver.parts import parts_of
 from suite.processes.call import gather
 
 # Requests in flight: few and short, since they are computed anew after an update, whatever has moved the weights.
 REQUESTS, PROMPT_TOKENS, TOKENS_BEFORE, TOKENS_ASKED = 2, 4, 8, 400
+TIMES = "update_times"  # the method by which an extension says when the parts of its last update were over
 
 
 class Measuring(Moving):
@@ -16,6 +18,12 @@ class Measuring(Moving):
         """Have an update bring all weights anew, where the subject sends only what has changed."""
         if self.subject.compares:
             self.trainer.negate()
+
+    def parts(self, moved: Moved) -> dict[str, float]:
+        """Seconds of each part of the last update, see `suite.driver.parts`; nothing of several engines."""
+        if not moved.over_s:
+            return {}
+        return parts_of(moved.over_s, self._call(self.engines[0], TIMES) if self.subject.can(TIMES) else [])
 
     def roofline(self, nbytes: int, samples: int) -> tuple[str, list[float]]:
         """What this run's hardware takes to move `nbytes` once: (how, seconds of every sample).

@@ -3,9 +3,10 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from suite.actors.dialogue import NotStarted
+from suite.driver import parts
 from suite.driver.engines import EngineHandle
 from suite.driver.expected import Differs
 from suite.driver.together import Together
@@ -27,6 +28,7 @@ class Moved:
     steps_s: dict[str, float]
     calls: int  # that the first engine made to all its workers
     announce_s: float = 0.0  # for which the trainer's half prepared what it announced
+    over_s: dict[str, float] = field(default_factory=dict)  # when each part was over, of one engine; see `parts`
     pause_s: float | None = None  # from the last token before to the first after, where requests were in flight
     token_s: float | None = None  # between two tokens before, likewise
     cache_is_held: bool = False  # whether requests that ran kept reset_prefix_cache() from resetting at first
@@ -112,7 +114,8 @@ class Moving(Together):
         sent = max((half for half in halves if "bytes_sent" in half), key=lambda half: half["bytes_sent"])
         first = halves[0]
         given = {name: first[name] for name in ("pause_s", "token_s", "cache_is_held") if name in first}
-        told = (sent["bytes_sent"], sent["tensors"], first["steps_s"], first["calls"], sent["announce_s"])
+        over_s = parts.moments(first, sent, started, ended) if len(self.engines) == 1 else {}
+        told = (sent["bytes_sent"], sent["tensors"], first["steps_s"], first["calls"], sent["announce_s"], over_s)
         return Moved(ended - started, *told, **given)
 
     def refusal(self, deadline_s: float, **how: object) -> str:

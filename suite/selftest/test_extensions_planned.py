@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import queue
+import time
 from collections.abc import Callable
 from concurrent import futures
 from types import SimpleNamespace
@@ -326,6 +327,21 @@ def test_handles_are_opened_once(worker: Worker, monkeypatch: pytest.MonkeyPatch
         opened = copied(worker, sender, digest, changed(by), opened)
         expect_loaded(worker.model, changed(by))
         monkeypatch.setattr("extensions.planned_colocate.opened_handle", None)  # no later update opens any
+    sender.release()
+
+
+def test_a_worker_says_when_the_parts_of_an_update_were_over(worker: Worker):
+    digest, sender = worker.plan_update(MANIFEST), KeptHandleSender(CPU)
+    assert worker.update_times() == {}
+    began = time.monotonic()
+    copied(worker, sender, digest, NEW, "")
+    times = worker.update_times()
+    assert [*times] == ["begun", "check", "launch", "copy"]
+    moments = [began, *times.values(), time.monotonic()]
+    assert moments == sorted(moments)
+    with pytest.raises(UpdateError):
+        worker.copy_update("abcdef", sender.opened, {})
+    assert worker.update_times() == times, "expected those of the last update that has succeeded"
     sender.release()
 
 

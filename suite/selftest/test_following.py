@@ -1,4 +1,4 @@
-"""A second call is sent while the first is under way, after it, by one sender at a time; or not, where that can't be."""
+"""A second call is sent while the first is under way, and after it; or not, where that can't be."""
 
 import contextlib
 import queue

@@ -150,12 +150,14 @@ def test_a_measurement_has_it_measured_while_it_is_quiet(monkeypatch: pytest.Mon
         update=lambda: moved, roofline=lambda nbytes, rounds: ("copy", [0.5]), peak_memory=lambda: (0, 0),
         engines=["engine"], subject=SimpleNamespace(name="s"), stage=SimpleNamespace(name="t"), model="qwen3-10m",
         spec=SimpleNamespace(elements=4), with_requests=lambda updates: [], renew=lambda: None,
+        parts=lambda moved: {"transfer": 0.5},
     )  # fmt: skip
     benchmark = SimpleNamespace(extra_info={}, pedantic=lambda function, **how: function())
     pool, trainers = (SimpleNamespace(quiet=lambda whom=whom: of(whom)) for whom in ("engines", "trainers"))
     test_throughput._measure(benchmark, sync, pool, trainers, config)
     assert seen == [(config, "engine", True, "engines", "trainers")]
     assert benchmark.extra_info["worker_calls"] == 3
+    assert benchmark.extra_info["parts_s"] == {"transfer": [0.5]}
 
 
 MEASURED = """
