@@ -66,12 +66,11 @@ def _fused_on(device: torch.device) -> Callable[[Sequence[Pair]], Copy] | None:
 
 def expect_right(fused: Callable[[Sequence[Pair]], Copy], device: torch.device) -> None:
     """Raise ValueError where not every byte is copied, or others are written. What it compiles is used later."""
-    sizes = (0, 1, 8, 15, 16, 4096, 100_000, 100_007)
-    begins = [sum(sizes[:index]) + 64 * index for index in range(len(sizes))]
-    source = torch.arange(begins[-1] + sizes[-1] + 64, device=device).to(torch.uint8)
-    found, expected = torch.zeros_like(source), torch.zeros_like(source)
-    for shift in (0, 3):
-        parts = [slice(begin + shift, begin + shift + size) for begin, size in zip(begins, sizes, strict=True)]
+    sizes, apart = (0, 1, 16, 4096, 65_536, 100_000, 150_016), 2**18
+    source = torch.arange(len(sizes) * apart, device=device).to(torch.uint8) | 1
+    for shift in (0, 3):  # of the second, no address is aligned
+        found, expected = torch.zeros_like(source), torch.zeros_like(source)
+        parts = [slice(begin * apart + shift, begin * apart + shift + size) for begin, size in enumerate(sizes)]
         fused([(found[part], source[part]) for part in parts])()
         for part in parts:
             expected[part] = source[part]

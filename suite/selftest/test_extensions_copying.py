@@ -51,6 +51,26 @@ def test_every_byte_is_copied_and_no_other_is_written(monkeypatch: pytest.Monkey
     expect_right(examined(), CPU)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="without the kernel torch copies all")
+def test_what_is_aligned_is_not_left_to_torch(monkeypatch: pytest.MonkeyPatch):
+    fused, left = importlib.import_module("extensions.fused_copy"), []
+
+    def plain(pairs: list) -> PlainCopy:
+        left.append([place.nbytes for place, _ in pairs])
+        return PlainCopy(pairs)
+
+    monkeypatch.setattr(fused, "PlainCopy", plain)
+    expect_right(fused.FusedCopy, CPU)
+    assert left[0] == [0, 1]
+    assert len(left[1]) == 7
+    monkeypatch.setattr(fused, "TILE", fused.TILE // 2)
+    launch = fused._copy
+    spoilt = {"__getitem__": lambda self, grid: lambda *args, **how: launch[grid](*args, **how | {"tile": 2048})}
+    monkeypatch.setattr(fused, "_copy", type("Spoilt", (), spoilt)())
+    with pytest.raises(ValueError, match="other bytes were copied"):
+        expect_right(fused.FusedCopy, CPU)
+
+
 @pytest.mark.parametrize("spoil", ["last byte", "one too many"])
 def test_a_copy_that_is_wrong_is_found(spoil: str):
     def spoilt(pairs: list) -> copying.Copy:
