@@ -12,6 +12,7 @@ import torch
 
 from extensions.manifest import Announced, ManifestError, check, require_none
 from extensions.model.headers import checkpoint_layouts
+from extensions.model.loading import processed_layers
 from extensions.model.twin import HEAD, live_tensors, split
 from extensions.model.views import parted
 from extensions.plan import Plan, PlanError, planned
@@ -91,7 +92,7 @@ def accepted(model: torch.nn.Module, vllm_config: object, announced: Announced, 
     if not problems:
         views, problems = parted([view for view in plan.views if view.of in plan.into], model)
         plan = replace(plan, views=views)
-        problems += _values_lost(plan, live_tensors(model)) if whole else []
+        problems += _values_lost(plan, live_tensors(model), _made_anew(plan, model)) if whole else []
     require_none(problems)
     return plan
 
@@ -109,10 +110,18 @@ def _check_by_checkpoint(vllm_config: object, announced: Announced, whole: bool,
     check(announced, layouts, optional)
 
 
-def _values_lost(plan: Plan, live: dict[str, torch.Tensor]) -> list[str]:
+def _made_anew(plan: Plan, model: torch.nn.Module) -> set[str]:
+    """Scales of attention layers, which vLLM's reload makes anew, unset, before it loads those that come."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    is_reloaded = hasattr(layerwise, "_reload_attention_scales") and processed_layers(model)
+    return {*plan.scales} if is_reloaded else set()
+
+
+def _values_lost(plan: Plan, live: dict[str, torch.Tensor], made_anew: set[str]) -> list[str]:
     """What no announced tensor fills in layers that are loaded, where processing has not left it as it was."""
     found = []
-    for name in plan.left:
+    for name in plan.left - made_anew:
         there, planned_as = live.get(name), plan.tensors[name]
         if split(name)[0] not in plan.layers or (there is None and name not in plan.parameters):
             continue

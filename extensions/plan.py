@@ -55,7 +55,7 @@ from extensions.model.twin import (
     twin_of,
 )
 from extensions.model.views import View, views_of
-from extensions.problems import misfits, missing, names_of, unread
+from extensions.problems import misfits, missing, names_of, unknown, unread
 
 MAX_SAID = 120  # characters of a loader's error
 MAX_APART = 256  # tensors that are tried in a call of their own; of more, none is loaded before all are there
@@ -76,6 +76,7 @@ class Plan:
     elsewhere: what other ranks of the engine read of announced tensors.
     kept: elements of parameters that the engine's own checkpoint does not fill either.
     absent: by parameter, the tensors of that checkpoint that fill it and were not announced.
+    dropped: announced tensors that the engine's own checkpoint has too, and that are written nowhere.
     views: tensors that the model keeps beside the parameters and buffers that they are views of.
     scales: parameters for the scales of the cache of keys and values.
     together: whether those tensors that are not simply copied have to be given to `load_weights` in one call.
@@ -90,6 +91,7 @@ class Plan:
     elsewhere: dict[str, list[Region]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     absent: dict[str, list[str]] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
     views: list[View] = field(default_factory=list)
     scales: list[str] = field(default_factory=list)
     together: bool = False
@@ -214,6 +216,8 @@ def planned(model: torch.nn.Module, vllm_config: object, announced: Announced) -
     plan = _with_other_ranks(plan, model, vllm_config)
     if plan.missing():
         plan = _with_checkpoint(plan, model, vllm_config)
+    if names := unknown(plan):
+        plan = replace(plan, dropped=_checkpoint(vllm_config).keys() & names)
     if plan.converted and not plan.problems():
         plan = replace(plan, together=not _loads_apart(plan, model, vllm_config))
     return plan

@@ -41,10 +41,17 @@ def _refused(plan: "Plan") -> Iterable[str]:
         yield f"{name}: load_weights refuses it in shape {list(plan.announced[name][1])}: {said}"
 
 
+def unknown(plan: "Plan") -> list[str]:
+    """The announced names of which nothing is written anywhere."""
+    known = (plan.by_name, plan.elsewhere, plan.refused, plan.aliases)
+    return [name for name in plan.announced if not any(name in names for names in known)]
+
+
 def _unknown(plan: "Plan") -> Iterable[str]:
-    for name in plan.announced:
-        known = name in plan.by_name or name in plan.elsewhere or name in plan.refused or name in plan.aliases
-        if not known:
+    for name in unknown(plan):
+        if name in plan.dropped:
+            yield f"{name}: load_weights drops it, from the engine's own checkpoint too; leave it out of the update"
+        else:
             yield f"{name}: unknown, load_weights writes it nowhere"
 
 

@@ -16,6 +16,8 @@ from suite.architectures.configs import CONFIGS
 from suite.architectures.table import BAD, Row
 from suite.session import environment
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -85,6 +87,7 @@ def _versions() -> dict[str, str]:
     distribution, version = environment.vllm()
     return {
         "distribution": distribution or "", "version": version or "", "transformers": metadata.version("transformers"),
+        "amx": "with" if "amx_tile" in CPU_INFO.read_text() else "without",
     }  # fmt: skip
 
 

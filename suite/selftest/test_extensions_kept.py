@@ -252,8 +252,11 @@ def test_only_the_files_of_an_index_are_read(directory: Path):
 # ---- what keeps its value
 
 
-def with_scale(live: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An update that fills `layer.weight`, and not `layer.scale`, which the engine's own checkpoint has neither."""
+def with_scale(live: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, scales: tuple[str, ...] = ()) -> None:
+    """An update that fills `layer.weight`, and not `layer.scale`, which the engine's own checkpoint has neither.
+
+    scales: what vLLM's reload makes anew.
+    """
     region = Region(0, (4,), (4,), 4)
     shapes = {"layer.weight": torch.empty(4, device="meta"), "layer.scale": torch.empty(1, device="meta")}
     plan = Plan(
@@ -262,6 +265,7 @@ def with_scale(live: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -
         {"layer.weight": Memory(16, 4), "layer.scale": Memory(4, 4)},
         shapes,
         kept={"layer.scale": 1},
+        scales=[*scales],
     )
     monkeypatch.setattr(kept, "planned", lambda *_: plan)
     monkeypatch.setattr(kept, "live_tensors", lambda model: live)
@@ -273,3 +277,11 @@ def test_a_weight_that_no_tensor_fills_keeps_its_value_or_the_update_is_refused(
     for live in ({}, {"layer.scale": torch.ones(2)}, {"layer.scale": torch.ones(1, dtype=HALF)}):
         with pytest.raises(ManifestError, match=r"layer\.scale: no announced tensor fills it, and the engine has its"):
             with_scale(live, monkeypatch)
+
+
+def test_scales_of_the_cache_are_made_anew_where_a_model_is_reloaded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kept, "processed_layers", lambda model: ["layer"])
+    with_scale({}, monkeypatch, scales=("layer.scale",))
+    monkeypatch.setattr(kept, "processed_layers", lambda model: [])
+    with pytest.raises(ManifestError, match=r"layer\.scale: no announced tensor fills it"):
+        with_scale({}, monkeypatch, scales=("layer.scale",))

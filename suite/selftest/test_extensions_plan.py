@@ -276,6 +276,19 @@ def test_a_wrapper_that_would_process_a_layer_is_taken_off():
     twin.unwrap_loader(None)
 
 
+def test_what_load_weights_drops_of_the_engines_own_checkpoint_is_to_be_left_out(monkeypatch: pytest.MonkeyPatch):
+    def dropping(twin: Twin, name: str, tensor: torch.Tensor) -> None:
+        if not name.endswith("g_idx"):
+            sound(twin, name, tensor)
+
+    index = torch.empty(1)
+    plan = planned(monkeypatch, dropping, checkpoint={"g_idx": (1,)}, g_idx=index, other_g_idx=index)
+    assert plan.problems() == [
+        "g_idx: load_weights drops it, from the engine's own checkpoint too; leave it out of the update",
+        "other_g_idx: unknown, load_weights writes it nowhere",
+    ]
+
+
 def test_a_dtype_that_can_not_be_the_weights_is_named(monkeypatch: pytest.MonkeyPatch):
     says = "scale: expected a dtype of float64, float32, bfloat16, float16, found "
     for dtype in (torch.int32, torch.float8_e4m3fn, torch.complex64, torch.bool):

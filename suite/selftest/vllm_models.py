@@ -19,6 +19,7 @@ from extensions.staging import Staging
 from extensions.tensors import flat_bytes
 from suite import models
 from suite.actors import arrived
+from suite.architectures.checkpoints import SEEDS
 from suite.architectures.live import Live, Worker, configured, digest, join, loaded
 from suite.architectures.running import VARIABLES
 from suite.processes.call import Process
@@ -56,7 +57,8 @@ class Changed(Live):
 
     "adapters": the engine takes LoRA adapters. "repeated head": the checkpoint repeats the embedding as the output
     layer that is tied to it. "asleep": the engine sleeps at level 2 before each update. "attention in a dict": no
-    attention layer is registered in the module that holds it.
+    attention layer is registered in the module that holds it. "scales of the cache": a model of the catalogue, whose
+    checkpoint has a scale for keys and one for values, and whose engine has an FP8 cache.
     """
 
     def __init__(self, name: str, directory: Path, changes: tuple[str, ...]) -> None:
@@ -78,6 +80,8 @@ class Changed(Live):
         super()._update(index, together)
 
     def _write(self) -> list[Path]:
+        if "scales of the cache" in self._changes:
+            return [with_scales(self._name, seed, self._directory / str(seed)) for seed in SEEDS]
         paths = super()._write()
         for path in paths if "repeated head" in self._changes else ():
             tensors = load_file(path / "model.safetensors")
@@ -89,6 +93,8 @@ class Changed(Live):
         if "adapters" in self._changes:
             model, config = super()._load(path, enable_lora=True, max_lora_rank=8, **arguments)
             return _wrapped_for_lora(model, config), config
+        if "scales of the cache" in self._changes:
+            arguments |= {"kv_cache_dtype": "fp8"}
         model, config = super()._load(path, **arguments)
         biases = [tensor for name, tensor in model.named_parameters() if name.endswith(".bias")]
         for bias in biases if "wide biases" in self._changes else ():
@@ -306,6 +312,18 @@ class Models:
         from vllm.config import set_current_vllm_config
 
         return set_current_vllm_config(self._config)
+
+
+def with_scales(name: str, seed: int, directory: Path) -> Path:
+    """Write a checkpoint of the catalogue with a scale for keys and one for values in each layer."""
+    spec = models.MODELS[name]
+    file = models.write_checkpoint(spec, seed, directory) / "model.safetensors"
+    tensors = load_file(file)
+    for index in range(spec.config["num_hidden_layers"]):
+        tensors[f"model.layers.{index}.self_attn.k_scale"] = torch.tensor(0.5 + seed)
+        tensors[f"model.layers.{index}.self_attn.v_scale"] = torch.tensor(0.25 + seed)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
 
 
 def _wrapped_for_lora(model: torch.nn.Module, config: Any) -> torch.nn.Module:
