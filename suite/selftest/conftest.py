@@ -1,5 +1,6 @@
 """What selftests share: a process with vLLM's models, bait for what unpickles, an engine's socket; counts examples."""
 
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -15,22 +16,30 @@ if TYPE_CHECKING:
     from suite.selftest.vllm_models import Held
 
 PASSING = re.compile(r"(\d+) passing")  # in what Hypothesis says of each of its phases
-TRIED = pytest.StashKey[dict[str, int]]()
+TRIED = "examples tried"  # a report's property: how many
+
+
+def pytest_configure() -> None:
+    """Runs of pytest that a test starts are not workers of this one."""
+    for variable in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        del os.environ[variable]
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     if statistics := getattr(item, "hypothesis_statistics", ""):
-        tried = item.config.stash.setdefault(TRIED, {})
-        tried[item.nodeid] = sum(map(int, PASSING.findall(statistics)))
+        item.user_properties.append((TRIED, sum(map(int, PASSING.findall(statistics)))))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from hypothesis import settings
 
-    if tried := config.stash.get(TRIED, {}):
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    ended = [report for report in reports if getattr(report, "when", "") == "teardown"]
+    tried = [count for report in ended for name, count in report.user_properties if name == TRIED]
+    if tried:
         profile = settings.get_current_profile_name()
         terminalreporter.write_line(
-            f"{len(tried)} property tests tried {sum(tried.values())} examples (Hypothesis profile {profile})"
+            f"{len(tried)} property tests tried {sum(tried)} examples (Hypothesis profile {profile})"
         )
 
 
