@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
 from suite.subjects.counted import Contiguous
-from suite.subjects.foreign import PACKED, Foreign, lacks
+from suite.subjects.foreign import PACKED, Foreign, lacks, no_adapters
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
 BACKEND = "nccl"
+ADAPTERS = "where an engine takes adapters, AReaL updates the adapter, and no weights of the model"
 
 
 class Unsuccessful(RuntimeError):
@@ -112,5 +113,5 @@ def group_name(port: int) -> str:
 SUBJECT = Areal(
     "areal",
     "areal.engine.vllm_ext.vllm_worker_extension:VLLMWorkerExtension",
-    lacks=lacks("VLLMWorkerExtension") | NO_HANDLES,
+    lacks=lacks("VLLMWorkerExtension") | no_adapters(ADAPTERS) | NO_HANDLES,
 )

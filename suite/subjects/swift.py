@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 
 from suite.stages import Stage
 from suite.subjects.counted import Counted
-from suite.subjects.foreign import PACKED, Foreign, lacks
+from suite.subjects.foreign import PACKED, Foreign, lacks, no_adapters
 from suite.subjects.handles import unfit_on_gpus
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
 SENDERS = "swift.ray.megatron.rollout.weight_transfer"
+ASKED = "where an engine takes adapters, ms-swift's trainer asks it for its weights' names, which this adapter does not"
 NO_DEVICES = {"devices.wrong_handle": "the trainer hands over the path of a socket, which names no device"}
 
 
@@ -111,6 +112,7 @@ SUBJECT = Swift(
     "ms-swift",
     "swift.pipelines.infer.rollout:WeightSyncWorkerExtension",
     lacks=lacks("WeightSyncWorkerExtension")
+    | no_adapters(ASKED)
     | NO_DEVICES
     | {"fanout.two_engines": "a socket serves one engine, and a sender's buckets go to one socket"},
 )
