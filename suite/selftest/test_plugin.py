@@ -19,6 +19,7 @@ from suite.processes import janitor
 from suite.selftest import runs
 from suite.selftest.runs import CONFTEST, ONE_CASE, Finished, begin, examine, finish
 from suite.session import environment, selection, taken
+from suite.session.record import SLOW_CALL_S
 from suite.subjects import SUBJECTS
 
 # ---- runs that share a process with others before they begin
@@ -546,8 +547,9 @@ def test_calls_that_take_long_are_put_down(tmp_path: Path):
     call = next(entry for entry in finished.document["slow_calls"] if entry["call"] == "sleep()")
     assert call["process"] == "worker"
     assert 1.1 <= call["elapsed_s"] < 5
-    assert "echo()" not in {entry["call"] for entry in finished.document["slow_calls"]}
     calls = finished.document["calls"]
+    took_long = calls["Echo: echo()"]["elapsed_s"] >= SLOW_CALL_S  # where the machine is busy
+    assert ("echo()" in {entry["call"] for entry in finished.document["slow_calls"]}) == took_long
     assert (calls["Echo: echo()"]["count"], calls["Echo: sleep()"]["count"]) == (1, 1)
     assert calls["Echo: sleep()"]["elapsed_s"] == call["elapsed_s"]
 
