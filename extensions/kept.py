@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from extensions.layout import Layout
 from extensions.manifest import Announced, ManifestError, check, require_none
 from extensions.model.headers import checkpoint_layouts
 from extensions.model.loading import processed_layers
 from extensions.model.twin import HEAD, live_tensors, split
 from extensions.model.views import parted
 from extensions.plan import Plan, PlanError, planned
-from extensions.tensors import layout_of
 
 MAX_ALONE = 1024  # plans of tensors outside the bracket that are kept
 
@@ -30,7 +30,7 @@ class Kept:
 
     _model: weakref.ref | None = None
     _places: list[tuple[dict, str]] = field(default_factory=list)  # what holds each of its tensors, and the name there
-    _layout: tuple[list, ...] = ()  # where those were, in their order
+    _layout: Layout | None = None  # of those, in their order
     _whole: tuple[Announced, Plan | None] | None = None
     _alone: dict[tuple, Plan | None] = field(default_factory=dict)
     kept: int = 0  # counts the models that plans were kept of: another one, or the same with its tensors elsewhere
@@ -59,14 +59,14 @@ class Kept:
         if self._model is None or self._model() is not model:
             return False
         tensors = [holder.get(name) for holder, name in self._places]
-        return not any(tensor is None for tensor in tensors) and layout_of(tensors) == self._layout
+        return not any(tensor is None for tensor in tensors) and self._layout.holds(tensors)
 
     def _keep(self, model: torch.nn.Module) -> None:
         """Keep plans of this model. Those of another one, or from before its tensors moved, are dropped."""
         if not self.holds(model):
             self._whole, self._alone, self.kept = None, {}, self.kept + 1
             self._model, self._places = weakref.ref(model), [*_places(model)]
-            self._layout = layout_of([holder[name] for holder, name in self._places])
+            self._layout = Layout([holder[name] for holder, name in self._places])
 
 
 def _places(model: torch.nn.Module) -> Iterator[tuple[dict, str]]:

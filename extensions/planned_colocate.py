@@ -20,10 +20,10 @@ from extensions.bracket import Update, UpdateError
 from extensions.colocate import ColocateWorkerExtension, HandleSender, of_device, opened_handle
 from extensions.copying import Copy, copy_of
 from extensions.devices import synchronize
+from extensions.layout import Layout
 from extensions.model.load import Load
-from extensions.tensors import layout_of
 
-Where = tuple[list[str], tuple[list, ...]]  # names, and what `layout_of` says of the tensors
+Where = tuple[list[str], Layout]  # names and layout of tensors
 
 
 @dataclass
@@ -126,15 +126,14 @@ class KeptHandleSender(HandleSender):
             before, self.made = self.made, super().handles(named)
             self.opened = self.opened if self.made == before else secrets.token_hex(16)
             return self.made
-        tensors = [tensor for _, tensor in named]
-        where = [name for name, _ in named], layout_of(tensors)
-        if where == self._where:
+        names, tensors = [name for name, _ in named], [tensor for _, tensor in named]
+        if self._where is not None and self._where[0] == names and self._where[1].holds(tensors):
             synchronize(self._device)
             return self.made
         self._where = None
         self.made, self.opened = super().handles(named), secrets.token_hex(16)
         if all(tensor.is_contiguous() for tensor in tensors):
-            self._where = where
+            self._where = names, Layout(tensors)
         return self.made
 
     def release(self) -> None:

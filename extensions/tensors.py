@@ -1,10 +1,8 @@
 """How tensors are described between processes: dtypes as plain text (`bfloat16`), shapes, and bytes."""
 
 import math
-from collections.abc import Sequence
 
 import torch
-from torch._C import DisableTorchFunctionSubclass, TensorBase
 
 Shape = tuple[int, ...]
 
@@ -51,14 +49,3 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor: uint8, one dimension, sharing its memory."""
     # In a contiguous tensor a dimension of size 1 may have any stride, and view(-1) would keep that stride.
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-def layout_of(tensors: Sequence[torch.Tensor]) -> tuple[list, ...]:
-    """Addresses, shapes, strides and dtypes of tensors, in their order.
-
-    Equal to another one where all tensors are what and where they were. vLLM's parameters have a `__torch_function__`,
-    with which each look at one takes 10 us: it is left out here.
-    """
-    looks = (TensorBase.data_ptr, TensorBase.size, TensorBase.stride, TensorBase.dtype.__get__)
-    with DisableTorchFunctionSubclass():
-        return tuple([*map(look, tensors)] for look in looks)
