@@ -22,9 +22,9 @@ class Layout:
             self._addresses = [*map(TensorBase.data_ptr, tensors)]
             self._looks = _looks(tensors)
         firsts: dict[int, int] = {}
-        self._same = [(at, firsts.setdefault(id(tensor), at)) for at, tensor in enumerate(tensors)]
-        self._once = [at for at, first in self._same if at == first]  # tied ones: the guards take no tensor twice
-        self._same = [(at, first) for at, first in self._same if at != first]
+        pairs = [(at, firsts.setdefault(id(tensor), at)) for at, tensor in enumerate(tensors)]
+        self._once = [at for at, first in pairs if at == first]
+        self._tied = [(at, first) for at, first in pairs if at != first]  # the guards take no tensor twice
         self._guards = _guards([tensors[at] for at in self._once]) if guards_tell() else None
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -36,9 +36,9 @@ class Layout:
 
     def _are_as_guarded(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the guards say yes, and what was one tensor twice still is."""
-        if self._guards is None or not all(tensors[at] is tensors[first] for at, first in self._same):
+        if self._guards is None or not all(tensors[at] is tensors[first] for at, first in self._tied):
             return False
-        return self._guards(*tensors) if not self._same else self._guards(*[tensors[at] for at in self._once])
+        return self._guards(*tensors) if not self._tied else self._guards(*[tensors[at] for at in self._once])
 
 
 def _looks(tensors: Sequence[torch.Tensor]) -> list[list]:

@@ -1,6 +1,7 @@
 """A trainer sends while it listens to the engines: where one fails, the sending ends too."""
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -9,7 +10,12 @@ from suite.actors.link import LinkError
 
 
 class Sends(Protocol):
-    """What is attended to: the trainer's half of a subject."""
+    """What is attended to: the trainer's half of a subject.
+
+    only_waits: whether send() does nothing but wait for the engines, so that nothing else has to listen to them.
+    """
+
+    only_waits: bool
 
     def send(self, tensors: Any, acknowledged: Callable[[], None]) -> int:
         """Send all tensors; `acknowledged()` waits until all engines have ended. Returns the bytes sent."""
@@ -52,7 +58,8 @@ class _Attending:
         self._engines = len(trainer.lines)
         self._sent = threading.Event()
         self.reason = ""
-        for index, line in enumerate(trainer.lines):
+        self._lines = trainer.lines
+        for index, line in enumerate(() if sender.only_waits else trainer.lines):
             threading.Thread(target=self._listen, args=(index, line), daemon=True).start()
 
     def expect_ended(self) -> None:
@@ -77,6 +84,10 @@ class _Attending:
         self._sender.abort(reason)
 
     def _all_said(self) -> list[tuple[str, Any] | LinkError]:
+        if self._sender.only_waits and not self._said:
+            deadline = time.monotonic() + self._deadline_s
+            heard = [self._heard(line, deadline - time.monotonic()) for line in self._lines]
+            self._said = dict(enumerate(heard))
         wait_s = self._deadline_s + TOLD_S
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._said) == self._engines, wait_s):
@@ -87,10 +98,7 @@ class _Attending:
         return [self._said[index] for index in range(self._engines)]
 
     def _listen(self, index: int, line: Line) -> None:
-        try:
-            said: tuple[str, Any] | LinkError = line.hear(self._deadline_s)
-        except LinkError as error:
-            said = error
+        said = self._heard(line, self._deadline_s)
         reason = _trouble(said)
         with self._changed:
             aborts = self._gives_up(reason)  # before anyone hears of it who would raise
@@ -103,6 +111,12 @@ class _Attending:
                 aborts = self._gives_up(reason)
         if aborts:
             self._sender.abort(reason)
+
+    def _heard(self, line: Line, deadline_s: float) -> tuple[str, Any] | LinkError:
+        try:
+            return line.hear(deadline_s)
+        except LinkError as error:
+            return error
 
     def _gives_up(self, reason: str) -> bool:
         """Whether the sending is aborted for a reason: not when all was sent. Called with the lock held."""

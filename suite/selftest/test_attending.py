@@ -18,6 +18,8 @@ DEADLINE_S = 20.0
 class Sender:
     """Sends until it is aborted, or at once where there is nothing to wait for."""
 
+    only_waits = False
+
     def __init__(self, stuck: bool = False) -> None:
         self.aborted: list[str] = []
         self._go = threading.Event()
@@ -152,3 +154,41 @@ def test_whoever_hears_of_an_engine_knows_why_the_sending_ends(lines: tuple[Link
     for _ in range(50):
         with pytest.raises(Refused, match="an engine was lost"):
             send(Asks(), lines[0])
+
+
+class Waits(Sender):
+    """Hands something over, and waits."""
+
+    only_waits = True
+
+    def send(self, tensors: object, acknowledged: Callable[[], None]) -> int:
+        acknowledged()
+        return 7
+
+
+def test_a_sender_that_only_waits_listens_itself(lines: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch):
+    ours, theirs = lines
+    monkeypatch.setattr(threading, "Thread", None)
+    theirs.send({ENDED: True}, DEADLINE_S)
+    assert send(Waits(), ours) == 7
+
+
+def test_it_hears_of_a_refusal(lines: tuple[Link, Link]):
+    ours, theirs = lines
+    theirs.send({REFUSED: "no such plan"}, DEADLINE_S)
+    with pytest.raises(Refused, match="no such plan"):
+        send(Waits(), ours)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_it_hears_of_engines_that_are_gone_or_silent_within_one_deadline(lines: tuple[Link, Link], gone: bool):
+    ours, theirs = lines
+    if gone:
+        theirs.close()
+    silent, other = socket.socketpair()
+    began = time.monotonic()
+    with pytest.raises(LinkError, match="gone" if gone else "sent nothing"):
+        send(Waits(), ours, Link(silent, "another engine"), deadline_s=0.5)
+    assert time.monotonic() - began < 1.5
+    silent.close()
+    other.close()

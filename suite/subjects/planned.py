@@ -216,6 +216,7 @@ class KeptHandlesEngine(PlansOnce, HandlesEngine):
 class KeptHandlesTrainer(HandlesTrainer):
     """Has a sender that keeps its handles, and announces them and their tensors once."""
 
+    only_waits: ClassVar[bool] = True
     _announced = ""
 
     def announce(self, tensors: Tensors) -> dict[str, Any]:

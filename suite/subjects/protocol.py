@@ -111,7 +111,12 @@ class EngineHalf:
 
 
 class TrainerHalf:
-    """The half that runs in each rank of the trainer."""
+    """The half that runs in each rank of the trainer.
+
+    only_waits: whether send() does nothing but wait until it is acknowledged: there is nothing to abort then.
+    """
+
+    only_waits: ClassVar[bool] = False
 
     def __init__(self, subject: "Subject", trainer: Trainer) -> None:
         self.subject, self.trainer = subject, trainer
