@@ -137,7 +137,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     _due(session.items)
     if state.waivers:
         state.waivers.whole &= not session.testsfailed  # what could not be collected is left out
-    if state.record and any(map(examines, session.items)):
+    state.chosen = sum(map(examines, session.items))
+    if state.record and state.chosen:
         state.record.begin()
 
 
@@ -249,6 +250,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     record.write_page(document)
     terminalreporter.section("weight sync", sep="=")
     terminalreporter.write_line(_summary({**document, "stale_waivers": []}))  # they stand below, whatever becomes of it
+    if (left := state.chosen - sum(state.verdicts.values())) > 0:
+        said = f"The run ended early, with no verdict on {left} of {state.chosen} cases."
+        terminalreporter.write_line(f"\n{said}", red=True)
     if _nothing_judged(state):
         counted = Counter(entry["verdict"] for entry in record.conformance)
         found = ", ".join(f"{counted[verdict]} {verdict}" for verdict in sorted(counted)) or "no case left"

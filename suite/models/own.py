@@ -33,6 +33,7 @@ TOWERS = ("vision_config", "audio_config")
 PROCESSORS = ("*processor_config.json",)
 TOKENIZERS = ("tokenizer*", "tekken.json", "vocab.*", "*.tiktoken")
 BESIDE_THESE = ("merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+SAID = 120  # characters of what transformers raises: it may list every model that it knows
 # What is not judged with a user's model, and why.
 COMPUTES = "needs the trainer's own forward pass, and the trainer does not compute with a model of --model DIR"
 NAMES = "names tensors of the catalogue's model, which a model of --model DIR need not have"
@@ -71,7 +72,8 @@ def layout_of(config: dict[str, Any]) -> Layout:
     except Exception as error:  # whatever a config makes transformers' classes raise
         raise UnknownModel(
             f"transformers cannot build a model_type {config.get('model_type')!r} from this config.json:"
-            f" {type(error).__name__}: {str(error).partition(chr(10))[0]}. Give a directory with the whole checkpoint"
+            f" {type(error).__name__}: {str(error).partition(chr(10))[0]:.{SAID}}. Give a directory with the whole"
+            " checkpoint"
         ) from error
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     held = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

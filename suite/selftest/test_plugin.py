@@ -300,7 +300,7 @@ def test_cases_are_subjects_by_stages_by_models(tmp_path: Path, arguments: tuple
     [
         ("subject", "brodcast", "--subject brodcast: expected one of broadcast, colocate"),
         ("stage", "cpu-tp9", "--stage cpu-tp9: expected one of here, away"),
-        ("model", "gpt", "--model gpt: expected one of qwen3-tied-tiny"),
+        ("model", "gpt", "--model gpt: expected one of a directory with a config.json"),
         ("extension", "nowhere:Class", "--extension nowhere:Class: expected an extension as pkg.module:Class"),
         ("extension", "suite.selftest.targets:Echo", "has the methods of no known kind of subject"),
     ],
@@ -406,7 +406,7 @@ def test_a_subject_on_the_engines_of_one_that_is_not_chosen_is_a_usage_error(mon
 def test_a_usage_error_ends_pytest_as_such(tmp_path: Path):
     finished = examine(tmp_path, SELECTING, "--model=gpt")
     assert finished.code == pytest.ExitCode.USAGE_ERROR
-    assert "ERROR: --model gpt: expected one of qwen3-tied-tiny" in finished.output
+    assert "ERROR: --model gpt: expected one of a directory with a config.json" in finished.output
 
 
 def test_what_the_machine_cannot_hold_is_said_and_is_no_success(tmp_path: Path):
@@ -619,6 +619,7 @@ def test_a_signal_that_does_not_interrupt_the_wait_of_the_main_thread_is_heard(
     monkeypatch.setenv("SIGNAL", name)
     finished = examine(tmp_path, "import os, signal, threading\n" + UNINTERRUPTED, *ONE_CASE)
     assert " s  waits\n" in finished.output
+    assert "The run ended early, with no verdict on 1 of 1 cases." in finished.output
     assert finished.code == 2
 
 
@@ -648,6 +649,7 @@ def test_a_signal_that_something_swallows_ends_the_run_at_the_next_test(
     assert finished.code == 2
     assert f"ended by {name}" in finished.output
     assert [test.partition("[")[0] for test in finished.verdicts] == ["test_first"]
+    assert "The run ended early, with no verdict on 1 of 2 cases." in finished.output
 
 
 @pytest.mark.parametrize("after_s", [0.05, 0.3, 0.6, 0.9, 1.3, 2.0])

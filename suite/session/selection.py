@@ -73,7 +73,9 @@ def _model(given: str, directory: Path) -> str:
         return given
     path = directory / given
     if not path.is_dir():
-        _expect_known("--model", [given], [*models.MODELS, "a directory with a config.json"])
+        _expect_known(
+            "--model", [given], ["a directory with a config.json (there is none of this name)", *models.MODELS]
+        )
     try:
         spec = own.spec_of(path)
     except own.UnknownModel as error:

@@ -41,6 +41,7 @@ class State:
     selection: Selection | None = None
     waivers: Ledger | None = None
     progress: dict[str, Progress] = field(default_factory=dict)
+    chosen: int = 0  # tests that examine something, of those that this run was to have
     verdicts: Counter[tuple[bool, str]] = field(default_factory=Counter)  # (whether on a stage, verdict)
 
     def announce(self, text: str) -> None:
