@@ -22,6 +22,7 @@ from pathlib import Path
 RUN_VARIABLE = "WEIGHT_SYNC_RUN_ID"  # in the environment of every process of a run, inherited by all descendants
 PROCESS_VARIABLE = "WEIGHT_SYNC_PROCESS"  # which of the run's processes it descends from
 SHARED_MEMORY = Path("/dev/shm")
+SOCKETS = Path("/tmp")  # where verl binds sockets whatever its environment says, with the run's id in their names
 SEGMENT_PREFIX = "weight-sync-"  # of what extensions keep in shared memory; the run's id comes next
 END_DEADLINE_S = 8.0
 # Names in shared memory that say whose they are: torch's have the process id in decimal, the CUDA driver's (which stay
@@ -117,18 +118,18 @@ def end_process(
 
 
 def unlink(memory: Iterable[Path]) -> None:
-    """Remove files from /dev/shm; those that are gone already are no error."""
+    """Remove files; those that are gone already are no error."""
     for path in memory:
         with contextlib.suppress(OSError):
             path.unlink()
 
 
-def sweep(run_id: str, directory: Path, kept: Iterable[str], roots: Iterable[int] = ()) -> None:
-    """End everything that is left of a run: its processes, shared memory and directory.
+def sweep(run_id: str, directories: Iterable[Path], kept: Iterable[str], roots: Iterable[int] = ()) -> None:
+    """End everything that is left of a run: its processes, shared memory, sockets and directories.
 
     Args:
         run_id: the run's id.
-        directory: the run's directory for sockets and temporary files.
+        directories: the run's directories for sockets and temporary files.
         kept: names in /dev/shm that were there before the run, which are never removed.
         roots: process ids that the launcher started.
     """
@@ -137,7 +138,9 @@ def sweep(run_id: str, directory: Path, kept: Iterable[str], roots: Iterable[int
     memory |= shared_memory_of(ended | roots)
     memory |= set(SHARED_MEMORY.glob(f"{SEGMENT_PREFIX}{run_id}*"))
     unlink(path for path in memory if path.name not in set(kept))
-    shutil.rmtree(directory, ignore_errors=True)
+    unlink(path for path in SOCKETS.glob(f"*-{run_id}-*") if path.is_socket())
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def runs(pid: int) -> bool:
@@ -198,7 +201,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     task = json.loads(sys.stdin.readline())
     roots = [int(line) for line in sys.stdin if line.strip()]
-    sweep(task["run_id"], Path(task["directory"]), task["kept"], roots)
+    sweep(task["run_id"], map(Path, task["directories"]), task["kept"], roots)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from suite.processes.process import LocalProcess, environment
 
 ADDRESS = "127.0.0.1"
 PORTS = (15000, 32000)  # below those that Linux hands out: from 32768 on, see ip_local_port_range
+SOCKET_BYTES, NAME_BYTES = 107, 37  # what Linux takes of a Unix socket's path; of a name of vLLM's, with the slash
+SHORT = "/tmp"  # where folders have short paths
 
 
 def free_port() -> int:
@@ -40,6 +42,8 @@ class LocalLauncher(Launcher):
 
     Whatever ends pytest, a janitor (suite.processes.janitor) that outlives it ends the processes and their descendants.
 
+    temporary: the folder that processes have for temporary files and for sockets, whose paths have to be short.
+
     Args:
         logs: directory for one log file a process; created if missing.
         answered: is told of every call that was answered, from the thread that hears of it.
@@ -53,6 +57,7 @@ class LocalLauncher(Launcher):
         self.logs = Path(logs).resolve()
         self.logs.mkdir(parents=True, exist_ok=True)
         self.directory = Path(tempfile.mkdtemp(prefix=f"ws-{self.id}-"))
+        self.temporary = self._short_directory()
         self.kept = sorted(os.listdir(janitor.SHARED_MEMORY)) if janitor.SHARED_MEMORY.is_dir() else []
         self.processes: list[LocalProcess] = []
         self.janitor = self._start_janitor()
@@ -85,7 +90,7 @@ class LocalLauncher(Launcher):
         return free_port()
 
     def link_path(self) -> str:
-        return str(self.directory / f"{self.label('link')}.sock")
+        return str(self.temporary / f"{self.label('link')}.sock")
 
     def scratch(self, stem: str) -> Path:
         return self.directory / self.label(stem)
@@ -108,7 +113,7 @@ class LocalLauncher(Launcher):
         except subprocess.TimeoutExpired:
             self.janitor.kill()
         if self.janitor.returncode != 0:  # it was killed: do its work here
-            janitor.sweep(self.id, self.directory, self.kept, [process.pid for process in self.processes])
+            janitor.sweep(self.id, self._directories, self.kept, [process.pid for process in self.processes])
 
     def label(self, name: str) -> str:
         """A name for files and marks, unused so far in this run: `engine`, then `engine.2`, ..."""
@@ -119,12 +124,23 @@ class LocalLauncher(Launcher):
             self._labels.add(label)
         return label
 
+    @property
+    def _directories(self) -> list[Path]:
+        """What the run has made, to be removed with it."""
+        return [*dict.fromkeys((self.directory, self.temporary))]
+
+    def _short_directory(self) -> Path:
+        """Where processes put temporary files and sockets: `directory`, or another one where its path is too long."""
+        if len(os.fsencode(self.directory)) <= SOCKET_BYTES - NAME_BYTES:
+            return self.directory
+        return Path(tempfile.mkdtemp(prefix=f"ws-{self.id}-", dir=SHORT))
+
     def _start_janitor(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "suite.processes.janitor"]
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True, bufsize=0,
         )  # fmt: skip
-        task = {"run_id": self.id, "directory": str(self.directory), "kept": self.kept}
+        task = {"run_id": self.id, "directories": [*map(str, self._directories)], "kept": self.kept}
         process.stdin.write(json.dumps(task).encode() + b"\n")
         return process

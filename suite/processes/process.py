@@ -247,7 +247,8 @@ def environment(launcher: "LocalLauncher", label: str, changes: dict[str, str | 
         janitor.RUN_VARIABLE: launcher.id,
         janitor.PROCESS_VARIABLE: label,
         "SPT_NOENV": "1",  # setproctitle (vLLM's workers) would overwrite the environment that the marks are read from
-        "TMPDIR": str(launcher.directory),
+        "TMPDIR": str(launcher.temporary),
+        "VLLM_RPC_BASE_PATH": str(launcher.temporary),  # of vLLM's sockets, which stay where it is killed
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
             "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
         ),  # would be below TMPDIR, and lost with it

@@ -7,9 +7,12 @@ import multiprocessing
 import multiprocessing.shared_memory
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +155,19 @@ class Leaky:
     def end_owner(self) -> None:
         self._owner.kill()
         self._owner.wait(5)
+
+
+class Binder:
+    """Binds sockets where vLLM, Python and verl do, and leaves them."""
+
+    def bind(self, run_id: str) -> list[str]:
+        own = [f"{folder}/{uuid.uuid4()}" for folder in (os.environ["VLLM_RPC_BASE_PATH"], tempfile.gettempdir())]
+        self._bound = {
+            path: socket.socket(socket.AF_UNIX) for path in (*own, f"/tmp/rl-colocate-zmq-{run_id}-replica-0.sock")
+        }
+        for path, bound in self._bound.items():
+            bound.bind(path)
+        return [*self._bound]
 
 
 class Reference:

@@ -1,7 +1,6 @@
 """pytest as a user runs it, with real engines: what is broken fails, and whatever ends a run, nothing is left of it."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -87,20 +86,32 @@ class Belongings:
         pids |= janitor.members(run_id)
         return cls(run_id, pids, janitor.shared_memory_of(pids))
 
-    def left(self, before: set[str]) -> dict[str, list]:
-        """What is still there of it, and what is new in shared memory that no process holds."""
+    def left(self, before: set[Path]) -> dict[str, list]:
+        """What is still there of it, and what is new in shared memory, or a new socket, that no process holds."""
         running = {found.pid for found in janitor.running()}
-        new = {path for path in janitor.SHARED_MEMORY.iterdir() if path.name not in before}
+        new = {path for path in janitor.SHARED_MEMORY.iterdir() if path not in before}
+        bound = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
         mine = {path for path in new if path in self.memory or self.run_id in path.name}
         left = {
             "processes": sorted(running & (self.pids | janitor.members(self.run_id))),
             "shared memory": sorted(map(str, mine | (new - janitor.shared_memory_of(running)))),
+            "sockets": sorted(str(path) for path in sockets() - before if str(path) not in bound),
             "directories": list(Path(tempfile.gettempdir()).glob(f"ws-{self.run_id}-*")),
         }
         return {what: found for what, found in left.items() if found}
 
 
-def expect_nothing_left(belongings: Belongings, before: set[str]) -> None:
+def sockets() -> set[Path]:
+    """Where vLLM binds some, if it is not told where."""
+    return {path for path in Path(tempfile.gettempdir()).iterdir() if path.is_socket()}
+
+
+def there() -> set[Path]:
+    """What a run may leave something among."""
+    return {*janitor.SHARED_MEMORY.iterdir()} | sockets()
+
+
+def expect_nothing_left(belongings: Belongings, before: set[Path]) -> None:
     deadline = time.monotonic() + GONE_WITHIN_S
     while (left := belongings.left(before)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -149,7 +160,7 @@ def test_subjects_of_which_no_update_succeeds_fail_in_time_and_for_one_reason_ea
 
 def test_a_run_that_is_killed_leaves_nothing(tmp_path: Path):
     """Killed while one engine moves weights through shared memory and another starts."""
-    before = set(os.listdir(janitor.SHARED_MEMORY))
+    before = there()
     with Session(tmp_path, "--subject=colocate", "--stage=cpu-tp2", "-k", "exact or repeated") as session:
         session.wait_for(r"engine .* ready after", STARTING_S)
         time.sleep(1)
@@ -163,7 +174,7 @@ def test_a_run_that_is_killed_leaves_nothing(tmp_path: Path):
 
 
 def test_a_run_that_is_interrupted_leaves_nothing_but_its_report(tmp_path: Path):
-    before = set(os.listdir(janitor.SHARED_MEMORY))
+    before = there()
     with Session(tmp_path, "--subject=broadcast", "--stage=cpu-tp1", "-k", "exact or repeated") as session:
         session.wait_for(r"engine .* ready after", STARTING_S)
         belongings = Belongings.of(session)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -174,10 +175,11 @@ def test_a_trainer_updates_an_engine_through_vllms_own_api(tmp_path: Path):
     paths = [tmp_path / "zeros.safetensors", start / "model.safetensors"]
     told = [str(start), str(free_port()), *map(str, paths)]
     environment = os.environ | VARIABLES | {"PYTHONPATH": f"{ROOT}{os.pathsep}{installed.parent}"}
-    finished = subprocess.run(
-        [sys.executable, str(TRAINER), *told], cwd=tmp_path, env=environment, timeout=TRAINING_S,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="ws-") as short:  # vLLM leaves its sockets, even where it ends by itself
+        finished = subprocess.run(
+            [sys.executable, str(TRAINER), *told], cwd=tmp_path, timeout=TRAINING_S, capture_output=True, text=True,
+            env=environment | {"TMPDIR": short, "VLLM_RPC_BASE_PATH": short},
+        )  # fmt: skip
     said = finished.stdout[-2000:] + finished.stderr[-4000:]
     answers = [json.loads(line.partition(" ")[2]) for line in finished.stdout.splitlines() if line.startswith("ANSWER")]
     assert finished.returncode == 0, said
