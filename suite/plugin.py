@@ -18,7 +18,7 @@ from suite.session.items import SELFTESTS, asked_for_nothing, case_of, examines,
 from suite.session.record import JUNIT, LOGS, Record
 from suite.session.selection import MissingStage
 from suite.session.state import Progress, State, keep, state_of
-from suite.session.taken import expect_taken
+from suite.session.taken import expect_taken, left_by_words
 from suite.stages import Stage
 from suite.subjects import Subject
 
@@ -108,10 +108,11 @@ def pytest_collection_modifyitems(
                 if environment.lacks_engine(kind) is None or environment.vllm() == (None, None):
                     item.add_marker(kind)
     order = {item.nodeid: index for index, item in enumerate(items)}
+    left = left_by_words(session, config, items)
     yield
     if (chosen := state_of(config).selection) and not session.testsfailed:  # all files could be collected
         with _no_items_where_refused(items):
-            expect_taken(config, chosen, collected, [*items])
+            expect_taken(config, chosen, collected, left)
     items.sort(key=lambda item: (*place_of(item), order[item.nodeid]))
     ending.end_if_told()
 

@@ -362,6 +362,45 @@ def test_values_that_tests_take_or_that_repeat_a_case_are_no_error(tmp_path: Pat
     assert finished.code == pytest.ExitCode.OK
 
 
+SHARDING = """
+import pytest
+
+class Shard:
+    @pytest.hookimpl(FIRST=True)
+    def pytest_collection_modifyitems(self, config, items):
+        out = [item for item in items if "llama" in item.nodeid or "names" in item.nodeid]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
+
+def pytest_configure(config):
+    config.pluginmanager.register(Shard())
+"""
+
+
+@pytest.mark.parametrize("turn", ["tryfirst", "trylast"])
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [((), ""), (("-k", "exact"), ""), (("-k", "tied"), "leave out -k 'tied' or choose another model.")],
+)
+def test_what_another_plugin_leaves_out_is_not_laid_to_the_command_line(
+    tmp_path: Path, turn: str, words: tuple[str, ...], refused: str
+):
+    """One that runs a part of the tests on every machine, say; -k and -m have still to leave what is named."""
+    models = ("--subject=broadcast", "--stage=cpu-tp1", "--model=llama-tiny", "--model=qwen3-tied-tiny")
+    conftest = CONFTEST + SHARDING.replace("FIRST", turn)
+    finished = examine(tmp_path, SELECTING, "--collect-only", "-q", *models, *words, conftest=conftest)
+    assert finished.code == (pytest.ExitCode.USAGE_ERROR if refused else pytest.ExitCode.OK), finished.output
+    if refused:
+        assert (
+            "--model=llama-tiny: expected a test that takes this model, found none with -k 'tied'. It is taken by"
+            in (finished.output)
+        )
+        assert refused in finished.output
+    else:
+        assert "test_exact[broadcast-cpu-tp1-qwen3-tied-tiny]" in finished.output
+        assert "llama" not in finished.output
+
+
 LENDING = """
 import dataclasses
 
@@ -384,12 +423,11 @@ def test_a_stage_that_lends_an_engine_to_the_cases_that_are_left_is_no_error(tmp
 def test_a_subject_on_whose_engines_the_cases_that_are_left_are_judged_is_no_error(monkeypatch: pytest.MonkeyPatch):
     guest = replace(SUBJECTS["colocate"], name="guest", host="broadcast")
     chosen = SimpleNamespace(subjects={"broadcast": SUBJECTS["broadcast"], "guest": guest})
-    config = SimpleNamespace(getoption=lambda name, default: default)
     monkeypatch.setattr(taken, "_taken", lambda item: {("subject", item), ("stage", "cpu-tp1")})
     monkeypatch.setattr(taken, "engines_of", lambda item: [])
     of_left = {("subject", "guest"), ("stage", "cpu-tp1")}
-    assert of_left | {("subject", "broadcast")} <= taken._of_left(config, chosen, ["guest"])
-    assert ("subject", "guest") not in taken._of_left(config, chosen, ["broadcast"])
+    assert of_left | {("subject", "broadcast")} <= taken._of_left(chosen, ["guest"])
+    assert ("subject", "guest") not in taken._of_left(chosen, ["broadcast"])
 
 
 def test_a_subject_on_the_engines_of_one_that_is_not_chosen_is_a_usage_error(monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ from suite.session.selection import MissingStage, Selection
 from suite.stages import Stage
 
 NAMED = 6  # takers that a message names
-BY_LAST_RUN = ("lf", "stepwise", "deselect")  # options of pytest that leave out tests, whatever they take
+BY_WORDS = "mark"  # pytest's own plugin for -k and -m
 
 
 def expect_taken(
@@ -20,9 +20,9 @@ def expect_taken(
 ) -> None:
     """Raise pytest.UsageError for the first value that none of these tests takes.
 
-    items: all that were collected. left: those that -k, -m and their like leave. Of what none of those takes, a value
-    is refused where they take another of its kind: it would be dropped in silence. Where the command line names single
-    tests, nothing is expected: a case repeats with all options of its run.
+    items: all that were collected. left: those that -k and -m leave, whatever options like --lf and other plugins leave
+    of them. Of what none of those takes, a value is refused where they take another of its kind: it would be dropped in
+    silence. Where the command line names single tests, nothing is expected: a case repeats with all options of its run.
     """
     examining = [item for item in items if examines(item)]
     if not examining or any("::" in argument for argument in config.args):
@@ -30,7 +30,7 @@ def expect_taken(
     asked = _kinds_asked(config.getoption("markexpr"))
     left = [item for item in left if examines(item)]
     taken = {value for item in examining if _kind(item) in (None, *asked) for value in _taken(item)} if left else set()
-    of_left = _of_left(config, chosen, left)
+    of_left = _of_left(chosen, left)
     kinds = {option for option, _ in of_left}
     for option, value, given in _given(config, chosen):
         if (option, value) not in taken or (option in kinds and (option, value) not in of_left):
@@ -38,14 +38,23 @@ def expect_taken(
             raise pytest.UsageError(_message(config, given, option, [*dict.fromkeys(takers)]))
 
 
-def _of_left(config: pytest.Config, chosen: Selection, left: Sequence[pytest.Item]) -> set[tuple[str, str]]:
-    """What the tests that are left take; nothing where they were chosen by more than their names and markers.
+def left_by_words(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item]:
+    """Leave out what -k and -m leave out, before anything else leaves out more; a copy of what is left.
+
+    It is done by pytest itself, which finds nothing more to leave out when its turn comes.
+    """
+    others = [plugin for name, plugin in config.pluginmanager.list_name_plugin() if name != BY_WORDS and plugin]
+    hook = config.pluginmanager.subset_hook_caller("pytest_collection_modifyitems", others)
+    hook(session=session, config=config, items=items)
+    return [*items]
+
+
+def _of_left(chosen: Selection, left: Sequence[pytest.Item]) -> set[tuple[str, str]]:
+    """What the tests that are left take.
 
     A subject is taken, too, where another one's cases are judged on its engines; so is a stage that lends an engine to
     a case of another.
     """
-    if any(config.getoption(name, None) for name in BY_LAST_RUN):
-        return set()
     taken = {value for item in left for value in _taken(item)}
     hosts = {subject.host for name, subject in chosen.subjects.items() if ("subject", name) in taken}
     lent = {("stage", key.stage) for item in left for key in engines_of(item)}
