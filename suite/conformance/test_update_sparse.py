@@ -1,7 +1,7 @@
 """update.sparse: where little has changed since the update before, all of it arrives, and nothing else changes."""
 
 from suite.conformance.requirements import MUST, requirement
-from suite.driver.expected import expect
+from suite.driver.expected import expect, expect_told
 from suite.driver.sync import Sync
 from suite.models import TIED
 
@@ -56,7 +56,7 @@ def test_sparse(sync: Sync, target: int) -> None:
 def _turn(sync: Sync, names: list[str] | None, one_in: int) -> None:
     """Change elements of these tensors, or of all; of those that have been changed like this, back."""
     turned = sync.trainer.turn_bits(one_in, one_in, names)
-    expect(turned > 0, "elements that change", turned, sync.where)
+    expect_told(turned, "elements that change", sync.where)
 
 
 def _expect_little(sync: Sync, whole: int, sent: int) -> None:

@@ -19,5 +19,11 @@ def expect(holds: object, expected: str, found: object, where: str) -> None:
         raise Differs(expected, found, where)
 
 
+def expect_told(some: object, what: str, where: str) -> None:
+    """Raise RuntimeError, which is an error and no fail, unless there is `some` of what is looked at."""
+    if not some:
+        raise RuntimeError(f"expected {what}, found none to look at: nothing is told {where}")
+
+
 def _line(text: object) -> str:
     return "; ".join(filter(None, map(str.strip, str(text).splitlines()))) or "nothing"

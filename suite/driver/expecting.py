@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from reports.units import counted
 from suite.actors import answers
-from suite.driver.expected import expect
+from suite.driver.expected import expect, expect_told
 from suite.driver.together import MAX_TOKENS, Together
 from suite.processes.call import gather
 
@@ -53,7 +53,8 @@ class Expecting(Together):
             for rank, (steady, now) in enumerate(zip(expected, found, strict=True)):
                 moved = sorted(path for path, address in steady.items() if now.get(path) != address)
                 some = f"{len(moved)} of {len(steady)} moved on rank {rank} of {engine.key}: {moved[:5]}"
-                expect(steady and not moved, "every tensor at its address", some, self.where)
+                expect_told(steady, f"tensors of rank {rank} that stay where they are", self.where)
+                expect(not moved, "every tensor at its address", some, self.where)
 
     def says_inconsistent(self) -> bool:
         """Whether the extension says of itself, by `update_state()`, that its weights are not to be used."""
@@ -95,19 +96,23 @@ class Expecting(Together):
     def expect_zero(self) -> None:
         """Every effective weight element of every rank is zero, and there are some."""
         results = [result for ranks in self.call_engines("probe_zero") for result in ranks]
+        some = sum(result["elements"] for result in results)
+        expect(some > 0, "weights that are zero", "no element of any weight", self.where)
         self._expect_none(results, "zero in every element")
 
     def expect_all_different(self, seed: int) -> None:
         """Not one weight is the checkpoint's yet: else finding it there after an update would prove nothing.
 
-        Weights that cold engines of this checkpoint and of the engines' own have in common are left out.
+        Weights that cold engines of this checkpoint and of the engines' own have in common are left out. A rank may
+        have no others. Raises RuntimeError where none has.
         """
         for engine in self.engines:
             paths = [self.pool.oracle(engine.key, one) for one in (seed, self.seed)]
-            for result in self._call(engine, "probe_alike", *paths):
+            results = self._call(engine, "probe_alike", *paths)
+            differing = f"weights in which checkpoints {seed} and {self.seed} differ"
+            expect_told(sum(result["weights"] for result in results), differing, self.where)
+            for result in results:
                 rank, same = result["rank"], result["same"]
-                differing = f"weights on rank {rank} in which checkpoints {seed} and {self.seed} differ"
-                expect(result["weights"] > 0, differing, "every weight equal in both", self.where)
                 found = f"{same} equal on rank {rank}: {', '.join(result['first'])}"
                 expect(same == 0, f"every weight to differ from checkpoint {seed}", found, self.where)
 
@@ -141,9 +146,8 @@ class Expecting(Together):
         for engine, (found,) in zip(self.engines, gather(calls, self.call_deadline_s), strict=True):
             wrong = [name for name, number in expected.items() if found.get(name) != number]
             some = f"{len(wrong)} of {len(expected)} others in {engine.key}: {wrong[:5]}"
-            expect(
-                expected and not wrong, "the positional checksum of every tensor to be the trainer's", some, self.where
-            )
+            expect_told(expected, "tensors that the trainer holds", self.where)
+            expect(not wrong, "the positional checksum of every tensor to be the trainer's", some, self.where)
 
     def negated(self) -> list[list[dict[str, int]]]:
         """By engine and rank, `{weight: checksum}` that its weights would have with the opposite sign."""
@@ -159,9 +163,8 @@ class Expecting(Together):
             for rank, (expected, now) in enumerate(zip(*sides, strict=True)):
                 wrong = [name for name, number in expected.items() if now.get(name) != number]
                 some = f"{len(wrong)} of {len(expected)} others on rank {rank} of {engine.key}: {wrong[:5]}"
-                expect(
-                    expected and not wrong, "every weight to be the one before with the other sign", some, self.where
-                )
+                expect_told(expected, f"weights on rank {rank}", self.where)
+                expect(not wrong, "every weight to be the one before with the other sign", some, self.where)
 
     def expect_reported_zero(self, expected: bool) -> None:
         """The extension's own check_weights_changed() says on every rank whether all weights are zero."""
@@ -220,9 +223,10 @@ class Expecting(Together):
         expect(not differing, f"{whose}, within {cold.apart:.3g}", some, self.where)
 
     def _expect_none(self, results: list[dict], expected: str) -> None:
+        looked_at = sum(result["elements"] + result["differing"] for result in results)
+        expect_told(looked_at, "weights in an engine or in the one to compare with", self.where)
         for result in results:
             rank, differing, others = result["rank"], result["differing"], result.get("others", 0)
-            expect(result["elements"] > 0, f"weights on rank {rank}", "none to look at", self.where)
             which = counted(differing, "weight") + (f" and {counted(others, 'other tensor')}" if others else "")
             differ = "differs" if differing + others == 1 else "differ"
             found = f"{which} that {differ} on rank {rank}: {'; '.join(result['first'])}"
