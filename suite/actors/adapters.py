@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from suite.processes.blame import examined
+
 ID = 1  # vLLM knows an adapter by a number; by its name and its path it tells the prefixes that it has cached
 
 
@@ -16,15 +18,19 @@ class Adapting:
 
         What it has computed stays cached under its name and path: vLLM leaves that reset to its caller.
         """
-        self._llm.llm_engine.add_lora(request(path, load_inplace=True))
+        asked = request(path, load_inplace=True)
+        with examined():
+            self._llm.llm_engine.add_lora(asked)
 
     def remove_adapter(self) -> None:
         """Forget the adapter; vLLM leaves its matrices where they are until another one is loaded."""
-        self._llm.llm_engine.remove_lora(ID)
+        with examined():
+            self._llm.llm_engine.remove_lora(ID)
 
     def has_adapter(self) -> bool:
         """Whether the engine has an adapter."""
-        return ID in self._llm.llm_engine.list_loras()
+        with examined():
+            return ID in self._llm.llm_engine.list_loras()
 
 
 def request(path: str, load_inplace: bool = False) -> Any:

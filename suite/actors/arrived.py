@@ -9,7 +9,7 @@ from extensions.model.regions import Region
 from extensions.model.weights import effective_weights
 from extensions.plan import plan_of
 from suite.actors.checksum import added, checksum
-from suite.processes.call import SuiteFault, of_the_suite
+from suite.processes.blame import SuiteFault, of_the_suite
 
 
 def checksums_of(model: torch.nn.Module, vllm_config: object, manifest: Manifest) -> dict[str, int]:

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from suite.actors.dialogue import REFUSED, TOLD_S, Line, Refused, TrainerSide
-from suite.actors.link import LinkError
+from suite.actors.dialogue import REFUSED, TOLD_S, Line, Refused, TrainerSide, hear_called
+from suite.actors.link import LinkError, Silent
 
 
 class Sends(Protocol):
@@ -92,9 +92,11 @@ class _Attending:
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._said) == self._engines, wait_s):
                 silent = self._engines - len(self._said)
-                raise LinkError(
+                late = Silent(
                     f"engines that have not answered within {self._deadline_s:g} s: {silent} of {self._engines}"
                 )
+                late.examined = True
+                raise late
         return [self._said[index] for index in range(self._engines)]
 
     def _listen(self, index: int, line: Line) -> None:
@@ -114,7 +116,7 @@ class _Attending:
 
     def _heard(self, line: Line, deadline_s: float) -> tuple[str, Any] | LinkError:
         try:
-            return line.hear(deadline_s)
+            return hear_called(line, deadline_s)
         except LinkError as error:
             return error
 

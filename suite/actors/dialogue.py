@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 from suite.actors.link import Link, LinkError, Silent
-from suite.processes.call import SuiteFault
+from suite.processes.blame import SuiteFault, is_examined
 
 BEGUN, ANNOUNCE, GO, CALL_OFF, FAILED = "begun", "announce", "go", "call off", "failed"
 READY, REFUSED, ENDED = "ready", "refused", "ended"
@@ -43,22 +43,35 @@ ENGINE_SAYS = {
 CARRIES = {ANNOUNCE: dict, REFUSED: str, FAILED: str}  # all others: True
 
 CALLED_OFF = "the trainer called the update off"
+THE_SUITES = "the suite's own fault: "  # before what is said of an error that is
 TOLD_S = 2.0  # how long a side that was told of the other's failure has to end its own half
 
 
 class Cancelled(RuntimeError):
     """The trainer called the update off: another engine has refused it, say."""
 
+    examined = True
+
 
 class NotAnnounced(RuntimeError):
     """The trainer's half of the subject was called, and has not come back with what is to be announced."""
 
+    examined = True
 
-class TrainersHalfFailed(RuntimeError):
+
+class OtherSide(RuntimeError):
+    """What the other side has said of its error: it is the suite's own, or says something of what is examined."""
+
+    def __init__(self, said: str) -> None:
+        self.examined = THE_SUITES not in said
+        super().__init__(said)
+
+
+class TrainersHalfFailed(OtherSide):
     """The trainer's half of the update has failed before the transfer."""
 
 
-class Refused(RuntimeError):
+class Refused(OtherSide):
     """An engine refused the update, or the trainer called it off; nothing, or not all, was sent."""
 
 
@@ -95,6 +108,15 @@ class Line:
             raise LinkError(f"{self._link.peer} sent {what!r} with {carried!r:.120}")
         self.state = expected[what]
         return what, carried
+
+
+def hear_called(line: Line, deadline_s: float) -> tuple[str, Any]:
+    """As `Line.hear`, where the other side has called what is examined: its silence is of that."""
+    try:
+        return line.hear(deadline_s)
+    except Silent as error:
+        error.examined = True
+        raise
 
 
 class EngineSide:
@@ -136,7 +158,7 @@ class EngineSide:
 
     def refuse(self, error: Exception) -> None:
         """Say why not, to every rank that still waits for a word."""
-        self._answer(REFUSED, f"{type(error).__name__}: {error}")
+        self._answer(REFUSED, _said(error))
 
     def _heard(self, line: Line, deadline_s: float) -> Any:
         what, carried = line.hear(deadline_s)
@@ -169,10 +191,17 @@ class TrainerSide:
             line.say(BEGUN, self.deadline_s)
 
     def announce(self, announcement: dict[str, Any]) -> list[str]:
-        """Announce the update to all engines. Returns why those refuse it that do."""
+        """Announce the update to all engines. Returns why those refuse it that do.
+
+        An announcement that is no plain data has come from what is examined, and so does an engine's silence.
+        """
         for line in self.lines:
-            line.say(ANNOUNCE, self.deadline_s, announcement)
-        heard = [line.hear(self.deadline_s) for line in self.lines]
+            try:
+                line.say(ANNOUNCE, self.deadline_s, announcement)
+            except TypeError as error:
+                error.examined = True
+                raise
+        heard = [hear_called(line, self.deadline_s) for line in self.lines]
         return [why for what, why in heard if what == REFUSED]
 
     def decide(self, go: bool) -> None:
@@ -186,4 +215,9 @@ class TrainerSide:
         for line in self.lines:
             if line.may_say(FAILED):
                 with contextlib.suppress(LinkError, KeyError):  # the engine may end the dialogue at this moment
-                    line.say(FAILED, TOLD_S, f"{type(error).__name__}: {error}")
+                    line.say(FAILED, TOLD_S, _said(error))
+
+
+def _said(error: Exception) -> str:
+    """What the other side is told of an error."""
+    return f"{'' if is_examined(error) else THE_SUITES}{type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ from suite.actors.in_flight import InFlight
 from suite.actors.link import Link, Listener
 from suite.actors.probe import EXTENSION, PROBED
 from suite.actors.watch import Watch, WorkerDied
-from suite.processes.call import SuiteFault
+from suite.processes.blame import Examined, SuiteFault, examined
 from suite.subjects import from_plain
 
 LINK_WAIT_S = 60.0
@@ -23,9 +23,13 @@ LINK_WAIT_S = 60.0
 class WorkerError(RuntimeError):
     """A worker method raised, on one rank or more."""
 
+    examined = True
+
 
 class StaleCache(RuntimeError):
     """vLLM has not reset its prefix cache: what old weights have computed would be used under the new ones."""
+
+    examined = True
 
 
 class Engine(adapters.Adapting):
@@ -87,10 +91,10 @@ class Engine(adapters.Adapting):
             self._write_down(oracle_path)
 
     def _make(self, **arguments: Any) -> Any:
-        """What computes: a vllm.LLM, or what is called as one is."""
+        """What computes: a vllm.LLM, or what is called as one is; it says itself what it raises for vLLM."""
         from vllm import LLM
 
-        return LLM(**arguments)
+        return Examined(LLM(**arguments))
 
     def facts(self) -> dict:
         """Which devices the workers are on."""
@@ -105,7 +109,7 @@ class Engine(adapters.Adapting):
         """Call a worker method on all ranks; returns their results in rank order.
 
         Raises WorkerError with what every rank raised, if any did, and WorkerDied where a worker has ended. SuiteFault
-        where nothing but the suite's own part of a worker failed.
+        where the suite's own part of a worker failed.
         """
         self._expect_in_step()
         self._calls += 1
@@ -113,7 +117,7 @@ class Engine(adapters.Adapting):
             replies = self._llm.collective_rpc("probe_call", args=(method, args))
         if failed := {rank: reply for rank, reply in enumerate(replies) if "error" in reply}:
             print(*(reply["traceback"] for reply in failed.values()), sep="\n", flush=True)  # to the log
-            raised = SuiteFault if all(reply["is_the_suites"] for reply in failed.values()) else WorkerError
+            raised = WorkerError if all(reply["examined"] for reply in failed.values()) else SuiteFault
             raise raised(f"{method}: " + "; ".join(f"rank {rank}: {r['error']}" for rank, r in failed.items()))
         return [reply["result"] for reply in replies]
 
@@ -196,7 +200,8 @@ class Engine(adapters.Adapting):
             self.reset_prefix_cache()
         if getattr(self._llm.llm_engine.model_config, "is_multimodal_model", False):
             resets = self._llm if hasattr(self._llm, "reset_encoder_cache") else self._llm.llm_engine
-            resets.reset_encoder_cache()
+            with examined():
+                resets.reset_encoder_cache()
 
     def connect(self, address: str, port: int, rank_offset: int, world_size: int) -> None:
         """Meet the trainer, in whatever way the subject does; see `EngineHalf.connect`."""

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, Self
 
+from suite.processes.blame import of_the_suite
+
 SENDS = "_send_input"  # how vLLM's client sends a call to the core
 ANSWER_S = 0.5  # for the answer to the second call, where the first has failed
 
@@ -29,11 +31,13 @@ class Following:
         if hasattr(self._core, "call_utility") and hasattr(self._core, SENDS):
             sends = getattr(self._core, SENDS)
 
-            def send(*args: Any) -> None:
-                self._disarm()  # first: what the thread sends goes the usual way
+            def send(*args: Any) -> None:  # called by vLLM
+                with of_the_suite("have the next call followed"):
+                    self._disarm()  # first: what the thread sends goes the usual way
                 sends(*args)
                 self.sent = True
-                threading.Thread(target=self._follow, name="following", daemon=True).start()
+                with of_the_suite("send a call behind another"):
+                    threading.Thread(target=self._follow, name="following", daemon=True).start()
 
             setattr(self._core, SENDS, send)
         return self

@@ -14,6 +14,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from suite.processes.blame import examined
+
 WITHIN_S = 20.0  # for requests to give tokens
 
 
@@ -63,7 +65,8 @@ class InFlight:
     def end(self) -> None:
         """Abort the requests, and leave an engine that is idle, not paused, with no prefix cached."""
         self.pause()
-        self._llm.llm_engine.abort_request(self._names, internal=True)
+        with examined():
+            self._llm.llm_engine.abort_request(self._names, internal=True)
         self._names = []
         self._tell("resume_scheduler")
 
@@ -83,7 +86,8 @@ class InFlight:
             self._take()
 
     def _take(self) -> None:
-        taken = self._core.get_output()
+        with examined():
+            taken = self._core.get_output()
         ours = [output for output in taken.outputs if output.request_id in self._names]
         for output in ours:
             self._given[output.request_id] += len(output.new_token_ids)
@@ -94,9 +98,10 @@ class InFlight:
 
     def _tell(self, method: str, *args: Any) -> Any:
         """Call a method of the core, in its process or in this one."""
-        if self._is_apart:
-            return self._core.call_utility(method, *args)
-        return getattr(self._core.engine_core, method)(*args)
+        with examined():
+            if self._is_apart:
+                return self._core.call_utility(method, *args)
+            return getattr(self._core.engine_core, method)(*args)
 
     @property
     def _is_apart(self) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from suite.processes import wire
-from suite.processes.call import SuiteFault
+from suite.processes.blame import SuiteFault
 
 GREETING = b"weight-sync 1\n"  # sent first by a trainer's rank; any other peer is disconnected
 STRANGERS = 16  # how many peers that say nothing are kept waiting
@@ -20,6 +20,8 @@ STRANGERS = 16  # how many peers that say nothing are kept waiting
 
 class LinkError(RuntimeError):
     """The other side of a link is gone, silent, or refuses what was sent."""
+
+    examined, echo = False, True
 
 
 class Silent(LinkError):

@@ -3,8 +3,9 @@
 All but requests for tokens needs vLLM's development mode. Bodies and answers are JSON.
 """
 
+import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,8 @@ DATA, DONE = "data: ", "data: [DONE]"
 
 class HttpError(RuntimeError):
     """A server has answered with an error, or not as it should."""
+
+    examined = True  # but for what was asked wrongly
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,15 @@ class Remote:
         """As AsyncLLM's: what the request has given so far, whenever there is more."""
         said, path = Said(), GENERATE if self._in_tokens else COMPLETIONS
         asked = self._asked(prompt["prompt_token_ids"], params) | {"request_id": request_id}
-        async with self._client.stream("POST", path, json=asked) as response:
-            if response.status_code != httpx.codes.OK:
-                await response.aread()
-                raise _error(path, response)
-            async for line in response.aiter_lines():
-                if line.startswith(DATA) and line != DONE:
-                    said = said.more(_choice(path, line))
-                    yield SimpleNamespace(outputs=[said])
+        with _of_the_server():
+            async with self._client.stream("POST", path, json=asked) as response:
+                if response.status_code != httpx.codes.OK:
+                    await response.aread()
+                    raise _error(path, response)
+                async for line in response.aiter_lines():
+                    if line.startswith(DATA) and line != DONE:
+                        said = said.more(_choice(path, line))
+                        yield SimpleNamespace(outputs=[said])
         if said.finish_reason is None:
             raise HttpError(f"POST {path}: expected a finish_reason, found that the stream has ended without one")
 
@@ -152,10 +156,14 @@ class Remote:
     async def _post(self, path: str, body: dict | None = None, **query: object) -> dict:
         """The answer's JSON; {} where it is empty."""
         params = {name: str(value).lower() for name, value in query.items()}
-        response = await self._client.post(path, json=body, params=params)
+        with _of_the_server():
+            response = await self._client.post(path, json=body, params=params)
         if response.status_code != httpx.codes.OK:
             raise _error(path, response)
-        return response.json() if response.content else {}
+        try:
+            return response.json() if response.content else {}
+        except ValueError as error:
+            raise HttpError(f"POST {path}: expected JSON, found {response.text:.{SHOWN}}") from error
 
 
 def _choice(path: str, line: str) -> dict:
@@ -166,4 +174,16 @@ def _choice(path: str, line: str) -> dict:
 
 
 def _error(path: str, response: httpx.Response) -> HttpError:
-    return HttpError(f"POST {path}: expected 200, found {response.status_code}: {response.text:.{SHOWN}}")
+    error = HttpError(f"POST {path}: expected 200, found {response.status_code}: {response.text:.{SHOWN}}")
+    error.examined = not response.is_client_error
+    return error
+
+
+@contextlib.contextmanager
+def _of_the_server() -> Iterator[None]:
+    """A server that is gone, or silent, is what is examined."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        error.examined = True
+        raise

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from suite.actors.serving import Served, ServingEngine
+from suite.processes.blame import examined
 
 
 class ParallelEngine(ServingEngine):
@@ -27,7 +28,9 @@ class Parallel(Served):
             core._call_utility_async("collective_rpc", method, None, args, None, engine=replica)
             for replica in core.core_engines
         ]
-        return [reply for replies in await asyncio.gather(*calls) for reply in replies]
+        with examined():
+            replied = await asyncio.gather(*calls)
+        return [reply for replies in replied for reply in replies]
 
     def _generated(self, prompt: dict, params: Any, number: int) -> AsyncIterator[Any]:
         """The replicas answer in turn."""

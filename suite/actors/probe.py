@@ -24,7 +24,7 @@ from extensions.ranks import rank_in_engine
 from suite.actors import arrived, memory, recording
 from suite.actors.checksum import checksum
 from suite.processes import wire
-from suite.processes.call import SuiteFault, of_the_suite
+from suite.processes.blame import examined, is_examined, of_the_suite
 from suite.subjects import load
 from suite.subjects.adapting import adapted
 
@@ -45,13 +45,16 @@ class Probe:
 
         Under tensor parallelism vLLM's executor stops reading replies at the first rank that raised. The replies of
         the other ranks stay in their queues and answer the calls that follow (seen in vLLM 0.32.0). An error that
-        travels as a result leaves the queues in step, and tells what every rank found.
+        travels as a result leaves the queues in step, and tells what every rank found. What a method of the probe
+        raises is the suite's own; what any other raises is not.
         """
         try:
-            return {"result": getattr(self, method)(*adapted(self, method, args))}
+            given = adapted(self, method, args)
+            with contextlib.nullcontext() if hasattr(Probe, method) else examined():
+                return {"result": getattr(self, method)(*given)}
         except Exception as error:
             said = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-            return said | {"is_the_suites": isinstance(error, SuiteFault)}
+            return said | {"examined": is_examined(error)}
 
     def probe_call_encoded(self, text: str) -> dict[str, str]:
         """As `probe_call`, over HTTP: vLLM's /collective_rpc takes texts and gives dicts.

@@ -7,7 +7,7 @@ import torch
 from extensions.devices import synchronize
 from extensions.group import Communicator, stateless_init_process_group
 from suite.actors import memory
-from suite.processes.call import of_the_suite
+from suite.processes.blame import of_the_suite
 
 
 class Roofline:

@@ -12,9 +12,11 @@ from extensions.manifest import manifest_of
 from suite.actors import link
 from suite.actors.attending import send_attended
 from suite.actors.dialogue import CALLED_OFF, NotStarted, Refused, TrainerSide
+from suite.processes.blame import of_the_suite
 from suite.subjects import Subject, from_plain
 from suite.subjects.protocol import TrainerHalf
 
+GATHER = "gather the tensors of an update"
 Named = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -61,13 +63,15 @@ class Outgoing:
 
     def held(self) -> list[tuple[str, torch.Tensor]]:
         """All of them at once, from now on."""
-        self._held = self._held or list(self._trainer.named_tensors(*self._how))
+        with of_the_suite(GATHER):
+            self._held = self._held or list(self._trainer.named_tensors(*self._how))
         self.count = len(self._held)
         return self._held
 
     def manifest(self) -> list[dict]:
         """[{"name", "dtype", "shape"}, ...], in the order of sending."""
-        manifest = manifest_of(self._held) if self._held else self._trainer.manifest(*self._how)
+        with of_the_suite(GATHER):
+            manifest = manifest_of(self._held) if self._held else self._trainer.manifest(*self._how)
         self.count = len(manifest)
         return manifest
 
@@ -78,10 +82,11 @@ class Outgoing:
 
     def __iter__(self) -> Named:
         """One after the other; a fault may strike half way."""
-        for index, named in enumerate(self._held or self._gathered()):
-            if index == self.count // 2:
-                self._fault.strike("during")
-            yield named
+        with of_the_suite(GATHER):
+            for index, named in enumerate(self._held or self._gathered()):
+                if index == self.count // 2:
+                    self._fault.strike("during")
+                yield named
 
     def _gathered(self) -> Named:
         if self._gathering is None:

@@ -1,6 +1,7 @@
 """An engine process that answers requests while it is updated: it owns an `AsyncLLM` in place of a `vllm.LLM`."""
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from suite.actors.engine import Engine, continuation
+from suite.processes.blame import examined, is_examined
 
 ASKED_FOR_S, POLL_S = 20.0, 0.002  # for requests to give tokens; between two looks at them
 STILL_S = 0.03  # without a token: then a paused engine has none on its way; an update takes longer
@@ -71,7 +73,7 @@ class ServingEngine(Engine):
         "versions": [first token, token after the last, version] of each run of tokens, where vLLM says it.
         """
         served = self._llm
-        with self._watch.waiting():
+        with self._watch.waiting(), examined():  # that they end is what is asked of them
             served.wait_until(lambda: all(request.ended for request in served.requests), "end")
         return [request.plain() for request in served.requests]
 
@@ -86,6 +88,14 @@ class ServingEngine(Engine):
             failure.add_note(f"nor could generation be resumed: {type(error).__name__}: {error}")
 
 
+class Unanswered(RuntimeError):
+    """Requests have raised something in place of an answer."""
+
+    def __init__(self, message: str, failed: "list[Request]") -> None:
+        self.examined = all(is_examined(request.failure) for request in failed)
+        super().__init__(message)
+
+
 @dataclass
 class Request:
     """A request on its way: what it has given so far, and when each of its outputs came (monotonic clock)."""
@@ -94,7 +104,12 @@ class Request:
     times_s: list[float] = field(default_factory=list)
     before: int = 0
     ended: bool = False
-    error: str = ""
+    failure: Exception | None = None
+
+    @property
+    def error(self) -> str:
+        """What it has raised, if anything."""
+        return f"{type(self.failure).__name__}: {self.failure}" if self.failure else ""
 
     @property
     def tokens(self) -> int:
@@ -134,31 +149,31 @@ class Served:
         if method.startswith("_"):
             raise AttributeError(method)
         called = getattr(self.llm_engine, method)
-        return lambda *args, **kwargs: self._wait(called(*args, **kwargs))
+        return lambda *args, **kwargs: self._called(called(*args, **kwargs))
 
     def collective_rpc(self, method: str, args: tuple = ()) -> list:
         """As vllm.LLM's."""
-        return self._wait(self.llm_engine.collective_rpc(method, args=args))
+        return self._called(self.llm_engine.collective_rpc(method, args=args))
 
     def generate(self, prompts: list[dict], params: Any, use_tqdm: bool) -> list:
         """As vllm.LLM's; raises RuntimeError where a request gives no answer."""
         asked = [Request() for _ in prompts]
         self._wait(self._all([self._follow(r, p, params) for r, p in zip(asked, prompts, strict=True)]))
-        if failed := [request.error for request in asked if request.error]:
-            raise RuntimeError(f"{len(failed)} of {len(asked)} requests gave no answer: {failed[0]}")
+        if failed := [request for request in asked if request.failure]:
+            raise Unanswered(f"{len(failed)} of {len(asked)} requests gave no answer: {failed[0].error}", failed)
         return [request.output for request in asked]
 
     def init_weight_transfer_engine(self, request: dict) -> None:
         """As vllm.LLM's, which takes plain data where AsyncLLM takes a request."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        self._wait(self.llm_engine.init_weight_transfer_engine(WeightTransferInitRequest(**request)))
+        self._called(self.llm_engine.init_weight_transfer_engine(WeightTransferInitRequest(**request)))
 
     def update_weights(self, request: dict) -> None:
         """As vllm.LLM's, which takes plain data where AsyncLLM takes a request."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        self._wait(self.llm_engine.update_weights(WeightTransferUpdateRequest(**request)))
+        self._called(self.llm_engine.update_weights(WeightTransferUpdateRequest(**request)))
 
     def start(self, prompts: list[list[int]], params: Any) -> None:
         """Begin requests, and wait for nothing. They are `requests` from now on."""
@@ -174,7 +189,7 @@ class Served:
         for request in self.requests:
             request.before = request.tokens
         self._paused_s, self._resumed_s = self._last_s(), time.monotonic()
-        self._wait(self.llm_engine.resume_generation())
+        self._called(self.llm_engine.resume_generation())
 
     def pause_s(self) -> float | None:
         """Seconds from the last token before the pause to the first after it; None where all requests had ended."""
@@ -204,13 +219,23 @@ class Served:
 
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
+    async def _outputs(self, prompt: dict, params: Any, number: int) -> AsyncIterator[Any]:
+        """The outputs of one request, as `generated` gives them; see `_blames`."""
+        with self._blames():
+            async for output in self._generated(prompt, params, number):
+                yield output
+
+    def _blames(self) -> contextlib.AbstractContextManager[None]:
+        """What says of an error that vLLM has raised it, not the suite: all that is awaited is AsyncLLM's."""
+        return examined()
+
     async def _follow(self, request: Request, prompt: dict, params: Any) -> None:
         """Take what a request gives until it ends; whatever it raises is its end too."""
         try:
-            async for output in self._generated(prompt, params, next(self._numbers)):
+            async for output in self._outputs(prompt, params, next(self._numbers)):
                 request.take(output)
         except Exception as error:
-            request.error = f"{type(error).__name__}: {error}"
+            request.failure = error
         finally:
             request.ended = True
 
@@ -223,3 +248,8 @@ class Served:
 
     def _wait(self, coroutine: Coroutine) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _called(self, coroutine: Coroutine) -> Any:
+        """As `_wait`, of a coroutine that is vLLM's own."""
+        with self._blames():
+            return self._wait(coroutine)

@@ -20,6 +20,8 @@ SIGNAL = signal.SIGUSR1  # SIGUSR2 asks for stacks
 class WorkerDied(RuntimeError):
     """A worker's process has ended while its engine waited for it."""
 
+    examined = True
+
 
 class Watch:
     """Ends a block `waiting()` of the main thread with WorkerDied once one of the processes looked after has ended."""

@@ -15,7 +15,7 @@ from suite.driver.sync import Sync
 from suite.driver.trainers import Trainers
 from suite.fixtures import lend
 from suite.models import TIED
-from suite.processes.call import RemoteError
+from suite.processes.call import SubjectFailed
 from suite.sequences.player import UNKNOWN_DEVICE
 from suite.session import verdicts
 from suite.stages import Stage
@@ -160,7 +160,7 @@ def test_expandable(expanding: Sync, target: int) -> None:
             raise RuntimeError(f"the trainer has no memory in expandable segments: nothing is told {sync.where}")
         try:
             sync.update()
-        except RemoteError as error:
+        except SubjectFailed as error:
             named = "expandable" in error.said.lower()
             expect(named, "an exact update, or an error that names expandable segments", error.said, sync.where)
             sync.expect_equal_to(weights, "the weights from before the refused update")

@@ -6,7 +6,7 @@ from suite.conformance.requirements import MUST, requirement
 from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.models import TIED
-from suite.processes.call import RemoteError
+from suite.processes.call import SubjectFailed
 
 DEADLINE_S = 30.0
 UNKNOWN = "model.layers.1.mlp.ghost_proj.weight"
@@ -95,7 +95,7 @@ def _raised(call: Callable[[], object]) -> str:
     """What a call of an engine raises; empty where it succeeds."""
     try:
         call()
-    except RemoteError as error:
+    except SubjectFailed as error:
         return error.message
     return ""
 

@@ -11,7 +11,16 @@ from suite.driver.engines import EngineHandle
 from suite.driver.expected import Differs
 from suite.driver.together import Together
 from suite.driver.trainers import TrainerFailed
-from suite.processes.call import Call, NoAnswer, NotBegun, ProcessDied, RemoteError, gather
+from suite.processes.call import (
+    Call,
+    NoAnswer,
+    NotBegun,
+    ProcessDied,
+    RemoteError,
+    SubjectFailed,
+    gather,
+    is_the_suites,
+)
 
 CALL_MARGIN_S = 5.0  # for an answer to arrive that was given just in time
 JOIN_DEADLINE_S = 130.0  # for a group to come up: extensions and senders give up by themselves after 120 s
@@ -122,7 +131,7 @@ class Moving(Together):
         """Attempt an update that has to be refused and return the error; fails if it succeeds."""
         try:
             self.update(deadline_s, **how)
-        except RemoteError as error:  # one that runs into its deadline is not refused: that goes to the test
+        except SubjectFailed as error:  # one that runs into its deadline is not refused: that goes to the test
             return "\n".join([error.said, *getattr(error, "__notes__", [])])
         raise Differs(f"an error for an update with {how}", "success", self.where)
 
@@ -161,7 +170,7 @@ class Moving(Together):
                 self.disconnect()
             if lost := self._end_late(calls):
                 error.add_note(f"ended, since they did not come back: {', '.join(lost)}")
-            if lost or isinstance(error, ProcessDied):
+            if (lost or isinstance(error, ProcessDied)) and not is_the_suites(error):
                 self.pool.patience.lost(self.subject.name, time.monotonic() - began_s, error.cause)
             raise
 
@@ -190,9 +199,14 @@ class Moving(Together):
 
 
 def _raised(call: Call, deadline_s: float) -> str:
-    """What a call raised, empty where it succeeded; a process that has ended counts as having said so."""
+    """What a call raised, empty where it succeeded; a process that has ended counts as having said so.
+
+    Raises what the suite itself has raised, unless that only says that the other side is gone.
+    """
     try:
         call.result(deadline_s)
     except (RemoteError, ProcessDied) as error:
+        if is_the_suites(error) and not error.is_an_echo:
+            raise
         return error.said
     return ""

@@ -5,9 +5,7 @@ What a launcher starts is a Process. Every wait has a deadline.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +91,27 @@ class Process(ABC):
 class RemoteError(Exception):
     """What was called raised: `kind` (name of its class), `message`, `traceback` (text), `process` (its name).
 
+    It is the suite's own: only of a SubjectFailed is that not so.
     cause: what it raised, without the process: the same for the same fault elsewhere.
+    is_an_echo: whether it may only say that the other side of an update has failed, or hangs.
     """
 
-    def __init__(self, process: Process, raised: dict[str, str]) -> None:
+    def __init__(self, process: Process, raised: dict[str, Any]) -> None:
         self.kind, self.message, self.traceback = raised["kind"], raised["message"], raised["traceback"]
         self.process = process.name
+        self.is_an_echo = bool(raised.get("echo"))
         self.cause = f"{self.kind}: {self.message.partition(chr(10))[0]}"
         self.said = f"{self.kind} in process {self.process}: {self.message}"
         super().__init__(f"{self.said}\n\n{self.traceback.rstrip()}\n\nlog of {self.process}: {process.log_path}")
 
-    @property
-    def is_the_suites(self) -> bool:
-        """Whether what was called raised a SuiteFault."""
-        return self.kind == SuiteFault.__name__
+
+class SubjectFailed(RemoteError):
+    """What is examined raised it: the extension, the sender, or vLLM where one of both or a test has called it."""
+
+
+def failure_of(process: Process, raised: dict[str, Any]) -> RemoteError:
+    """The error of what a process says that it raised; see `told`."""
+    return (SubjectFailed if raised.get("examined") else RemoteError)(process, raised)
 
 
 class NoAnswer(Exception):
@@ -131,22 +136,6 @@ class ProcessDied(NoAnswer):
 
 class NotBegun(NoAnswer):
     """A call was not begun in time: the process was still preparing. That says nothing of what was to be called."""
-
-
-class SuiteFault(Exception):
-    """What the suite itself could not do in a process: its own line is gone, its disk is full, it was too slow.
-
-    Its name crosses processes as RemoteError.kind. A test that ends with it is an error, and no fail of its subject.
-    """
-
-
-@contextmanager
-def of_the_suite(doing: str) -> Iterator[None]:
-    """Whatever is raised in the block becomes a SuiteFault: nothing in it is what is examined."""
-    try:
-        yield
-    except Exception as error:
-        raise SuiteFault(f"could not {doing}: {type(error).__name__}: {error}") from error
 
 
 class Call:
@@ -201,10 +190,9 @@ class Call:
 def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) -> list[Any]:
     """Wait for all calls and return their results in order.
 
-    Once one has failed, the others get `after_failure_s` more. Raises the first failure by time, with the state of
-    the others as notes; DeadlineExceeded for the first unfinished call if none failed. Before either comes NotBegun,
-    for a call that its process has not come to: the others may have failed for want of it. A process that has died
-    comes before a SuiteFault, which may only be how another process noticed.
+    Once one has failed, the others get `after_failure_s` more. Raises one of the failures, with the state of the others
+    as notes; DeadlineExceeded for the first unfinished call if none failed. Before either comes NotBegun, for a call
+    that its process has not come to: the others may have failed for want of it. See `_by_cause` for their order.
     """
     futures = [call.future for call in calls]
     deadline = time.monotonic() + deadline_s
@@ -218,7 +206,7 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
     for call in late:
         call.process.write_stacks()
     not_begun = [call for call in late if call.process.preparing(call)]
-    first = (not_begun or _by_cause(failed) or late)[0]
+    first = (not_begun + _by_cause(failed, late))[0]
     error = first.error() or first.overdue()
     for other in calls:
         if other is not first:
@@ -226,12 +214,31 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
     raise error
 
 
-def _by_cause(failed: list[Call]) -> list[Call]:
-    """By time; where the first is a SuiteFault, those whose process has died come before it."""
+def _by_cause(failed: list[Call], late: list[Call]) -> list[Call]:
+    """By time, and last those that may only say that another has failed or is late.
+
+    What the suite itself has raised comes before what is examined, which may have failed for want of it; before both
+    comes a process that has died, which the suite may have missed.
+    """
+
+    def rank(call: Call) -> int:
+        error = call.error()
+        if error is None or getattr(error, "is_an_echo", False):
+            return 3 if error else 2
+        if isinstance(error, ProcessDied):
+            return 0 if own else 1
+        return 1
+
     in_time = sorted(failed, key=lambda call: call.finished_at)
-    if in_time and getattr(in_time[0].error(), "is_the_suites", False):
-        in_time.sort(key=lambda call: not isinstance(call.error(), ProcessDied))
-    return in_time
+    own = [call for call in in_time if is_the_suites(call.error()) and not call.error().is_an_echo]
+    if own:
+        in_time.sort(key=lambda call: call not in own)
+    return sorted(in_time + late, key=rank)
+
+
+def is_the_suites(error: BaseException | None) -> bool:
+    """Whether a process says by it that the suite itself has failed there, and nothing of what is examined."""
+    return isinstance(error, RemoteError) and not isinstance(error, SubjectFailed)
 
 
 def _unfinished(futures: list[Future[Any]], limit_s: float, until: str = ALL_COMPLETED) -> set[Future[Any]]:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from suite.processes import wire
+from suite.processes.blame import told
 from suite.processes.target import load
 
 STACKS_SIGNAL = signal.SIGUSR2  # makes this process write the stacks of its threads to its log
@@ -125,7 +126,9 @@ def _answer(call: int, function: Callable[..., Any], *args: Any) -> bytes:
         return wire.encode({"call": call, "result": function(*args)})
     except BaseException as error:  # SystemExit too: the caller has to hear of it
         print(f"{type(error).__name__} goes back to pytest: {error}", file=sys.stderr)
-        said = {"kind": type(error).__name__, "message": str(error), "traceback": _traceback(error)}
+        said = told(error, _traceback(error))
+        if call in (IMPORTED, READY):  # nothing has been asked of what is examined
+            said["examined"] = False
         return wire.encode({"call": call, "error": said})
 
 

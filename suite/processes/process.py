@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from suite import ROOT
 from suite.processes import janitor, wire
-from suite.processes.call import Call, Process, ProcessDied, RemoteError
+from suite.processes.call import Call, Process, ProcessDied, RemoteError, failure_of
 from suite.processes.child import IMPORTED, READY, STACKS_SIGNAL
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class LocalProcess(Process):
         if "error" not in answer:
             call.finish(answer["result"])
         else:
-            error = RemoteError(self, answer["error"])
+            error = failure_of(self, answer["error"])
             if starts:
                 error.add_note(f"The log ends with:\n{self.tail()}")
             call.finish(error=error)

@@ -16,6 +16,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from suite.processes.blame import examined, of_the_suite
+
 _SLEEPER = "import time; time.sleep(600)"
 
 
@@ -40,6 +42,10 @@ class Echo:
 
     def fail(self, message: str) -> None:
         raise LookupError(message)
+
+    def fail_as_subject(self, message: str) -> None:
+        with examined():
+            self.fail(message)
 
     def leave(self, code: int) -> None:
         sys.exit(code)
@@ -168,6 +174,30 @@ class Binder:
         for path, bound in self._bound.items():
             bound.bind(path)
         return [*self._bound]
+
+
+class Blamed:
+    """Raises, for the suite or for what is examined."""
+
+    def __init__(self, fails: bool = False) -> None:
+        if fails:
+            self.subject()
+
+    def own(self) -> None:
+        raise KeyError("of the suite")
+
+    @examined()
+    def subject(self) -> None:
+        raise KeyError("of the subject")
+
+    @examined()
+    def exits(self) -> None:
+        sys.exit(3)
+
+    @examined()
+    def calls_back(self) -> None:
+        with of_the_suite("gather"):
+            self.own()
 
 
 class Reference:

@@ -13,7 +13,7 @@ from suite import models
 from suite.actors import arrived, checksum
 from suite.actors.checksum import added
 from suite.actors.trainer import Trainer
-from suite.processes.call import SuiteFault
+from suite.processes.blame import SuiteFault
 from suite.selftest import vllm_models
 
 DTYPES = [torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64]

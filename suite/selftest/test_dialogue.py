@@ -11,7 +11,7 @@ import pytest
 from suite.actors import dialogue
 from suite.actors.dialogue import ENGINE_SAYS, TRAINER_SAYS, EngineSide, Line, TrainerSide
 from suite.actors.link import Link, LinkError
-from suite.processes.call import SuiteFault
+from suite.processes.blame import SuiteFault
 
 DEADLINE_S, SHORT_S = 20.0, 0.2
 STATES = [*TRAINER_SAYS]
@@ -104,7 +104,7 @@ def test_refusals_and_announcements_may_cross(sides: tuple[TrainerSide, EngineSi
     trainer, engine = sides
     engine.refuse(TimeoutError("nothing came"))
     trainer.begin()
-    assert trainer.announce({}) == ["TimeoutError: nothing came"]
+    assert trainer.announce({}) == ["the suite's own fault: TimeoutError: nothing came"]
     trainer.decide(go=False)
     assert trainer.lines[0].state == "over"
 

@@ -12,7 +12,7 @@ import pytest
 
 from suite.actors import link
 from suite.actors.link import Link, LinkError, Listener
-from suite.processes.call import SuiteFault
+from suite.processes.blame import SuiteFault
 
 DEADLINE_S, SHORT_S = 10.0, 0.3
 

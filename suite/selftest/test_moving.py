@@ -1,14 +1,16 @@
 """Where one half of an update fails, the failure is what is raised, whatever becomes of the other half's process."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 
+from suite.driver import moving as module
 from suite.driver.moving import Moving
-from suite.driver.patience import Patience
+from suite.driver.patience import NEVER_WELL, GivenUp, Patience
 from suite.driver.trainers import TrainerFailed
 from suite.models import TIED
-from suite.processes.call import Call, RemoteError
+from suite.processes.call import Call, RemoteError, failure_of
 
 SAID = {"kind": "WorkerError", "message": "the subject's own fault", "traceback": ""}
 
@@ -44,11 +46,16 @@ class Trainer:
         raise TrainerFailed("start", RemoteError(Process("spare"), SAID | {"message": "no memory"}))
 
 
+def moving_with(trainer: Trainer) -> Moving:
+    pool, engine = SimpleNamespace(patience=Patience(), timeline=lambda *_: contextlib.nullcontext()), Process("engine")
+    handle = SimpleNamespace(key=SimpleNamespace(seed=0), process=engine)
+    return Moving(pool, trainer, [handle], SimpleNamespace(name="subject"), SimpleNamespace(name="stage"), TIED)
+
+
 def test_a_failure_is_raised_also_where_no_spare_trainer_starts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("suite.driver.moving.TRAINER_END_S", 0.1)
-    pool, engine = SimpleNamespace(patience=Patience()), Process("engine")
-    handle = SimpleNamespace(key=SimpleNamespace(seed=0), process=engine)
-    moving = Moving(pool, Trainer(), [handle], SimpleNamespace(name="subject"), SimpleNamespace(name="stage"), TIED)
+    moving = moving_with(Trainer())
+    engine = moving.engines[0].process
     failed, late = Call(engine, "update()"), Call(moving.trainer.processes[0], "update()")
     failed.finish(error=RemoteError(engine, SAID))
     with pytest.raises(RemoteError, match="the subject's own fault") as raised:
@@ -57,16 +64,57 @@ def test_a_failure_is_raised_also_where_no_spare_trainer_starts(monkeypatch: pyt
     assert moving.trainer.connected == ()
 
 
+@pytest.mark.parametrize("of_the_subject", [True, False])
+def test_a_subject_is_not_given_up_for_what_the_suite_has_lost(monkeypatch: pytest.MonkeyPatch, of_the_subject: bool):
+    monkeypatch.setattr("suite.driver.moving.TRAINER_END_S", 0.1)
+    moving = moving_with(Trainer())
+    for _ in range(NEVER_WELL):
+        failed, late = (
+            Call(process, "update()") for process in (moving.engines[0].process, moving.trainer.processes[0])
+        )
+        failed.finish(error=failure_of(failed.process, SAID | {"examined": of_the_subject}))
+        with pytest.raises(RemoteError):
+            moving._gathered([failed, late], 5.0)
+    with pytest.raises(GivenUp) if of_the_subject else contextlib.nullcontext():
+        moving.pool.patience.expect_hope("subject")
+
+
+@pytest.mark.parametrize("of_the_subject", [True, False])
+def test_what_the_suite_could_not_do_is_no_refusal(monkeypatch: pytest.MonkeyPatch, of_the_subject: bool):
+    def fails(*_: object, **__: object) -> None:
+        raise failure_of(Process("engine"), SAID | {"examined": of_the_subject})
+
+    moving = moving_with(Trainer())
+    monkeypatch.setattr(moving, "update", fails)
+    if of_the_subject:
+        assert "the subject's own fault" in moving.refusal(5.0)
+    else:
+        with pytest.raises(RemoteError):
+            moving.refusal(5.0)
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"), [({"examined": True}, True), ({"echo": True}, True), ({"examined": False}, False)]
+)
+def test_an_update_with_a_fault_has_ended_well_or_not_by_what_is_examined(raised: dict[str, bool], told: bool):
+    call = Call(Process("engine"), "update()")
+    call.finish(error=failure_of(call.process, SAID | raised))
+    if told:
+        assert "the subject's own fault" in module._raised(call, 1.0)
+    else:
+        with pytest.raises(RemoteError):
+            module._raised(call, 1.0)
+
+
 @pytest.mark.parametrize(
     ("of_the_trainer", "kept"),
     [(["NotStarted"], True), (["Refused"], False), (["NotStarted", "Refused"], False), ([None], False)],
 )
 def test_connections_serve_on_only_where_all_know_that_nothing_was_sent(of_the_trainer: list[str | None], kept: bool):
-    pool, engine, trainer = SimpleNamespace(patience=Patience()), Process("engine"), Trainer()
+    trainer = Trainer()
     trainer.processes = [Process(f"rank {rank}") for rank in range(len(of_the_trainer))]
-    handle = SimpleNamespace(key=SimpleNamespace(seed=0), process=engine)
-    moving = Moving(pool, trainer, [handle], SimpleNamespace(name="subject"), SimpleNamespace(name="stage"), TIED)
-    calls = [Call(process, "update()") for process in (engine, *trainer.processes)]
+    moving = moving_with(trainer)
+    calls = [Call(process, "update()") for process in (moving.engines[0].process, *trainer.processes)]
     for call, kind in zip(calls, ["ManifestError", *of_the_trainer], strict=True):
         call.finish(**({"error": RemoteError(call.process, SAID | {"kind": kind})} if kind else {"result": {}}))
     with pytest.raises(RemoteError):

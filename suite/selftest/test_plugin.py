@@ -84,7 +84,11 @@ def test_fails_in_lines(subject, stage, model):
 
 @judged()
 def test_fails_remotely(subject, stage, model, launcher):
-    launcher.start("worker", ECHO).call("fail", "no such weight", deadline_s=20)
+    launcher.start("worker", ECHO).call("fail_as_subject", "no such weight", deadline_s=20)
+
+@judged()
+def test_breaks_remotely(subject, stage, model, launcher):
+    launcher.start("broken", ECHO).call("fail", "no such weight", deadline_s=20)
 
 @judged()
 def test_is_late(subject, stage, model, launcher):
@@ -145,6 +149,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         ("fails", "fail", "12 of 32768 elements differ"),
         ("fails_in_lines", "fail", "found: 3 weights"),
         ("fails_remotely", "fail", "LookupError in process worker: no such weight"),
+        ("breaks_remotely", "error", "call: RemoteError: LookupError in process broken: no such weight"),
         ("is_late", "fail", "sleep() in process sleeper has not answered after 2"),
         ("expects_an_error", "fail", "DID NOT RAISE"),
         ("is_unsupported", "unsupported", "the subject lacks it"),
@@ -165,7 +170,7 @@ def test_verdict(judged: Finished, test: str, verdict: str, detail: str):
 
 
 def test_only_what_judges_a_requirement_is_recorded(judged: Finished):
-    assert len(judged.document["conformance"]) == 14
+    assert len(judged.document["conformance"]) == 15
     entry = judged.document["conformance"][0]
     assert {name: entry[name] for name in ("requirement", "level", "subject", "stage", "model")} == {
         "requirement": "update.exact",
@@ -178,7 +183,7 @@ def test_only_what_judges_a_requirement_is_recorded(judged: Finished):
 
 
 def test_failing_reports_show_the_logs_of_the_processes_they_used(judged: Finished):
-    remote = judged.output.partition("_ test_fails_remotely")[2].partition("_ test_is_late")[0]
+    remote = judged.output.partition("_ test_fails_remotely")[2].partition("_ test_breaks_remotely")[0]
     assert f"end of {judged.report / 'logs' / 'worker.log'}" in remote
     assert "constructing with hello" in remote
     late = judged.output.partition("_ test_is_late")[2].partition("_ test_expects_an_error")[0]
@@ -244,7 +249,8 @@ def test_artefacts(judged: Finished):
     assert "node" not in document["machine_info"]
     cases = ElementTree.parse(judged.report / "junit.xml").getroot().iter("testcase")
     assert len(list(cases)) >= 15
-    assert sorted(path.name for path in (judged.report / "logs").iterdir()) == ["sleeper.log", "worker.log"]
+    logs = ["broken.log", "sleeper.log", "worker.log"]
+    assert sorted(path.name for path in (judged.report / "logs").iterdir()) == logs
     assert f"Artefacts in {judged.report}: " in judged.output
     assert (judged.report / "report.html").read_text().lstrip().lower().startswith("<!doctype html")
 

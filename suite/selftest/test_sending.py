@@ -16,7 +16,7 @@ from suite.actors.link import Link, LinkError
 from suite.actors.roofline import Roofline
 from suite.actors.sending import Fault, Outgoing, Sending
 from suite.actors.trainer import Trainer as ModelTrainer
-from suite.processes.call import SuiteFault
+from suite.processes.blame import SuiteFault
 from suite.subjects.protocol import TrainerHalf
 
 DEADLINE_S = 20.0

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from suite.models import MODELS, TIED, tensors
-from suite.processes.call import RemoteError
+from suite.processes.call import SubjectFailed
 from suite.sequences import player as sequences
 from suite.sequences.player import Player, Step
 
@@ -79,7 +79,7 @@ class Sync:
     def update(self, deadline_s, reset_cache=True, bracket=True, order="checkpoint", alter=None) -> None:
         sent = {name for name, _ in tensors(SPEC)} - set((alter or {}).get("drop", []))
         if not bracket and not self.engine.accepts:
-            raise RemoteError(
+            raise SubjectFailed(
                 SimpleNamespace(name="engine", log_path=""), {"kind": "UpdateError", "message": "no", "traceback": ""}
             )
         for name in EFFECTIVE:

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from suite.processes.call import Call, DeadlineExceeded, NotBegun, ProcessDied, RemoteError, gather
+from suite.processes.call import Call, DeadlineExceeded, NotBegun, ProcessDied, RemoteError, failure_of, gather
 from suite.session.verdicts import ERROR, FAIL, Judgement, judge
 
 
-def raised(kind: str, message: str, process: str = "engine-1") -> RemoteError:
+def raised(kind: str, message: str, process: str = "engine-1", **more: bool) -> RemoteError:
     where = SimpleNamespace(name=process, log_path="")
-    return RemoteError(where, {"kind": kind, "message": message, "traceback": ""})
+    of_the_subject = {"examined": kind in ("WorkerError", "NotAnnounced")}
+    return failure_of(where, {"kind": kind, "message": message, "traceback": "", **of_the_subject, **more})
 
 
 def late(kind: type[Exception], said: str) -> Exception:
@@ -27,7 +28,10 @@ def test_what_the_subjects_half_of_an_update_ends_with_is_a_fail(error: Exceptio
     assert judge("setup", error).verdict == ERROR
 
 
-@pytest.mark.parametrize("error", [raised("SuiteFault", "nothing came"), late(NotBegun, "still importing")])
+@pytest.mark.parametrize(
+    "error",
+    [raised("SuiteFault", "nothing came"), raised("KeyError", "'devices'"), late(NotBegun, "still importing")],
+)
 def test_what_only_the_suite_was_too_slow_for_is_an_error(error: Exception):
     assert judge("call", error).verdict == ERROR
 
@@ -42,6 +46,42 @@ def test_a_process_that_has_died_comes_before_how_the_suite_found_out():
             gather(calls, 1)
         expected = FAIL if isinstance(last, ProcessDied) else ERROR
         assert judge("call", caught.value).verdict == expected
+
+
+GONE = raised("LinkError", "the engine is gone", "trainer-rank0", echo=True)
+
+
+@pytest.mark.parametrize(
+    ("in_time", "hangs", "chosen"),
+    [
+        ([raised("SuiteFault", "nothing came"), raised("WorkerError", "no peer")], False, 0),
+        ([raised("WorkerError", "no peer"), raised("SuiteFault", "no memory")], False, 1),
+        ([raised("WorkerError", "no peer"), raised("Refused", "no memory")], False, 1),
+        ([raised("WorkerError", "first"), raised("NotAnnounced", "then")], False, 0),
+        ([GONE, raised("WorkerError", "no room")], False, 1),
+        ([GONE, late(ProcessDied, "")], False, 1),
+        ([raised("WorkerError", "no peer"), late(ProcessDied, "")], False, 0),
+        ([GONE], True, "hangs"),
+        ([raised("WorkerError", "no room")], True, 0),
+        ([GONE], False, 0),
+    ],
+)
+def test_of_several_failures_that_is_told_which_the_others_may_come_from(
+    in_time: list[Exception], hangs: bool, chosen: int | str
+):
+    """What only says that the other side is gone, or waits for it, comes last; the suite's own fault, first."""
+    process = SimpleNamespace(
+        name="engine-1", log_path="", tail=lambda: "", preparing=lambda call: "", write_stacks=lambda: None
+    )
+    calls = [Call(process, "update()") for _ in [*in_time, *([None] if hangs else [])]]
+    for call, error in zip(calls, in_time, strict=False):
+        call.finish(error=error)
+    with pytest.raises((ProcessDied, RemoteError, DeadlineExceeded)) as caught:
+        gather(calls, 0.2, after_failure_s=0.1)
+    if chosen == "hangs":
+        assert isinstance(caught.value, DeadlineExceeded)
+    else:
+        assert caught.value is in_time[chosen]
 
 
 def test_the_cause_is_the_same_in_another_case_and_another_process():

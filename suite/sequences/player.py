@@ -20,7 +20,7 @@ from suite.driver.expected import expect
 from suite.driver.sync import Sync
 from suite.driver.together import MAX_TOKENS
 from suite.driver.trainers import TrainerGroup
-from suite.processes.call import RemoteError
+from suite.processes.call import RemoteError, SubjectFailed
 
 DEADLINE_S = 60.0
 LONG_PROMPT = 200  # tokens: more than one block of the prefix cache on every backend
@@ -158,7 +158,7 @@ class Player:
         others = [other for other, _ in models.tensors(self.sync.spec) if other != name]
         try:
             self.sync.update(DEADLINE_S, bracket=False, alter={"drop": others})
-        except RemoteError:
+        except SubjectFailed:
             return "refused"
         self.state = replace(self.state, alone={**self.state.alone, name: seed}, stale=False)
         return "acknowledged"
@@ -187,7 +187,7 @@ class Player:
         self.sync.refusal(DEADLINE_S)
         try:
             self.sync.half(ending.removesuffix("_update"))
-        except RemoteError:
+        except SubjectFailed:
             if ending != "end_update":
                 raise
         else:

@@ -2,7 +2,7 @@
 
 pass, fail, unsupported (the subject declares that it lacks it), not-applicable (the machine lacks it) or error (the
 suite itself could not tell); waived is a fail that a waiver of --waivers covers. Only what is raised in a test's own
-call, and only an assertion or the failure of an examined process, is a fail; a set-up or tear-down that breaks is an
+call, and only an assertion or the failure of what is examined, is a fail; a set-up or tear-down that breaks is an
 error, never a skip and never a pass. A subject that is given up, see suite.driver.patience, fails wherever that shows.
 """
 
@@ -13,13 +13,13 @@ from typing import NoReturn
 import pytest
 
 from suite.driver.patience import GivenUp
-from suite.processes.call import DeadlineExceeded, ProcessDied, RemoteError
+from suite.processes.call import DeadlineExceeded, ProcessDied, SubjectFailed
 
 PASS, FAIL, ERROR = "pass", "fail", "error"
 UNSUPPORTED, NOT_APPLICABLE = "unsupported", "not-applicable"
 WAIVED = "waived"
 JUDGED = (PASS, FAIL, ERROR, WAIVED)
-FAILURES = (AssertionError, pytest.fail.Exception, RemoteError, DeadlineExceeded, ProcessDied)
+FAILURES = (AssertionError, pytest.fail.Exception, SubjectFailed, DeadlineExceeded, ProcessDied)
 DETAIL_CHARACTERS, CAUSE_CHARACTERS = 2000, 300
 SAYS = ("expected: ", "found: ")
 CASE = re.compile(r" \[subject=[^\]]*\]")
@@ -89,8 +89,6 @@ def _without_case(message: str) -> str:
 def _is_failure(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(_is_failure(inner) for inner in error.exceptions)
-    if isinstance(error, RemoteError) and error.is_the_suites:
-        return False
     return isinstance(error, FAILURES)
 
 

@@ -6,6 +6,7 @@ Its worker methods answer (whether it went well, what went wrong) and raise noth
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from suite.processes.blame import examined
 from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
 from suite.subjects.counted import Contiguous
@@ -18,6 +19,8 @@ ADAPTERS = "where an engine takes adapters, AReaL updates the adapter, and no we
 
 class Unsuccessful(RuntimeError):
     """A worker has answered that a call did not go well."""
+
+    examined = True
 
 
 class ArealEngine(EngineHalf):
@@ -55,13 +58,14 @@ class ArealTrainer(TrainerHalf):
         """Form the group with AReaL's own function."""
         from areal.engine.core.distributed import init_custom_process_group
 
-        self._group = init_custom_process_group(
-            backend=BACKEND,
-            init_method=f"tcp://{address}:{port}",
-            world_size=world_size,
-            rank=0,
-            group_name=group_name(port),
-        )
+        with examined():
+            self._group = init_custom_process_group(
+                backend=BACKEND,
+                init_method=f"tcp://{address}:{port}",
+                world_size=world_size,
+                rank=0,
+                group_name=group_name(port),
+            )
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Broadcast every tensor, and wait until the engines have answered."""
@@ -69,7 +73,8 @@ class ArealTrainer(TrainerHalf):
 
         counted = Contiguous(tensors)
         for _, whole in counted:
-            torch.distributed.broadcast(whole, src=0, group=self._group, async_op=False)
+            with examined():
+                torch.distributed.broadcast(whole, src=0, group=self._group, async_op=False)
         acknowledged()
         return counted.bytes_sent
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from suite.stages import Stage
-from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf, load
+from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
 EXAMPLES_SENDER = "suite.subjects.example_senders:GroupSender"  # of an extension that names none
 NO_GROUP_ON_CPU = (
@@ -35,9 +35,7 @@ class BroadcastTrainer(TrainerHalf):
 
     def invite(self, address: str, port: int, world_size: int) -> None:
         """Serve the group."""
-        self._sender = load(self.subject.sender or EXAMPLES_SENDER, "a sender")(
-            address, port, world_size, self.trainer.device
-        )
+        self._sender = self.sender(EXAMPLES_SENDER, address, port, world_size, self.trainer.device)
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Broadcast every tensor: what has been received may be changed."""

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from suite.processes.blame import Examined, examined
 from suite.stages import Stage
 from suite.subjects.foreign import Foreign, lacks
-from suite.subjects.handles import unfit_on_gpus
+from suite.subjects.handles import MalformedHandles, unfit_on_gpus
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
 CALLED_S = 30.0  # how long the ParameterServer may take until it calls for the engine
@@ -29,19 +30,25 @@ class CheckpointEngine(EngineHalf):
         self.addresses: dict[str, str] = {}
 
     def receive(self, announced: list[dict[str, Any]]) -> list[dict]:
-        """Put the addresses of all ranks together. Raises ValueError for what is malformed."""
+        """Put the addresses of all ranks together. Raises MalformedHandles."""
         manifest, self.addresses = super().receive(announced), {}
         for announcement in announced:
             said = announcement["addresses"]
             texts = isinstance(said, dict) and all(isinstance(part, str) for pair in said.items() for part in pair)
             if not texts:
-                raise ValueError(f"the trainer sent no {{device: address}}, but {said!r:.120}")
+                raise MalformedHandles(f"the trainer sent no {{device: address}}, but {said!r:.120}")
             self.addresses |= said
         return manifest
 
     def transfer(self, manifest: list[dict]) -> None:
         """Have the workers take bucket after bucket, until the trainer says that it was the last."""
         self.engine.rpc("update_weights_from_ipc", self.addresses)
+
+
+class NotCalled(TimeoutError):
+    """A ParameterServer has begun an update, and has not called for the engine."""
+
+    examined = True
 
 
 class Update:
@@ -55,11 +62,11 @@ class Update:
         self._thread.start()
 
     def addresses(self) -> dict[str, str]:
-        """{device id: address} of all ranks, once it has called for the engine. Raises its error, or TimeoutError."""
+        """{device id: address} of all ranks, once it has called for the engine. Raises its error, or NotCalled."""
         try:
             called = self._called.get(timeout=CALLED_S)
         except queue.Empty as error:
-            raise TimeoutError(f"expected ParameterServer.update() to call for the engine in {CALLED_S:g} s") from error
+            raise NotCalled(f"expected ParameterServer.update() to call for the engine in {CALLED_S:g} s") from error
         if called is None:
             raise self.error
         self._addresses = dict(called)
@@ -111,9 +118,11 @@ class CheckpointEngineTrainer(TrainerHalf):
         rank, size = self.trainer.rank, self.trainer.world_size
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}  # it reads them whatever it is told
         os.environ.setdefault("PS_MAX_BUCKET_SIZE_GB", BUCKET_GB)
-        self._server = ParameterServer(
-            rank=rank, world_size=size, auto_pg=size == 1, master_addr=address, master_port=port
-        )
+        with examined():
+            server = ParameterServer(
+                rank=rank, world_size=size, auto_pg=size == 1, master_addr=address, master_port=port
+            )
+        self._server = Examined(server)
 
     def gather(self, tensors: Tensors) -> None:
         """All at once: a checkpoint is registered whole."""

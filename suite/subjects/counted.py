@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from suite.processes.blame import of_the_suite
 from suite.subjects.protocol import Tensors
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class Counted:
     def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
         self.bytes_sent = 0
         for name, tensor in self._tensors:
-            given = self._given(tensor)
+            with of_the_suite("hand a tensor over"):
+                given = self._given(tensor)
             self.bytes_sent += given.numel() * given.element_size()
             yield name, given
 

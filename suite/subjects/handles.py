@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from suite.stages import Stage
 from suite.subjects.adapting import takes_pairs
-from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf, load
+from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
 EXAMPLES_SENDER = "suite.subjects.example_senders:IpcSender"  # of an extension that names none
 NO_IPC_ON_CPU = (
@@ -54,7 +54,7 @@ class HandlesTrainer(TrainerHalf):
 
     def invite(self, address: str, port: int, world_size: int) -> None:
         """Make the sender: there is nobody to meet."""
-        self._sender = load(self.subject.sender or EXAMPLES_SENDER, "a sender")(self.trainer.device)
+        self._sender = self.sender(EXAMPLES_SENDER, self.trainer.device)
 
     def gather(self, tensors: Tensors) -> None:
         """All at once: a sender's handles() takes them together."""
@@ -131,13 +131,19 @@ def unfit_on_gpus(stage: Stage) -> str:
     return ""
 
 
+class MalformedHandles(ValueError):
+    """A sender has made no handles, but something else."""
+
+    examined = True
+
+
 def merged(announced: list[dict[str, Any]]) -> dict[str, dict[str, dict]]:
-    """{device: {name: handle}} of all ranks. Raises ValueError for what is malformed."""
+    """{device: {name: handle}} of all ranks. Raises MalformedHandles."""
     found: dict[str, dict[str, dict]] = {}
     for announcement in announced:
         handles = announcement["handles"]
         if not isinstance(handles, dict) or not all(isinstance(named, dict) for named in handles.values()):
-            raise ValueError(f"the trainer sent no {{device: {{name: handle}}}}, but {handles!r:.120}")
+            raise MalformedHandles(f"the trainer sent no {{device: {{name: handle}}}}, but {handles!r:.120}")
         for device, named in handles.items():
             found.setdefault(device, {}).update(named)
     return found

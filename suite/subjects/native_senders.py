@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from extensions.tensors import dtype_of
+from suite.processes.blame import Examined, examined
 from suite.subjects.native_versions import installed
 
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -29,7 +30,7 @@ class StaticSender:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
         meeting = {"master_address": address, "master_port": port, "world_size": world_size}
-        self._engine, self._packed = NCCLWeightTransferEngine, packed
+        self._engine, self._packed = Examined(NCCLWeightTransferEngine), packed
         self._group = self._engine.trainer_init(meeting)
 
     def send(self, tensors: Sent, acknowledged: Callable[[], None]) -> None:
@@ -73,12 +74,14 @@ class TrainerSender:
             master_address=address, master_port=port, world_size=world_size, packed=packed, rank=0
         )
         source = source_class()(None)
-        self._engine = WeightTransferTrainerFactory.trainer_init(meeting, client=self._client, source=source)
+        with examined():
+            self._engine = WeightTransferTrainerFactory.trainer_init(meeting, client=self._client, source=source)
 
     def send(self, tensors: Sent, acknowledged: Callable[[], None]) -> None:
         """Have it send what this update holds, in place of what the one before held."""
         self._client.acknowledged, self._engine.source = acknowledged, source_class()(tensors)
-        self._engine.send_weights()
+        with examined():
+            self._engine.send_weights()
 
 
 class SparseSender:
@@ -90,7 +93,8 @@ class SparseSender:
 
         self._client, self._patch = Client(), SparseWeightPatch
         meeting = SparseNCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=0)
-        self._engine = WeightTransferTrainerFactory.trainer_init(meeting, client=self._client)
+        with examined():
+            self._engine = Examined(WeightTransferTrainerFactory.trainer_init(meeting, client=self._client))
 
     def send(self, tensors: Sent, acknowledged: Callable[[], None]) -> None:
         """Send a patch for every tensor."""

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from suite.processes.call import SuiteFault
+from suite.processes.blame import SuiteFault
 from suite.subjects.broadcast import NO_HANDLES, Broadcast, BroadcastEngine, BroadcastTrainer
 from suite.subjects.handles import Handles, HandlesEngine, HandlesTrainer
 from suite.subjects.protocol import Engine, EngineHalf, Tensors, Trainer, TrainerHalf, no_drafts

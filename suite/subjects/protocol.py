@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from suite.processes import target
+from suite.processes.blame import Examined, examined
 from suite.stages import Stage
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Tensors(Protocol):
 
 
 class EngineHalf:
-    """The half that runs in the engine's process.
+    """The half that runs in the engine's process. What it raises is the suite's own, and what `Engine` raises is not.
 
     Those that the extension has of begin_update(manifest), end_update() and abort_update() are called around an update.
     ends_by_one_call: whether transfer() makes one call to the workers, and end() none, so that the engine may be told
@@ -113,6 +114,7 @@ class EngineHalf:
 class TrainerHalf:
     """The half that runs in each rank of the trainer.
 
+    What it raises is the suite's own, but for what it calls in `suite.processes.blame.examined()`.
     only_waits: whether send() does nothing but wait until it is acknowledged: there is nothing to abort then.
     """
 
@@ -120,6 +122,14 @@ class TrainerHalf:
 
     def __init__(self, subject: "Subject", trainer: Trainer) -> None:
         self.subject, self.trainer = subject, trainer
+
+    def sender(self, default: str, *args: Any) -> Any:
+        """The subject's sender, or the `default` of one that names none, made with these arguments.
+
+        What its class and its methods raise is the subject's, and what else a half raises is the suite's own.
+        """
+        with examined():
+            return Examined(load(self.subject.sender or default, "a sender")(*args))
 
     def invite(self, address: str, port: int, world_size: int) -> None:
         """Meet the engines, before the first update; see EngineHalf.connect. Only ranks that speak are asked."""

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from suite.processes.blame import examined
 from suite.stages import Stage
 from suite.subjects.counted import Counted
 from suite.subjects.foreign import PACKED, Foreign, lacks, no_adapters
@@ -55,7 +56,8 @@ class SwiftTrainer(TrainerHalf):
 
     def invite(self, address: str, port: int, world_size: int) -> None:
         """Import the sender, which takes seconds: there is nobody to meet."""
-        importlib.import_module(SENDERS)
+        with examined():
+            importlib.import_module(SENDERS)
 
     def announce(self, tensors: Tensors) -> dict[str, Any]:
         """{"socket": where this update's buckets are spoken of}."""
@@ -66,7 +68,8 @@ class SwiftTrainer(TrainerHalf):
         """Send all tensors, as ms-swift's trainer does, and wait until the engine has answered: buckets are let go of
         before they are loaded."""
         counted = Counted(tensors)
-        asyncio.run(self._send(counted))
+        with examined():
+            asyncio.run(self._send(counted))
         acknowledged()
         return counted.bytes_sent
 

@@ -6,6 +6,7 @@ Its client forms the group with vLLM's own classes, as the last rank: the worker
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from suite.processes.blame import examined
 from suite.stages import Stage
 from suite.subjects.broadcast import NO_HANDLES, unfit_on_gpus
 from suite.subjects.counted import Contiguous
@@ -43,8 +44,9 @@ class LastRankTrainer(TrainerHalf):
         from vllm.distributed.utils import StatelessProcessGroup
 
         self._rank = world_size - 1
-        group = StatelessProcessGroup.create(host=address, port=port, rank=self._rank, world_size=world_size)
-        self._communicator = PyNcclCommunicator(group, device=self.trainer.device)
+        with examined():
+            group = StatelessProcessGroup.create(host=address, port=port, rank=self._rank, world_size=world_size)
+            self._communicator = PyNcclCommunicator(group, device=self.trainer.device)
         if self._communicator.disabled:
             raise RuntimeError(f"vLLM's PyNcclCommunicator is disabled on {self.trainer.device}: it broadcasts nothing")
 
@@ -52,8 +54,9 @@ class LastRankTrainer(TrainerHalf):
         """Broadcast every tensor, and meet the workers after each."""
         counted = Contiguous(tensors)
         for _, whole in counted:
-            self._communicator.broadcast(whole, src=self._rank)
-            self._communicator.group.barrier()
+            with examined():
+                self._communicator.broadcast(whole, src=self._rank)
+                self._communicator.group.barrier()
         return counted.bytes_sent
 
     def close(self) -> None:

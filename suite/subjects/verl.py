@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from extensions.segments import RUN_ID
+from suite.processes.blame import examined
 from suite.stages import Stage
 from suite.subjects.counted import Counted
 from suite.subjects.foreign import Foreign, lacks
@@ -45,17 +46,19 @@ class VerlTrainer(TrainerHalf):
 
     def invite(self, address: str, port: int, world_size: int) -> None:
         """Import the sender, which takes seconds: there is nobody to meet."""
-        importlib.import_module(SENDERS)
+        with examined():
+            importlib.import_module(SENDERS)
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Send all tensors, as verl's rollout does, and wait until the engines have answered."""
         counted = Counted(tensors)
-        sender = importlib.import_module(SENDERS).BucketedWeightSender(
-            zmq_handle=address(self.trainer.rank),
-            bucket_size_mb=BUCKET_MB,
-            use_shm=False,
-        )
-        asyncio.run(sender.async_send_weights(iter(counted)))
+        with examined():
+            sender = importlib.import_module(SENDERS).BucketedWeightSender(
+                zmq_handle=address(self.trainer.rank),
+                bucket_size_mb=BUCKET_MB,
+                use_shm=False,
+            )
+            asyncio.run(sender.async_send_weights(iter(counted)))
         acknowledged()
         return counted.bytes_sent
 
