@@ -204,6 +204,8 @@ def differing_weights(found: Iterable[tuple[str, torch.Tensor]], expected: Tenso
         elif (weight.shape, weight.dtype) != (reference.shape, reference.dtype):
             wanted = f"{tuple(reference.shape)} {reference.dtype}"
             yield f"{name}: expected {wanted}, found {tuple(weight.shape)} {weight.dtype}"
+        elif weight.is_meta:
+            yield f"{name}: expected {weight.numel()} elements, found none: it is on the meta device"
         elif count := int((bits_of(weight.cpu()) != bits_of(reference)).sum()):
             yield f"{name}: {count} of {weight.numel()} elements differ"
     yield from (f"{name}: expected, but the engine has none" for name in missing)

@@ -230,3 +230,11 @@ def test_addresses_are_those_of_every_tensor_on_the_device():
     found = Worker(built).probe_addresses()
     assert found.keys() == {"proj.weight", "table", "derived", "impl.scales[0]", "impl.pointer"}
     assert found["table"] == built.table.data_ptr()
+
+
+def test_a_weight_that_an_update_has_left_without_data_differs():
+    """As vLLM's reload leaves parameters after a refused update."""
+    expected = {"a.weight": torch.ones(2, 3)}
+    assert [*recording.differing_weights([("a.weight", torch.ones(2, 3, device="meta"))], expected)] == [
+        "a.weight: expected 6 elements, found none: it is on the meta device"
+    ]
