@@ -3,6 +3,7 @@
 What a launcher starts is a Process. Every wait has a deadline.
 """
 
+import re
 import time
 from abc import ABC, abstractmethod
 from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 _WAIT_S = 0.5
+_IN_THE_LOG = "root cause above"  # what vLLM says in place of an error that a process of its own has written to the log
+_WRITTEN = re.compile(
+    r"^\(\w+ pid=\d+\) (?:[A-Z]+ [\d-]+ [\d:]+ \[\S+\] )?((?:\w+\.)*\w+(?:Error|Exception): .*)$", re.MULTILINE
+)
 
 
 class Process(ABC):
@@ -102,6 +107,9 @@ class RemoteError(Exception):
         self.is_an_echo = bool(raised.get("echo"))
         self.cause = f"{self.kind}: {self.message.partition(chr(10))[0]}"
         self.said = f"{self.kind} in process {self.process}: {self.message}"
+        if _IN_THE_LOG in self.message and (written := _WRITTEN.findall(process.tail(400))):
+            self.cause = written[-1]
+            self.said += f"\nits log says: {self.cause}"
         super().__init__(f"{self.said}\n\n{self.traceback.rstrip()}\n\nlog of {self.process}: {process.log_path}")
 
 

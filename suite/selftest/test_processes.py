@@ -225,6 +225,26 @@ def test_a_failing_constructor_says_why(launcher: LocalLauncher):
         process.call("echo", deadline_s=5)
 
 
+CORE = """\
+(EngineCore pid=27) ERROR 12-01 05:01:17 [core.py:1231]     raise ValueError(f"Duplicate layer name: {prefix}")
+(EngineCore pid=27) ERROR 12-01 05:01:17 [core.py:1231] ValueError: Duplicate layer name: 0.attn
+(EngineCore pid=27)   File "core.py", line 3, in create
+(EngineCore pid=27) ValueError: Duplicate layer name: 0.attn
+RuntimeError goes back to pytest: Engine core initialization failed. See root cause above.
+"""
+
+
+def test_what_vllm_has_written_to_the_log_is_the_cause(echo: Process):
+    echo.log_path.write_text(CORE)
+    with pytest.raises(RemoteError) as caught:
+        echo.call("fail", "Engine core initialization failed. See root cause above.", deadline_s=5)
+    assert caught.value.cause == "ValueError: Duplicate layer name: 0.attn"
+    assert caught.value.said.endswith("root cause above.\nits log says: ValueError: Duplicate layer name: 0.attn")
+    with pytest.raises(RemoteError) as caught:
+        echo.call("fail", "another", deadline_s=5)
+    assert caught.value.cause == "LookupError: another"
+
+
 @pytest.mark.parametrize("target", ["suite.selftest.no_such_module:Echo", "suite.selftest.targets:NoSuchClass"])
 def test_a_missing_class_says_so(launcher: LocalLauncher, target: str):
     with pytest.raises(RemoteError, match=r"no_such_module|NoSuchClass"):
