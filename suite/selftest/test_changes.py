@@ -57,7 +57,7 @@ class Sender:
 
 
 def test_rank_0_compares_before_it_announces_and_the_others_gather_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("suite.subjects.broadcast.load", lambda named, what: Sender)
+    monkeypatch.setattr("suite.subjects.protocol.load", lambda named, what: Sender)
     held = []
     tensors = SimpleNamespace(held=lambda: held.append(1) or "all", manifest=lambda: "manifest")
     halves = [SparseTrainer(SPARSE, SimpleNamespace(rank=rank, device="cpu")) for rank in (0, 1)]
