@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reports import trend
+from reports.beside import faster_rows
 from reports.compare import same_hardware
 from reports.load import Run, UnusableInput, document_of, read_all
 from reports.matrix import NOT_JUDGED, SYMBOL, cells, in_order
@@ -36,6 +37,8 @@ How to read it:
   same bytes once, by one broadcast or one copy.
 * A row that ends in *pause* has the time the engine could not generate: from the last token before an update to the
   first after it, with requests in flight.
+* *Times faster* compares subjects that were timed in the same run: the median of the one over that of the other, with
+  its 95 % interval.
 * ▲ and ▼ compare a run with the one before it. They stand where the difference is significant and beyond 5 %.
   A ? stands where the hardware or the host became slower or faster too, so that the cause stays open.
 * *The host's pace* is what a call to all workers takes that does nothing, and one that carries the manifest of a model
@@ -65,6 +68,8 @@ def _machine(name: str, files: Sequence[Path]) -> str:
     right = range(1, len(labels) + 1)
     times = trend.seconds_rows(runs)
     parts += [markdown_table(("median time, GB/s, of roofline", *labels), times, right)] if times else []
+    faster = faster_rows(runs)
+    parts += [markdown_table(("times faster, in one run", *labels), faster, right)] if faster else []
     paces = trend.pace_rows(runs)
     parts.append(markdown_table((trend.PACE, *labels), paces, right) if paces else NO_PACE)
     return "\n\n".join(parts) + "\n"
