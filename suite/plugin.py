@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 
+from suite.session import ending
+
+ending.hold()  # the imports below take seconds
+
 from suite.models import MODELS, own
 from suite.processes.launcher import Launcher
 from suite.processes.local import LocalLauncher
-from suite.session import ending, environment, judging, options, selection, verdicts
+from suite.session import environment, judging, options, selection, verdicts
 from suite.session.items import SELFTESTS, asked_for_nothing, case_of, examines, is_selftest, params_of, place_of
 from suite.session.record import JUNIT, LOGS, Record
 from suite.session.selection import MissingStage

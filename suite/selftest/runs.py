@@ -21,6 +21,8 @@ SEARCH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 # What a run of its own examines: two stages that are there, one that is not, two requirements.
 CONFTEST = """
+from suite.session import ending
+ending.hold()  # as suite.plugin does, before anything is imported that takes long
 import dataclasses
 import pytest
 from suite.session import environment, selection
