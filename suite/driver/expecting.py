@@ -201,10 +201,15 @@ class Expecting(Together):
         for said in self.generate(prompts):
             self.expect_said(prompts, oracle, said)
 
-    def expect_said(self, prompts: list[list[int]], oracle: list[dict], said: list[dict]) -> None:
-        """As `expect_answers`, of what an engine has said already; there may be more of it than the oracle gives."""
+    def expect_said(
+        self, prompts: list[list[int]], oracle: list[dict], said: list[dict], least: int = MIN_CLEAR_TOKENS
+    ) -> None:
+        """As `expect_answers`, of what an engine has said already; there may be more of it than the oracle gives.
+
+        least: how many tokens have to be clear-cut to tell anything.
+        """
         clear = [next((i for i, gap in enumerate(a["gaps"]) if gap <= CLEAR_GAP), MAX_TOKENS) for a in oracle]
-        if sum(clear) < MIN_CLEAR_TOKENS:
+        if sum(clear) < least:
             raise RuntimeError(f"only {sum(clear)} tokens of {len(prompts)} prompts are clear-cut {self.where}")
         for prompt, expected, found, count in zip(prompts, oracle, said, clear, strict=True):
             self._expect_answer(expected, found, prompt, count)
