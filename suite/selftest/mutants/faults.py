@@ -2,9 +2,12 @@
 
 import threading
 
+import torch
+
 from extensions.bracket import UpdateBracket
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.group import GroupError, stateless_init_process_group
+from extensions.tensors import dtype_of
 from suite.selftest.mutants.registry import BROADCAST, DIFFER, PACKAGE, Named, mutant
 
 AN_HOUR_S = 3600.0
@@ -20,13 +23,13 @@ class SaysReadyWhenHalfLoaded(WorkerExtension):
 
 @mutant("faults.trainer_killed", DIFFER, "trl#6913", **BROADCAST, case="during")
 class TakesWhatCameForAll(WorkerExtension):
-    """Goes on when the trainer is gone, and ends the update with what has come until then."""
+    """Goes on when the trainer is gone, and ends the update with whatever its buffers hold."""
 
     def update_weight(self, name: str, dtype: str, shape: list[int]) -> None:
         try:
             super().update_weight(name, dtype, shape)
         except GroupError:
-            self._weight_sync_state.update.arrived.add(name)
+            self._weight_sync_accept({name: torch.zeros(shape, dtype=dtype_of(dtype), device=self.device)})
 
     def end_update(self) -> int:
         return UpdateBracket.end_update(self)

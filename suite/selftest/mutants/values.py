@@ -47,7 +47,7 @@ class LoadsNothing(WorkerExtension):
         return True
 
 
-@mutant("update.exact", rf"GroupError|{NOT_THERE}", "trl#6913", **BROADCAST, patient=True)
+@mutant("update.exact", rf"GroupError|still being sent|{NOT_THERE}", "trl#6913", **BROADCAST, patient=True)
 class ReceivesNothing(LoadsNothing):
     """Does not even receive: the sender waits for it."""
 
