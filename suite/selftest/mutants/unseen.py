@@ -7,7 +7,7 @@ from suite.selftest.mutants.registry import BROADCAST, NOT_THERE, Loader, Meddle
 
 TABLE = "cos_sin_cache"  # of rotary embeddings: a buffer that no update sends
 SPOILT_FROM = 256
-TABLE_DIFFERS = rf"0 weights and \d+ other tensors that differ .*{TABLE}: {{}} of \d+ elements differ"
+TABLE_DIFFERS = rf"0 weights and \d+ other tensors? that differs? .*{TABLE}: {{}} of \d+ elements differ"
 
 
 def tables(worker: WorkerExtension) -> list[tuple[torch.nn.Module, torch.Tensor]]:
