@@ -6,7 +6,9 @@ ALiBi in an attention implementation, or the scales of attention layers that a m
 vLLM's Transformers backend were (mended by vllm#54941). At level 1 vLLM keeps everything itself.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ class KeepsAsleep:
         config = getattr(self.vllm_config, "model_config", None)
         if not getattr(config, "enable_sleep_mode", False) or self._weight_sync_asleep is not None:
             return
-        if not hasattr(self, "sleep"):  # the receiver of vLLM's own transfer is no worker
+        if not hasattr(self, "sleep"):  # the receiver of vLLM's own transfer is no worker: see `keep_asleep`
             return
         self._weight_sync_asleep = Copies(self.sleep, self.wake_up)
         self._weight_sync_slept_unwatched = (
@@ -66,6 +68,36 @@ class KeepsAsleep:
     def _weight_sync_models(self) -> list[torch.nn.Module]:
         drafter = drafter_of(self.model_runner, self.vllm_config)
         return [self.model_runner.get_model(), *([drafter.model] if drafter else [])]
+
+
+def keep_asleep(workers: type, keeper_of: Callable[[Any], KeepsAsleep | None]) -> None:
+    """Have workers of this class keep, from their next sleep on, what they would lose. Done once for a class.
+
+    It is for a keeper that is no worker, as the one of vLLM's own transfer: `keeper_of(worker)` has it, or None.
+    """
+    if hasattr(workers.sleep, "keeps_asleep"):
+        return
+    slept, woke = workers.sleep, workers.wake_up
+
+    @functools.wraps(slept)
+    def sleep(worker: Any, level: int = 1) -> None:
+        if (keeper := keeper_of(worker)) is None:
+            slept(worker, level)
+            return
+        if keeper._weight_sync_asleep is None:
+            keeper._weight_sync_asleep = Copies(functools.partial(slept, worker), functools.partial(woke, worker))
+        keeper._weight_sync_sleep(level)
+
+    @functools.wraps(woke)
+    def wake_up(worker: Any, tags: list[str] | None = None) -> None:
+        keeper = keeper_of(worker)
+        if keeper is None or keeper._weight_sync_asleep is None:
+            woke(worker, tags)
+        else:
+            keeper._weight_sync_wake_up(tags)
+
+    sleep.keeps_asleep = True
+    workers.sleep, workers.wake_up = sleep, wake_up
 
 
 class Copies:

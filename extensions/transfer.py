@@ -14,7 +14,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.v1.worker.gpu_worker import Worker
 
+from extensions.asleep import keep_asleep
 from extensions.manifest import Manifest, ManifestError
 from extensions.planned import PlannedWorkerExtension
 
@@ -60,6 +62,7 @@ class PlannedTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedUpdateI
         """As vLLM's worker calls it."""
         super().__init__(config, vllm_config, device, model)
         self._receiver = Receiver(model, vllm_config, device)
+        keep_asleep(Worker, receiver_of)  # vLLM gives an engine the model, and not the worker that sleeps
 
     def init_transfer_engine(self, init_info: PlannedInitInfo) -> None:
         """Join the trainer's group, in place of one joined before."""
@@ -101,6 +104,12 @@ class PlannedTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedUpdateI
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
         """vLLM before 0.28 wants a sender here, without a group."""
         raise NotImplementedError("send by extensions.planned.PlannedSender")
+
+
+def receiver_of(worker: Any) -> Receiver | None:
+    """What receives in a worker of vLLM's, where it is updated by this backend."""
+    engine = getattr(worker, "weight_transfer_engine", None)
+    return engine._receiver if isinstance(engine, PlannedTransferEngine) else None
 
 
 def manifest_from(update: PlannedUpdateInfo | None) -> Manifest:

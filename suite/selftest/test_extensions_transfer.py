@@ -27,6 +27,7 @@ from suite.selftest.vllm_models import NO_ENGINE
 GROUP = "vllm.general_plugins"
 TRAINER = ROOT / "suite" / "selftest" / "planned_trainer.py"
 TRAINING_S = 240
+SLOPES = (1.0, 0.5)
 SHAPES = {"a.weight": [2, 3], "b.weight": [4]}
 COLUMNS = {"names": [*SHAPES], "dtype_names": ["float32", "float32"], "shapes": [*SHAPES.values()]}
 Info, Update = TypeVar("Info"), TypeVar("Update")
@@ -53,8 +54,9 @@ class Factory:
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Factory:
-    """vLLM's factory, in the place of vLLM."""
+    """vLLM's factory and worker, in the place of vLLM."""
     package, factory = "vllm.distributed.weight_transfer", Factory()
+    fake_module(monkeypatch, "vllm.v1.worker.gpu_worker", Worker=type("Worker", (Sleeper,), {}))
     fake_module(monkeypatch, package, WeightTransferEngineFactory=factory)
     fake_module(
         monkeypatch, f"{package}.base", WeightTransferEngine=Base, WeightTransferInitInfo=object,
@@ -62,6 +64,22 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Factory:
     )  # fmt: skip
     yield factory
     sys.modules.pop("extensions.transfer", None)
+
+
+class Sleeper:
+    """vLLM's worker, as far as it sleeps: at level 2 it loses what is neither parameter nor buffer."""
+
+    weight_transfer_engine: Any = None
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(2, 2)
+        self.model.slopes = torch.tensor(SLOPES)
+
+    def sleep(self, level: int = 1) -> None:
+        if level == 2:
+            self.model.slopes.fill_(0)
+
+    def wake_up(self, tags: list[str] | None = None) -> None: ...
 
 
 class Recording:
@@ -85,13 +103,18 @@ class Recording:
         return self.planned and digest == "digest"
 
 
+def engine_of(model: Any) -> Any:
+    from extensions.transfer import PlannedTransferEngine
+
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=1, world_size=2, rank=1))
+    return PlannedTransferEngine(None, config, torch.device("cpu"), model)
+
+
 @pytest.fixture
 def engine(vllm: Factory) -> Any:
     from extensions.ranks import rank_in_engine
-    from extensions.transfer import PlannedTransferEngine
 
-    parallel = SimpleNamespace(data_parallel_index=1, world_size=2, rank=1)
-    made = PlannedTransferEngine(None, SimpleNamespace(parallel_config=parallel), torch.device("cpu"), "the model")
+    made = engine_of("the model")
     assert rank_in_engine(made._receiver) == 3, "expected a rank of its own among all replicas"
     assert made._receiver.model_runner.get_model() == "the model"
     made._receiver = Recording()
@@ -132,6 +155,36 @@ def test_an_update_is_planned_once_and_received(engine: Any):
     planned, received = ("plan_update", manifest), ("receive_update", "digest")
     joined, left = ("init_weight_update_group", "127.0.0.1", 1234, 1, 2), ("close_weight_update_group",)
     assert receiver.calls == [joined, planned, *[received] * 3, planned, received, left]
+
+
+def test_what_sleep_loses_is_as_it_was_after_waking(vllm: Factory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("extensions.asleep.processed_layers", lambda model: [])
+    worker = sys.modules["vllm.v1.worker.gpu_worker"].Worker()
+    worker.weight_transfer_engine = engine_of(worker.model)
+    engine_of(worker.model)  # of another worker in this process: the class is changed once
+    for woken, expected in ((["kv_cache"], (0, 0)), (["weights"], SLOPES), (None, SLOPES)):
+        worker.sleep(level=2)
+        worker.wake_up(tags=woken)
+        assert tuple(worker.model.slopes.tolist()) == expected
+
+
+@pytest.mark.parametrize("backend", [None, object()], ids=["none", "nccl"])
+def test_a_worker_of_another_backend_sleeps_as_it_did(vllm: Factory, backend: object):
+    worker = sys.modules["vllm.v1.worker.gpu_worker"].Worker()
+    engine_of(torch.nn.Linear(2, 2))
+    worker.weight_transfer_engine = backend
+    worker.sleep(2)
+    worker.wake_up()
+    assert tuple(worker.model.slopes.tolist()) == (0, 0)
+
+
+def test_a_worker_that_slept_at_level_1_is_left_to_vllm(vllm: Factory):
+    worker = sys.modules["vllm.v1.worker.gpu_worker"].Worker()
+    worker.weight_transfer_engine = engine_of(worker.model)
+    worker.sleep()
+    worker.model.slopes.fill_(7)  # as vLLM itself may
+    worker.wake_up()
+    assert tuple(worker.model.slopes.tolist()) == (7, 7)
 
 
 @pytest.mark.parametrize(
