@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reports import fanout, plots, rows, trend, units
+from reports import fanout, plots, rows, spent, trend, units
 from reports.compare import DEFAULT_CAUSES, Change, Comparison, compare
 from reports.load import Run
 from reports.matrix import MEANING, SYMBOL, Cell, cells, headline, in_order, legend
@@ -42,6 +42,9 @@ def run_page(run: Run) -> str:
         several=fanout.table(run.timings),
         several_legend=fanout.LEGEND,
         paused=LEGEND if any(timing.pause for timing in run.timings) else "",
+        spent=spent.table(run.timings),
+        spent_title=spent.TITLE,
+        spent_legend=spent.LEGEND,
         timeline=rows.time_spent(run),
     )
 

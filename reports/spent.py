@@ -43,6 +43,25 @@ def lines(timings: Sequence[Timing]) -> list[str]:
     ]
 
 
+def table(timings: Sequence[Timing]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The same as a table: a column for each part, in the order of an update, and a row for each timing."""
+    known = [timing for timing in timings if timing.parts_s]
+    parts: list[str] = []
+    for timing in known:
+        place = 0
+        for part, _ in timing.parts_s:
+            if part not in parts:
+                parts.insert(place, part)
+            place = parts.index(part) + 1
+    named = [(t.subject, t.stage, " ".join(filter(None, (t.model, t.distinct)))) for t in known]
+    taken = [dict(t.parts_s) for t in known]
+    rows = [
+        (*names, *(units.seconds(of[part]) if part in of else "-" for part in parts))
+        for names, of in zip(named, taken, strict=True)
+    ]
+    return ("subject", "stage", "model", *parts), rows
+
+
 def _median(node: Node) -> float:
     if isinstance(node.value, list):
         return statistics.median(node.numbers()) if node.value else 0.0

@@ -1,11 +1,12 @@
 """The parts of an update follow each other and are the whole of it, and a run's report says what each took."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from reports import spent, text
+from reports import page, spent, text
 from reports.load import parse
 from suite.driver.measuring import Measuring
 from suite.driver.moving import Moved
@@ -67,6 +68,25 @@ def test_the_report_has_the_median_of_each_part():
     shown = reported({"gather": [0.001, 0.003, 0.002], "transfer": [0.0041] * 3})
     assert spent.TITLE in shown
     assert "gather 2.00 ms, transfer 4.10 ms" in shown
+
+
+def test_the_page_has_a_column_for_each_part_in_the_order_of_an_update():
+    document = run()
+    whole = {"gather": [0.001], "transfer": [0.004], "end": [0.002]}
+    inside = {"gather": [0.001], "call": [0.001], "answer": [0.003], "end": [0.002]}
+    for benchmark, parts_s in zip(document["benchmarks"], (whole, inside), strict=False):
+        benchmark["extra_info"]["parts_s"] = parts_s
+    found = parse(document, "run.json")
+    head, rows = spent.table(found.timings)
+    assert head == ("subject", "stage", "model", "gather", "call", "answer", "transfer", "end")
+    assert [row[3:] for row in rows] == [
+        ("1.00 ms", "-", "-", "4.00 ms", "2.00 ms"),
+        ("1.00 ms", "1.00 ms", "3.00 ms", "-", "2.00 ms"),
+    ]
+    shown = page.run_page(found)
+    assert spent.TITLE in shown
+    assert re.search(r'<th scope="col">answer</th><th scope="col">transfer</th>', shown)
+    assert spent.TITLE not in page.run_page(parse(run(), "run.json"))
 
 
 def test_a_run_without_parts_has_no_such_section():

@@ -59,6 +59,7 @@ def with_markup() -> dict:
         entry["extra_info"] |= {name: f"{entry['extra_info'][name]}{MARKUP}" for name in ("subject", "stage", "model")}
         entry["extra_info"]["roofline_kind"] = MARKUP
         entry["extra_info"]["steps_s"] = {f"begin {MARKUP}": [0.1, 0.2]}
+        entry["extra_info"]["parts_s"] = {f"gather {MARKUP}": [0.1, 0.2]}
         entry["group"] = MARKUP
     document["environment"] |= {"torch": MARKUP, "vllm": {"version": f"0.26.0{MARKUP}"}, "packages": {MARKUP: MARKUP}}
     document["environment"]["pace"] = data.pace((f"gpu-split{MARKUP}",), 1)
