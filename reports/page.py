@@ -169,6 +169,7 @@ def _templates() -> Environment:
         "parts": parts,
         "dict": dict,
         "breakable": _breakable,
+        "counted": units.counted,
         "fact_names": _fact_names,
     }
     return found

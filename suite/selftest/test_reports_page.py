@@ -207,6 +207,8 @@ def test_a_stage_that_could_not_be_held_has_no_column_and_its_reason():
     assert ">gpu-split</th>" not in shown
     assert ">cpu-tp2</th>" in shown
     assert "2 cases that could not run" in shown
+    document["conformance"].pop()
+    assert "1 case that could not run" in page.run_page(load.parse(document, "run.json"))
     assert "<li>2 x gpu-split: needs 2 whole GPUs, found 0</li>" in shown
     for entry in document["conformance"]:
         entry["verdict"] = "not-applicable"
