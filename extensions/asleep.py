@@ -46,8 +46,9 @@ class KeepsAsleep:
 
     def _weight_sync_sleep(self, level: int = 1) -> None:
         if level > 1:
-            self._weight_sync_asleep.take(lost_asleep(self._weight_sync_models(), self.device).values())
+            self._weight_sync_asleep.take(lambda: lost_asleep(self._weight_sync_models(), self.device).values())
         self._weight_sync_asleep.sleep(level)
+        self._weight_sync_asleep.is_awake = False
 
     def _weight_sync_wake_up(self, tags: list[str] | None = None) -> None:
         self._weight_sync_asleep.wake_up(tags)
@@ -105,15 +106,17 @@ class Copies:
 
     def __init__(self, sleep: Callable[[int], None], wake_up: Callable[[list[str] | None], None]) -> None:
         self.sleep, self.wake_up = sleep, wake_up
+        self.is_awake = True  # what was taken while the model was loaded can be read
         self._held: list[tuple[torch.Tensor, torch.Tensor]] = []  # (in the model, on the host)
 
-    def take(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Copy, unless copies are held: the memory of an engine that is asleep can't be read."""
-        if not self._held:
-            self._held = [(tensor, tensor.to("cpu", copy=True)) for tensor in tensors]
+    def take(self, tensors: Callable[[], Iterable[torch.Tensor]]) -> None:
+        """Copy, unless the engine is asleep already, at whatever level: its memory can't be read then."""
+        if self.is_awake:
+            self._held = [(tensor, tensor.to("cpu", copy=True)) for tensor in tensors()]
 
     def put_back(self) -> None:
         """Give the tensors the values that they had, and drop the copies."""
+        self.is_awake = True
         held, self._held = self._held, []
         for tensor, copy in held:
             tensor.copy_(copy)

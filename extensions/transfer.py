@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.v1.worker.gpu_worker import Worker
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from extensions.asleep import keep_asleep
 from extensions.manifest import Manifest, ManifestError
@@ -62,7 +62,8 @@ class PlannedTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedUpdateI
         """As vLLM's worker calls it."""
         super().__init__(config, vllm_config, device, model)
         self._receiver = Receiver(model, vllm_config, device)
-        keep_asleep(Worker, receiver_of)  # vLLM gives an engine the model, and not the worker that sleeps
+        workers = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)  # `--worker-cls`, or the platform's
+        keep_asleep(workers, receiver_of)  # vLLM gives an engine the model, and not the worker that sleeps
 
     def init_transfer_engine(self, init_info: PlannedInitInfo) -> None:
         """Join the trainer's group, in place of one joined before."""

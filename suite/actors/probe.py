@@ -79,6 +79,8 @@ class Probe:
         for name, value in [*vars(self).items()]:
             if name.startswith(STATE) or (inspect.ismethod(value) and hasattr(type(self), name)):
                 delattr(self, name)
+        if getattr(self, "_sleep_mode_backend", None) is not None:  # by which the extension knows an engine that slept
+            self._sleep_mode_backend = None  # vLLM makes another when it sleeps again
         synchronize(self.device)
 
     def probe_save(self, path: str) -> None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from suite.models import layers, pictures, quantised
+from suite.models import alibi, layers, pictures, quantised
 from suite.models.values import Shape
 
 
@@ -79,8 +79,8 @@ def tensors(spec: ModelSpec) -> list[tuple[str, Shape]]:
     if spec.layout is not None:
         return [(name, shape) for name, (_, shape) in spec.layout.items()]
     config = spec.config
-    if spec.sees:
-        return [*pictures.tensors(config)]
+    if spec.architecture in OWN_NAMES:
+        return [*OWN_NAMES[spec.architecture].tensors(config)]
     vocabulary, hidden = config["vocab_size"], config["hidden_size"]
     found: list[tuple[str, Shape]] = [("model.embed_tokens.weight", (vocabulary, hidden))]
     for layer in range(config["num_hidden_layers"]):
@@ -138,11 +138,12 @@ def _config(architecture: str, purpose: str, size: Size) -> dict[str, Any]:
         count = layers.EXPERTS[architecture]
         config[count], config["num_experts_per_tok"], config["moe_intermediate_size"] = size.experts
         config |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
-    if architecture == pictures.ARCHITECTURE:
-        config |= pictures.config(config)
+    if architecture in OWN_NAMES:
+        config |= OWN_NAMES[architecture].config(config)
     return config | PARTICULAR.get(architecture, {})
 
 
+OWN_NAMES = {module.ARCHITECTURE: module for module in (pictures, alibi)}  # whose checkpoints have names like no other
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -153,6 +154,7 @@ ARCHITECTURES = {
     "gpt_oss": "GptOssForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
     pictures.ARCHITECTURE: "Blip2ForConditionalGeneration",
+    alibi.ARCHITECTURE: "BloomForCausalLM",
 }
 IN_FLOAT32 = {  # ends of names of what engines keep in float32
     "glm4_moe": ("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
@@ -173,7 +175,7 @@ PARTICULAR = {
         "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
     },
     "gpt_oss": {"attention_bias": True, "sliding_window": 64},
-    pictures.ARCHITECTURE: {},
+    **{architecture: {} for architecture in OWN_NAMES},
     "qwen3_next": {
         "layer_types": ["linear_attention", "full_attention"],  # said outright: releases derive others from an interval
         "shared_expert_intermediate_size": 128, "linear_conv_kernel_dim": 4,
@@ -182,6 +184,7 @@ PARTICULAR = {
 }  # fmt: skip
 
 TIED = "qwen3-tied-tiny"  # the model of a test that needs no other
+ALIBI = "bloom-tiny"
 
 # Every dimension halves without remainder, for tensor-parallel engines of two.
 # fmt: off
@@ -197,6 +200,7 @@ _CATALOGUE = [
     ("gpt-oss-tiny",      "gpt_oss",   "tiny",      Size( 128,   128,  2,  4, 2,  64,    512, False, (8, 2, 128))),
     ("qwen3-next-tiny",   "qwen3_next", "tiny",     Size( 128,   256,  2,  4, 2,  64,    512, False, (8, 2, 128))),
     ("blip2-tiny",        "blip-2",    "tiny",      Size( 128,   256,  2,  4, 2,  64,    512, False)),
+    (ALIBI,               "bloom",     "tiny",      Size( 256,  1024,  2,  4, 4,  64,    512, True)),
     ("qwen3-1m",          "qwen3",     "ladder",    Size( 128,   320,  4,  4, 2,  64,   1024, True)),
     ("qwen3-10m",         "qwen3",     "ladder",    Size( 384,  1152,  5,  6, 2,  64,   4096, True)),
     ("qwen3-100m",        "qwen3",     "ladder",    Size( 768,  2048, 14, 12, 4,  64,  16384, True)),

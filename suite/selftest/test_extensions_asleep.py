@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from extensions.asleep import SleepError
+from suite.models import ALIBI
 from suite.selftest import fakes
 from suite.selftest.vllm_models import NO_ENGINE, Held
 
@@ -71,6 +72,18 @@ def test_nothing_is_touched_before_the_weights_are_awake(worker: Sleeper):
     assert worker.slopes == SLOPES
 
 
+def test_an_engine_that_sleeps_at_level_1_and_then_at_2_is_not_read_while_asleep(worker: Sleeper):
+    worker.update_state()
+    worker.sleep(1)  # what can be read from now on is 7
+    worker.sleep(2)
+    worker.wake_up()
+    assert worker.slopes == (0, 0), "expected nothing to be put back that was read asleep"
+    worker.model.attention.slopes.copy_(torch.tensor(SLOPES))
+    worker.sleep(2)
+    worker.wake_up()
+    assert worker.slopes == SLOPES
+
+
 def test_what_vllm_keeps_itself_is_left_to_it(worker: Sleeper):
     worker.update_state()
     worker.sleep()
@@ -113,7 +126,11 @@ def test_an_engine_that_slept_before_and_has_lost_nothing_is_updated(worker: Sle
 
 
 @pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
-@pytest.mark.parametrize("changed", [("Bloom",), ("SmolLM3", "attention in a dict")], ids=", ".join)
+@pytest.mark.parametrize(
+    "changed",
+    [(ALIBI, "asleep"), (ALIBI, "asleep unheard"), ("SmolLM3", "attention in a dict", "asleep")],
+    ids=", ".join,
+)
 def test_a_model_that_slept_is_exact_after_an_update(held: Held, changed: tuple[str, ...]):
-    found = held.judged(*changed, "asleep")
+    found = held.judged(*changed)
     assert (found["stale"], found["state"]) == ([], "ready")

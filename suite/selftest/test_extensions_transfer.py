@@ -28,6 +28,7 @@ GROUP = "vllm.general_plugins"
 TRAINER = ROOT / "suite" / "selftest" / "planned_trainer.py"
 TRAINING_S = 240
 SLOPES = (1.0, 0.5)
+WORKERS = "plugin.of_some_platform"  # the module of the worker's class
 SHAPES = {"a.weight": [2, 3], "b.weight": [4]}
 COLUMNS = {"names": [*SHAPES], "dtype_names": ["float32", "float32"], "shapes": [*SHAPES.values()]}
 Info, Update = TypeVar("Info"), TypeVar("Update")
@@ -56,7 +57,9 @@ class Factory:
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Factory:
     """vLLM's factory and worker, in the place of vLLM."""
     package, factory = "vllm.distributed.weight_transfer", Factory()
-    fake_module(monkeypatch, "vllm.v1.worker.gpu_worker", Worker=type("Worker", (Sleeper,), {}))
+    worker = type("Worker", (Sleeper,), {})
+    fake_module(monkeypatch, WORKERS, Worker=worker)
+    fake_module(monkeypatch, "vllm.utils.import_utils", resolve_obj_by_qualname={f"{WORKERS}.Worker": worker}.get)
     fake_module(monkeypatch, package, WeightTransferEngineFactory=factory)
     fake_module(
         monkeypatch, f"{package}.base", WeightTransferEngine=Base, WeightTransferInitInfo=object,
@@ -106,7 +109,8 @@ class Recording:
 def engine_of(model: Any) -> Any:
     from extensions.transfer import PlannedTransferEngine
 
-    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=1, world_size=2, rank=1))
+    told = {"data_parallel_index": 1, "world_size": 2, "rank": 1, "worker_cls": f"{WORKERS}.Worker"}
+    config = SimpleNamespace(parallel_config=SimpleNamespace(**told))
     return PlannedTransferEngine(None, config, torch.device("cpu"), model)
 
 
@@ -159,7 +163,7 @@ def test_an_update_is_planned_once_and_received(engine: Any):
 
 def test_what_sleep_loses_is_as_it_was_after_waking(vllm: Factory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("extensions.asleep.processed_layers", lambda model: [])
-    worker = sys.modules["vllm.v1.worker.gpu_worker"].Worker()
+    worker = sys.modules[WORKERS].Worker()
     worker.weight_transfer_engine = engine_of(worker.model)
     engine_of(worker.model)  # of another worker in this process: the class is changed once
     for woken, expected in ((["kv_cache"], (0, 0)), (["weights"], SLOPES), (None, SLOPES)):
@@ -170,7 +174,7 @@ def test_what_sleep_loses_is_as_it_was_after_waking(vllm: Factory, monkeypatch: 
 
 @pytest.mark.parametrize("backend", [None, object()], ids=["none", "nccl"])
 def test_a_worker_of_another_backend_sleeps_as_it_did(vllm: Factory, backend: object):
-    worker = sys.modules["vllm.v1.worker.gpu_worker"].Worker()
+    worker = sys.modules[WORKERS].Worker()
     engine_of(torch.nn.Linear(2, 2))
     worker.weight_transfer_engine = backend
     worker.sleep(2)
@@ -179,7 +183,7 @@ def test_a_worker_of_another_backend_sleeps_as_it_did(vllm: Factory, backend: ob
 
 
 def test_a_worker_that_slept_at_level_1_is_left_to_vllm(vllm: Factory):
-    worker = sys.modules["vllm.v1.worker.gpu_worker"].Worker()
+    worker = sys.modules[WORKERS].Worker()
     worker.weight_transfer_engine = engine_of(worker.model)
     worker.sleep()
     worker.model.slopes.fill_(7)  # as vLLM itself may

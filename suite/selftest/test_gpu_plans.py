@@ -76,6 +76,15 @@ def test_every_stage_that_is_there_has_its_engines(planned: Planned):
     assert stages_of(plan, "test_exact") == {f"{stage}=0" for stage in here}
 
 
+def test_sleep_at_level_2_is_judged_with_a_model_that_it_could_break(planned: Planned):
+    gpus, plan = planned
+    judged = {name.partition("[")[2].rstrip("]") for name in plan if name.startswith("test_level2[")}
+    stage = "gpu-shared" if gpus == 1 else "gpu-split"
+    for model in ("qwen3-tied-tiny", "bloom-tiny"):
+        assert {f"broadcast-{stage}-{model}", f"colocate-gpu-colocate-tp1-{model}"} <= judged
+    assert stages_of(plan, "test_level2") == {"gpu-colocate-tp1=0", f"{stage}=0"}
+
+
 def test_experts_are_apart_where_an_engine_has_several_ranks_of_a_layer(planned: Planned):
     gpus, plan = planned
     here = {1: set(), 2: {"colocate-tp2"}, 3: {"colocate-tp2"}, 4: {"colocate-tp2", "split-tp2", "colocate-tp4"}}

@@ -412,9 +412,11 @@ def test_a_worker_becomes_another_and_keeps_nothing(monkeypatch: pytest.MonkeyPa
     worker = Worker()
     worker.execute_model = worker._mutant_execute_model
     worker._mutant_kept, worker._weight_sync_state, worker.vllms_own = 1, None, worker.probe_device
+    worker._sleep_mode_backend = object()  # it has slept under the mutant
     worker.probe_become("extensions.broadcast:WorkerExtension")
     assert isinstance(worker, WorkerExtension)
     assert not isinstance(worker, first)
+    assert worker.__dict__.pop("_sleep_mode_backend") is None
     assert set(vars(worker)) == {"vllms_own"}, "expected what the mutant has left to be gone, and nothing else"
     assert worker.execute_model() == "a step"
     assert len(closed) == 1

@@ -53,11 +53,12 @@ def holding(directory: Path) -> Iterator[Held]:
 
 
 class Changed(Live):
-    """An architecture in the process of Models, with changes that no config says.
+    """An architecture, or a model of the catalogue, in the process of Models, with changes that no config says.
 
     "adapters": the engine takes LoRA adapters. "repeated head": the checkpoint repeats the embedding as the output
-    layer that is tied to it. "asleep": the engine sleeps at level 2 before each update. "attention in a dict": no
-    attention layer is registered in the module that holds it. "scales of the cache": a model of the catalogue, whose
+    layer that is tied to it. "asleep": the engine sleeps at level 2 before each update. "asleep unheard":
+    the same, and it is updated by the backend of vLLM's own transfer, which is not told of it. "attention in a dict":
+    no attention layer is registered in the module that holds it. "scales of the cache": a model of the catalogue, whose
     checkpoint has a scale for keys and one for values, and whose engine has an FP8 cache.
     """
 
@@ -66,22 +67,35 @@ class Changed(Live):
         self._changes = changes
 
     def _worker_of(self, model: torch.nn.Module, config: Any) -> Worker:
-        if "asleep" not in self._changes:
+        if not self._sleeps:
             return super()._worker_of(model, config)
         config.model_config.enable_sleep_mode = True
-        worker = Sleeper(model, config)
-        worker.update_state()
-        return worker
+        if "asleep" in self._changes:
+            self._sleeper = Sleeper(model, config)
+            self._sleeper.update_state()
+            return self._sleeper
+        from extensions.transfer import PlannedTransferEngine
+
+        config.parallel_config.worker_cls = f"{__name__}.Sleeping"
+        self._sleeper = Sleeping(model)
+        self._sleeper.weight_transfer_engine = PlannedTransferEngine(None, config, torch.device("cpu"), model)
+        return self._sleeper.weight_transfer_engine._receiver
+
+    @property
+    def _sleeps(self) -> bool:
+        return bool({"asleep", "asleep unheard"} & {*self._changes})
 
     def _update(self, index: int, together: bool) -> None:
-        if "asleep" in self._changes:
-            self._worker.sleep(level=2)
-            self._worker.wake_up()
+        if self._sleeps:
+            self._sleeper.sleep(level=2)
+            self._sleeper.wake_up()
         super()._update(index, together)
 
     def _write(self) -> list[Path]:
         if "scales of the cache" in self._changes:
             return [with_scales(self._name, seed, self._directory / str(seed)) for seed in SEEDS]
+        if spec := models.MODELS.get(self._name):
+            return [models.write_checkpoint(spec, seed, self._directory / str(seed)) for seed in SEEDS]
         paths = super()._write()
         for path in paths if "repeated head" in self._changes else ():
             tensors = load_file(path / "model.safetensors")
@@ -105,17 +119,30 @@ class Changed(Live):
         return model, config
 
 
-class Sleeper(Worker):
+class Sleeping:
     """A worker that sleeps as vLLM's do on GPUs: at level 2 all is lost but registered buffers."""
 
+    weight_transfer_engine: Any = None
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
     def sleep(self, level: int = 1) -> None:
-        self._buffers = {name: buffer.clone() for name, buffer in self.model_runner.get_model().named_buffers()}
-        for tensor in tensors_of(self.model_runner.get_model()).values() if level == 2 else ():
+        self._buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        for tensor in tensors_of(self._model).values() if level == 2 else ():
             tensor.zero_()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        for name, buffer in self.model_runner.get_model().named_buffers():
+        for name, buffer in self._model.named_buffers():
             buffer.copy_(self._buffers[name])
+
+
+class Sleeper(Worker, Sleeping):
+    """The same, with the extension in it."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: Any) -> None:
+        Worker.__init__(self, model, vllm_config)
+        Sleeping.__init__(self, model)
 
 
 class Models:

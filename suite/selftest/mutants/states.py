@@ -7,6 +7,7 @@ import threading
 
 import torch
 
+from extensions.asleep import lost_asleep
 from extensions.bracket import State
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension, HandleSender
@@ -204,6 +205,19 @@ class LosesBuffersAsleep(WorkerExtension):
         for buffer in self.model_runner.get_model().buffers():
             if buffer.is_floating_point():
                 buffer.zero_()
+
+
+@mutant("sleep.level2", DIFFER, "vllm#53343", gpu="gpu-split", case="bloom-tiny")
+class LosesSlopesAsleep(WorkerExtension):
+    """Keeps nothing of an engine that sleeps at level 2; what is no parameter and no buffer holds any values then."""
+
+    def _weight_sync_watch_sleep(self) -> None:
+        self.wake_up = self._mutant_wake_up
+
+    def _mutant_wake_up(self, *args: object, **kwargs: object) -> None:
+        type(self).wake_up(self, *args, **kwargs)
+        for lost in lost_asleep([self.model_runner.get_model()], self.device).values():
+            lost.zero_()
 
 
 @mutant("sleep.tags", DIFFER, "vllm#15254", gpu="gpu-split")
