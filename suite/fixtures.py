@@ -14,7 +14,7 @@ from suite.driver.sync import Sync
 from suite.driver.trainers import TrainerGroup, Trainers
 from suite.processes.call import DeadlineExceeded, Process, ProcessDied
 from suite.processes.launcher import Launcher
-from suite.session import verdicts
+from suite.session import ending, verdicts
 from suite.session.needs import engines_of, index_of, trainer_of
 from suite.session.record import TOLERANCES
 from suite.session.state import selection_of, state_of
@@ -150,13 +150,20 @@ def lend(pool: Pool, trainer: TrainerGroup, request: pytest.FixtureRequest) -> I
     _become(pool, engines, subject)
     sync = Sync(pool, trainer, engines, subject, stage, model)
     yield sync
-    if not all(_answers(pool, rank, "resources") for rank in trainer.processes):
-        trainer.stop()
     host = selection_of(request.config).subjects[subject.host] if subject.host else None
-    lost = [engine for engine in engines if not _serves_on(sync, engine, host)]
-    pool.done(request.node.nodeid)  # first, or one would be started again for this test
+    _take_back(sync, request.node.nodeid, host)
+
+
+def _take_back(sync: Sync, test: str, host: Subject | None) -> None:
+    """Replace what a later test can't have: of a run that was told to end nothing, since all is ended."""
+    if ending.is_told():
+        return
+    if not all(_answers(sync.pool, rank, "resources") for rank in sync.trainer.processes):
+        sync.trainer.stop()
+    lost = [engine for engine in sync.engines if not _serves_on(sync, engine, host)]
+    sync.pool.done(test)  # first, or one would be started again for this test
     for engine in lost:
-        pool.discard(engine)
+        sync.pool.discard(engine)
 
 
 def _serves_on(sync: Sync, engine: EngineHandle, host: Subject | None) -> bool:

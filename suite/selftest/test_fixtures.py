@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from suite import fixtures
+from suite.processes.call import DeadlineExceeded
 from suite.selftest.runs import CONFTEST, ONE_CASE, examine
-from suite.session import needs
+from suite.session import ending, needs
 from suite.session.selection import Selection
 from suite.stages import STAGES, Stage
 from suite.subjects import SUBJECTS
@@ -135,6 +136,25 @@ def test_trainers_that_see_gpus_in_their_own_way_start_with_the_others(tmp_path:
     assert set(finished.verdicts.values()) == {"pass"}
     lines = [line.rpartition("started to see ")[2] for line in finished.output.splitlines() if "started to see" in line]
     assert lines == ["1,0 cuda:1", "0 cuda:1"], "expected one for each test that has engines, before the first needs it"
+
+
+@pytest.mark.parametrize("told", [[], ["SIGTERM"]], ids=["goes on", "ends"])
+def test_a_run_that_was_told_to_end_waits_for_no_process_and_starts_none(
+    monkeypatch: pytest.MonkeyPatch, told: list[str]
+):
+    def hang(*_: object, **__: object) -> None:
+        did.append("asked")
+        raise DeadlineExceeded("no answer", SimpleNamespace(name="it", log_path="", tail=lambda: ""), "generate()")
+
+    did, hanging = [], SimpleNamespace(name="it", call=hang)
+    trainer = SimpleNamespace(processes=[hanging], stop=lambda: did.append("trainer stopped"))
+    pool = SimpleNamespace(
+        announce=lambda _: None, done=lambda _: did.append("done"), discard=lambda _: did.append("engine replaced")
+    )
+    monkeypatch.setattr(ending, "_heard", told)
+    sync = SimpleNamespace(pool=pool, trainer=trainer, engines=[SimpleNamespace(process=hanging)])
+    fixtures._take_back(sync, "test_it", host=None)
+    assert did == ([] if told else ["asked", "trainer stopped", "asked", "done", "engine replaced"])
 
 
 def test_an_engine_that_does_not_take_a_subjects_extension_is_replaced():

@@ -33,6 +33,11 @@ def listen() -> None:
     end_if_told()
 
 
+def is_told() -> bool:
+    """Whether a signal has come that ends the run."""
+    return bool(_heard)
+
+
 def end_if_told() -> None:
     """End the run where a signal has come and the run goes on."""
     if _heard:
