@@ -50,6 +50,8 @@ class Alterations:
     rename: dict[str, str] = field(default_factory=dict)
     drop: list[str] = field(default_factory=list)
     truncate: list[str] = field(default_factory=list)  # one row less
+    lengthen: list[str] = field(default_factory=list)  # one row more, of zeros
+    turn: list[str] = field(default_factory=list)  # a matrix of as many rows as it had columns
     cast: dict[str, str] = field(default_factory=dict)  # to this dtype
     duplicate: list[str] = field(default_factory=list)  # sent twice in a row
     bits: dict[str, list[int]] = field(default_factory=dict)  # the first elements, of 16 bits each, become these
@@ -71,6 +73,10 @@ class Alterations:
             return
         if name in self.truncate:
             tensor = tensor[:-1]
+        if name in self.lengthen:
+            tensor = torch.cat([tensor, torch.zeros_like(tensor[:1])])
+        if name in self.turn:
+            tensor = tensor.t().contiguous()
         if name in self.cast:
             tensor = tensor.to(getattr(torch, self.cast[name]))
         if name in self.bits:

@@ -10,62 +10,68 @@ from suite.processes.call import SubjectFailed
 
 DEADLINE_S = 30.0
 UNKNOWN = "model.layers.1.mlp.ghost_proj.weight"
+JOINED = "model.layers.0.self_attn.k_proj.weight"  # vLLM has it in one weight with two others
+NORM = "model.layers.1.input_layernorm.weight"
 
 
 @requirement(
     "errors.unknown_name",
     MUST,
-    text="An update with a tensor that the model does not have is refused within its deadline, naming it, and the "
-    "engine still generates what it generated before.",
-    because="An ignored name is a renamed layer that is never updated; a crash is an engine lost.",
+    text="An update with a tensor that the model does not have, in one of its layers, in a layer that it does not have,"
+    " or under a prefix of its own, is refused within its deadline, naming it, and the engine still generates what it "
+    "generated before.",
+    because="An ignored name is a renamed layer that is never updated; a crash is an engine lost. Where layers are "
+    "spread over ranks, a layer that no rank has is taken for another rank's.",
     seen_in=("vllm#57854", "vllm#51063"),
     models=[TIED],
 )
 def test_unknown_name(sync: Sync, target: int) -> None:
-    one_more = {"add": {sync.weight: UNKNOWN}}
-    _expect_refused(sync, target, one_more, naming=UNKNOWN)
+    layers = sync.spec.config["num_hidden_layers"]
+    unknown = (UNKNOWN, f"model.layers.{layers}.mlp.down_proj.weight", f"module.{sync.weight}")
+    _expect_refused(sync, target, [(name, {"add": {sync.weight: name}}) for name in unknown])
 
 
 @requirement(
     "errors.missing_name",
     MUST,
-    text="An update that lacks a tensor of the model is refused within its deadline, naming it, and the engine still "
-    "generates what it generated before.",
-    because="A layer that receives only some of its tensors is finished over uninitialised memory, silently.",
+    text="An update that lacks a tensor of the model, also one of those that the engine joins in one weight, is refused"
+    " within its deadline, naming it, and the engine still generates what it generated before.",
+    because="A layer that receives only some of its tensors is finished over uninitialised memory, silently. What "
+    "counts the engine's weights takes one that has got a part for whole.",
     seen_in=("vllm#44814", "prime-rl#2714", "vllm#57854"),
     models=[TIED],
 )
 def test_missing_name(sync: Sync, target: int) -> None:
-    one_less = {"drop": [sync.weight]}
-    _expect_refused(sync, target, one_less, naming=sync.weight)
+    _expect_refused(sync, target, [(name, {"drop": [name]}) for name in (sync.weight, JOINED, NORM)])
 
 
 @requirement(
     "errors.shape",
     MUST,
-    text="An update with a tensor of another shape than the model's is refused within its deadline, naming it, and the"
-    " engine still generates what it generated before.",
-    because="Half loaded, the tensors already consumed are gone, and the next request ends the engine.",
+    text="An update with a tensor of another shape than the model's, of a row less or more or of as many elements, is "
+    "refused within its deadline, naming it, and the engine still generates what it generated before.",
+    because="Half loaded, the tensors already consumed are gone, and the next request ends the engine. What is cut or "
+    "reshaped until it fits is loaded to other places than it was trained at.",
     seen_in=("vllm#57854", "trl#6913"),
     models=[TIED],
 )
 def test_shape(sync: Sync, target: int) -> None:
-    a_row_less = {"truncate": [sync.weight]}
-    _expect_refused(sync, target, a_row_less, naming=sync.weight)
+    wrong = [(how, sync.weight) for how in ("truncate", "lengthen", "turn")] + [("truncate", JOINED)]
+    _expect_refused(sync, target, [(name, {how: [name]}) for how, name in wrong])
 
 
 @requirement(
     "errors.dtype",
     MUST,
-    text="An update with a tensor of a dtype that cannot be the model's weights is refused within its deadline, naming"
-    " it, and the engine still generates what it generated before.",
+    text="An update with a tensor of a dtype that cannot be the model's weights, integers or 8-bit floats without their"
+    " scales, is refused within its deadline, naming it, and the engine still generates what it generated before.",
     because="Copying casts whatever it is given, and a dtype that cannot be sent leaves the other side waiting.",
     seen_in=("trl#3690", "trl#6913"),
     models=[TIED],
 )
 def test_dtype(sync: Sync, target: int) -> None:
-    integers = {"cast": {sync.weight: "int32"}}
-    _expect_refused(sync, target, integers, naming=sync.weight)
+    wrong = ("int32", "float8_e4m3fn")
+    _expect_refused(sync, target, [(sync.weight, {"cast": {sync.weight: dtype}}) for dtype in wrong])
 
 
 @requirement(
@@ -100,15 +106,19 @@ def _raised(call: Callable[[], object]) -> str:
     return ""
 
 
-def _expect_refused(sync: Sync, target: int, alter: dict, naming: str) -> None:
-    """An update that is altered like this is refused by name, and all is as before."""
+def _expect_refused(sync: Sync, target: int, wrong: list[tuple[str, dict]]) -> None:
+    """Updates that are altered are refused one after the other, each by a name, and all is as before."""
     sync.load(sync.seed)
     sync.update()
     answers, weights = sync.generate(sync.prompts()), sync.snapshot()
     sync.load(target)
-    error = sync.refusal(DEADLINE_S, alter=alter)
+    names = [tensor["name"] for tensor in sync.manifest]
+    errors = [(naming, sync.refusal(DEADLINE_S, alter=alter)) for naming, alter in wrong]
     sync.expect_same_answers(answers, "the refused update")
     sync.expect_equal_to(weights, "the weights from before the refused update")
-    expect(naming in error, f"an error that names {naming}", error, sync.where)
+    for naming, error in errors:
+        expect(naming in error, f"an error that names {naming}", error, sync.where)
+        others = [name for name in names if name in error.replace(naming, "")]
+        expect(len(others) <= len(names) / 2, f"an error that names {naming}, and not all tensors", error, sync.where)
     sync.update()
     sync.expect_exact(target)

@@ -230,21 +230,22 @@ def test_orders(trainer, written):
 def test_alterations(trainer, written):
     trainer.load(str(written["qwen3-untied-tiny"]))
     alter = {
-        "rename": {"model.norm.weight": "model.nrom.weight"},
-        "drop": ["model.layers.0.self_attn.q_proj.weight"],
+        "rename": {"model.norm.weight": "model.nrom.weight"}, "drop": ["model.layers.0.self_attn.q_proj.weight"],
         "truncate": ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.q_norm.weight"],
         "cast": {"model.layers.0.mlp.up_proj.weight": "int32"},
+        "lengthen": ["model.layers.0.mlp.gate_proj.weight"], "turn": ["model.layers.0.mlp.down_proj.weight"],
         "duplicate": ["model.layers.1.mlp.down_proj.weight"],
         "add": {"lm_head.weight": "lm_foot.weight"},
-    }
+    }  # fmt: skip
     plain = dict(trainer.named_tensors())
     sent = list(trainer.named_tensors("checkpoint", alter))
     by_name = dict(sent)
     assert set(by_name) ^ set(plain) == {
         "model.norm.weight", "model.nrom.weight", "model.layers.0.self_attn.q_proj.weight", "lm_foot.weight",
     }  # fmt: skip
-    assert by_name["model.layers.0.self_attn.k_proj.weight"].shape == (127, 128)
-    assert by_name["model.layers.1.self_attn.q_norm.weight"].shape == (63,)
+    for part, rows in {"0.self_attn.k_proj": 127, "1.self_attn.q_norm": 63, "0.mlp.gate_proj": 257}.items():
+        assert len(by_name[f"model.layers.{part}.weight"]) == rows
+    assert torch.equal(by_name["model.layers.0.mlp.down_proj.weight"], plain["model.layers.0.mlp.down_proj.weight"].t())
     assert by_name["model.layers.0.mlp.up_proj.weight"].dtype == torch.int32
     assert [name for name, _ in sent].count("model.layers.1.mlp.down_proj.weight") == 2
     assert torch.equal(by_name["lm_foot.weight"], plain["lm_head.weight"])

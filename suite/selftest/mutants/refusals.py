@@ -1,6 +1,9 @@
 """Mutants that accept what they have to refuse, refuse it badly or answer wrongly: errors.*, names.*, update.zeroed."""
 
 import contextlib
+import math
+import re
+from collections.abc import Sequence
 
 import torch
 
@@ -11,6 +14,9 @@ from extensions.manifest import ManifestError
 from extensions.model.headers import checkpoint_layouts
 from extensions.tensors import Shape
 from suite.selftest.mutants.registry import ACCEPTED, BROADCAST, HANDLES, Loader, Meddles, Unchecked, mutant
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+JOINED = re.compile(r"\.(q|k|v|gate|up)_proj\.")
 
 
 @mutant("errors.unknown_name", ACCEPTED, "vllm#51063", **BROADCAST)
@@ -34,6 +40,51 @@ class RefusesWithoutAName(WorkerExtension):
             return super().begin_update(manifest)
         except ManifestError:
             raise ManifestError("the update does not fit the model") from None
+
+
+@mutant("errors.unknown_name", ACCEPTED, "vllm#51063", **BROADCAST)
+class TakesLayersForAnotherRanks(WorkerExtension):
+    """Passes over layers that it does not have, as if another rank of a pipeline had them."""
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        return super().begin_update([entry for entry in manifest if self._mutant_has(entry["name"])])
+
+    def _weight_sync_accept(self, tensors: dict[str, torch.Tensor]) -> None:
+        super()._weight_sync_accept({name: tensor for name, tensor in tensors.items() if self._mutant_has(name)})
+
+    def _mutant_has(self, name: str) -> bool:
+        layer = LAYER.match(name)
+        return layer is None or int(layer[1]) < self.model_config.hf_config.num_hidden_layers
+
+
+@mutant("errors.unknown_name", ACCEPTED, **BROADCAST)
+class IgnoresOtherPrefixes(TakesLayersForAnotherRanks):
+    """Passes over tensors whose names do not begin as its model's do."""
+
+    def _mutant_has(self, name: str) -> bool:
+        return name.startswith("model.")
+
+
+@mutant("errors.unknown_name", r"not all tensors", **BROADCAST)
+class RefusesByAllNames(WorkerExtension):
+    """Refuses, and lists every tensor that there is, with the wrong one somewhere among them."""
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        try:
+            return super().begin_update(manifest)
+        except ManifestError:
+            raise ManifestError(f"the update does not fit: {[entry['name'] for entry in manifest]}") from None
+
+
+@mutant("errors.missing_name", ACCEPTED, "prime-rl#2714", **BROADCAST)
+class CountsJoinedWeights(Unchecked, WorkerExtension):
+    """Takes a weight that vLLM joins from several tensors for complete when it has got one of them."""
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        names = [entry["name"] for entry in manifest]
+        brought, expected = ({JOINED.sub(".", name) for name in some} for some in (names, _known(self)))
+        begins = super() if expected <= brought else super(Unchecked, self)
+        return begins.begin_update(manifest)
 
 
 @mutant("errors.missing_name", ACCEPTED, "vllm#44814", **BROADCAST)
@@ -77,6 +128,34 @@ class StretchesShapes(WorkerExtension):
         )
 
 
+@mutant("errors.shape", ACCEPTED, **BROADCAST)
+class CutsWhatIsTooLong(WorkerExtension):
+    """Loads as many elements of a tensor as there is room for."""
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        known = _known(self)
+        return super().begin_update(
+            [{**e, "shape": [*self._mutant_taken(e["shape"], known.get(e["name"], e["shape"]))]} for e in manifest]
+        )
+
+    def _weight_sync_accept(self, tensors: dict[str, torch.Tensor]) -> None:
+        shapes = {name: self._weight_sync_state.update.announced[name][1] for name in tensors}
+        super()._weight_sync_accept(
+            {name: tensor.view(-1)[: math.prod(shapes[name])].view(shapes[name]) for name, tensor in tensors.items()}
+        )
+
+    def _mutant_taken(self, found: Sequence[int], known: Sequence[int]) -> Sequence[int]:
+        return known if math.prod(found) > math.prod(known) else found
+
+
+@mutant("errors.shape", ACCEPTED, **BROADCAST)
+class ReshapesWhatFits(CutsWhatIsTooLong):
+    """Takes the elements of a tensor in their order, whatever its shape, if there are as many as it expects."""
+
+    def _mutant_taken(self, found: Sequence[int], known: Sequence[int]) -> Sequence[int]:
+        return known if math.prod(found) == math.prod(known) else found
+
+
 @mutant("errors.shape", r"from before the refused update", "vllm#57854", **HANDLES)
 class LoadsBeforeItChecks(Meddles, Unchecked, ColocateWorkerExtension):
     """Finds a misshapen tensor when those before it have been loaded."""
@@ -97,6 +176,21 @@ class AcceptsIntegers(WorkerExtension):
 
     def _weight_sync_accept(self, tensors: dict[str, torch.Tensor]) -> None:
         super()._weight_sync_accept({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()})
+
+
+@mutant("errors.dtype", ACCEPTED, **BROADCAST)
+class AcceptsFloat8(WorkerExtension):
+    """Takes numbers of 8 bits for weights, whose scales it does not ask for."""
+
+    def begin_update(self, manifest: list[dict]) -> int:
+        return super().begin_update(
+            [{**e, "dtype": "bfloat16" if "float8" in e["dtype"] else e["dtype"]} for e in manifest]
+        )
+
+    def _weight_sync_accept(self, tensors: dict[str, torch.Tensor]) -> None:
+        super()._weight_sync_accept(
+            {n: t.to(torch.bfloat16) if t.element_size() == 1 else t for n, t in tensors.items()}
+        )
 
 
 @mutant("errors.nested", r"an update is under way\s+found: success", "vllm#57854", **BROADCAST)
