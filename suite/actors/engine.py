@@ -293,6 +293,12 @@ class Engine(adapters.Adapting):
         steps_s = {"begin": begun - arrived, "transfer": transferred - begun, "end": ended - transferred}
         return {"started_s": started, "ended_s": ended, "steps_s": steps_s, "calls": self._calls - calls}
 
+    def update_saved(self, path: str, *args: Any) -> dict:
+        """As `update`; what the engine computes with right after it is written down at `path`, see `probe_save`."""
+        half = self.update(*args)
+        self.rpc("probe_save", path)
+        return half
+
     def receive(self, nbytes: int) -> dict:
         """The engine's half of one roofline broadcast."""
         started = time.monotonic()

@@ -21,7 +21,7 @@ from extensions.model.drafter import drafter_of
 from extensions.model.walk import every_tensor
 from extensions.model.weights import applied_weight, effective_weights
 from extensions.ranks import rank_in_engine
-from suite.actors import arrived, memory, recording
+from suite.actors import arrived, memory, recording, settings
 from suite.actors.checksum import checksum
 from suite.processes import wire
 from suite.processes.blame import examined, is_examined, of_the_suite
@@ -82,6 +82,7 @@ class Probe:
         if getattr(self, "_sleep_mode_backend", None) is not None:  # by which the extension knows an engine that slept
             self._sleep_mode_backend = None  # vLLM makes another when it sleeps again
         synchronize(self.device)
+        self._probe_settings = settings.settings()
 
     def probe_save(self, path: str) -> None:
         """Write what this rank computes with, for `probe_compare`."""
@@ -206,7 +207,8 @@ class Probe:
         }
 
     def probe_device(self) -> dict:
-        """Which device this worker is on, and its process."""
+        """Which device this worker is on, and its process: what is asked first of a worker."""
+        self._probe_settings = settings.settings()
         return {
             "rank": self._probe_rank,
             "pid": os.getpid(),
@@ -217,6 +219,14 @@ class Probe:
     def probe_resources(self) -> dict[str, int]:
         """What this worker's process holds; see `memory.resources`."""
         return memory.resources(self.device)
+
+    def probe_settings(self) -> list[str]:
+        """Which settings of this worker's process are others than before it had its extension; see `settings`."""
+        return settings.changed(self._probe_settings, settings.settings())
+
+    def probe_random(self, draw: bool) -> str:
+        """Where this worker's generators of random numbers stand; see `settings.random_state`."""
+        return settings.random_state(draw)
 
     def probe_nothing(self, manifest: list[dict] | None = None) -> None:
         """Do nothing with what was sent: what is left is the call itself."""

@@ -45,8 +45,9 @@ def doomed(trainers: Trainers, stage: Stage, sync: Sync) -> Callable:
     MUST,
     text="Where the trainer dies before, during or after the transfer, the engine answers within its deadline: it has "
     "the new weights, or raises and has the old ones, or says that it is inconsistent. The next trainer's update "
-    "is exact.",
-    because="NCCL waits for a peer that has died for ever, and what was half loaded generates on.",
+    "is exact, and the engine says no longer that it is inconsistent.",
+    because="NCCL waits for a peer that has died for ever, and what was half loaded generates on. An engine that calls "
+    "itself inconsistent when it is not is thrown away, or its word is worth nothing.",
     seen_in=("trl#6913", "vllm#57854"),
     models=ONE_RANK,
 )
@@ -105,4 +106,5 @@ def _never_wrong_in_silence(sync: Sync, target: int, found: Outcome) -> None:
     sync.load(target)
     sync.update()
     sync.expect_exact(target)
+    sync.expect_consistent()
     sync.expect_same_behaviour()

@@ -21,8 +21,10 @@ SCALED = ("host_bytes", "device_bytes", "torch_bytes")
 @requirement(
     "memory.steady",
     SHOULD,
-    text="Over 50 updates, device memory, host memory, file descriptors and mapped handles of both sides stay level.",
-    because="A buffer kept each round ends a training run after hours.",
+    text="Over 50 updates, device memory, host memory, file descriptors and mapped handles of both sides stay level, "
+    "and the update that follows is exact.",
+    because="A buffer kept each round ends a training run after hours, and so does a counter, a cache of handles or a "
+    "pool that is used up: from then on the weights are old.",
     seen_in=("vllm#51258", "verl#6958", "vllm#52950", "verl#7873"),
     models=[TIED],
 )
@@ -39,10 +41,35 @@ def test_steady(sync: Sync, target: int, pool: Pool, trainers: Trainers) -> None
         for _ in range(UPDATES):
             sync.update()
         after = sync.resources()
-    sync.expect_exact(target)
+    sync.load(sync.seed)  # else weights that stay as they are would be right
+    sync.update()
+    sync.expect_exact(sync.seed)
     for process, held in before.items():
         for what, amount in held.items():
             allowed = max(NOISE[what], BUFFERS * moved.bytes_sent if what in SCALED else 0)
             grown = after[process][what] - amount
             level = f"{what} of {process} level over {UPDATES} updates (at most {allowed:.0f} more)"
             expect(grown <= allowed, level, f"{grown} more{HINTS.get(what, '')}", sync.where)
+
+
+@requirement(
+    "memory.settings",
+    SHOULD,
+    text="After updates the settings of the engine's workers are those from before they had the extension: torch's "
+    "default dtype, gradients, threads and precision, signal handlers, environment variables. Random numbers go on as "
+    "if there had been no update.",
+    because="Whoever sets them for a load, or imports a trainer's library that does, changes what is computed later, or"
+    " how fast. A generator that every update seeds has each round of rollouts sampled alike.",
+    models=[TIED],
+)
+def test_settings(sync: Sync, target: int) -> None:
+    for seed in (target, sync.seed):
+        sync.load(seed)
+        before = sync.call_engines("probe_random", True)
+        sync.update()
+        drawn = sync.call_engines("probe_random", False) != before
+        expect(not drawn, "random numbers to go on as before the update", "generators that stand elsewhere", sync.where)
+        sync.expect_exact(seed)
+    for ranks in sync.call_engines("probe_settings"):
+        for rank, changed in enumerate(ranks):
+            expect(not changed, f"every setting of rank {rank} as before", "; ".join(changed), sync.where)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from suite.conformance.requirements import MUST, requirement
-from suite.driver.expected import expect
+from suite.driver.expected import expect, expect_told
 from suite.driver.pool import Pool
 from suite.driver.sync import Sync
 from suite.models import TIED
@@ -209,6 +209,28 @@ def test_spread(spread: Sync, target: int) -> None:
         spread.load(seed)
         spread.update()
         spread.expect_exact(seed)
+
+
+@requirement(
+    "sent.unchanged",
+    MUST,
+    text="An update leaves every tensor that the trainer holds as it was, bit by bit: in float32, which the engine "
+    "rounds, and in bfloat16.",
+    because="Who casts, scales or merges in place sends the right weights, and training goes on from others. An engine"
+    " that is given handles can write to the trainer's own memory.",
+    models=[TIED],
+)
+def test_unchanged(sync: Sync, target: int) -> None:
+    for dtype in ("float32", "bfloat16") if sync.spec.computed else ("bfloat16",):
+        sync.load(target, dtype)
+        before = sync.trainer.call("checksums")
+        sync.update()
+        sync.expect_exact(target)
+        for rank, (held, found) in enumerate(zip(before, sync.trainer.call("checksums"), strict=True)):
+            expect_told(held, "tensors that the trainer holds", sync.where)
+            other = [name for name, number in held.items() if found.get(name) != number]
+            as_before = f"every tensor of the trainer's rank {rank} as before, in {dtype}"
+            expect(not other, as_before, f"{len(other)} of {len(held)} others: {other[:5]}", sync.where)
 
 
 def _mixed(sync: Sync) -> dict[str, str]:

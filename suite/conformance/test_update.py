@@ -9,13 +9,15 @@ from suite.driver.together import MAX_TOKENS
 from suite.models import TIED
 
 LEARNING_RATE = 0.002
+ONE = 0x3F80  # the bits of 1 in bfloat16
 
 
 @requirement(
     "update.zeroed",
     MUST,
     text="After an update with zeros, every weight element that the engine computes with is zero and at least one was "
-    "looked at, the engine generates what a model of zeros does, and check_weights_changed() turned true.",
+    "looked at, the engine generates what a model of zeros does, and check_weights_changed() turned true. It is false "
+    "where a single element of any tensor is not zero.",
     because="Where a backend replaces parameters with empty ones, 'all are zero' holds although nothing was updated.",
     models=[TIED],
 )
@@ -33,6 +35,10 @@ def test_zeroed(sync: Sync, target: int) -> None:
         expect(answer["tokens"] == [0] * MAX_TOKENS, "token 0 of a zero model", answer, sync.where)
         close = all(math.isclose(p, uniform, abs_tol=1e-3) for p in answer["logprobs"])
         expect(close, f"log-probabilities of {uniform:.4f} from a zero model", answer, sync.where)
+    of_16_bits = [tensor["name"] for tensor in sync.manifest if tensor["dtype"] == "bfloat16"]
+    for name in {sync.weight, *of_16_bits[-1:]}.intersection(of_16_bits):
+        sync.update(alter={"bits": {name: [ONE]}})
+        sync.expect_not_reported_zero()
     sync.load(target)
     sync.update()
     sync.expect_reported_zero(False)
@@ -43,9 +49,9 @@ def test_zeroed(sync: Sync, target: int) -> None:
     MUST,
     text="After an update, every tensor that the engine computes with equals, bit by bit, that of an engine that "
     "loaded the same checkpoint from disk: weights, buffers, and whatever else modules, attention and quantisation "
-    "hold. So it does after the update back.",
+    "hold. It does so from the moment on at which the update is acknowledged, and after the update back.",
     because="Shapes, sums and 'the output changed' let swapped, stale and half loaded tensors pass, and weights alone "
-    "let spoilt buffers pass.",
+    "let spoilt buffers pass. What copies on behind the acknowledgement is done by the time someone looks.",
     seen_in=(
         "vllm#42821",
         "vllm#44814",
@@ -64,8 +70,10 @@ def test_exact(sync: Sync, target: int) -> None:
     sync.expect_all_different(target)
     for seed in (target, sync.seed):  # there and back: the second update meets what the first has processed
         sync.load(seed)
-        sync.update()
+        at_once = str(sync.pool.scratch())
+        sync.update(saved=at_once)
         sync.expect_exact(seed)
+        sync.expect_equal_to(at_once, "what the engine computed with when it acknowledged the update")
 
 
 @requirement(

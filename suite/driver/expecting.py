@@ -60,6 +60,12 @@ class Expecting(Together):
         """Whether the extension says of itself, by `update_state()`, that its weights are not to be used."""
         return all("inconsistent" in states for states in self.half("state"))
 
+    def expect_consistent(self) -> None:
+        """After a whole update the extension does not say that its weights are inconsistent."""
+        states = self.half("state")
+        says = "update_state() not to say inconsistent after a whole update"
+        expect(not any("inconsistent" in of_ranks for of_ranks in states), says, states, self.where)
+
     def checker(self, **asked: object) -> dict | None:
         """What the /weight_checker of a server answers, see `ServerEngine.check_weights`. For one engine."""
         return self.engines[0].process.call("check_weights", deadline_s=self.call_deadline_s, **asked)
@@ -171,6 +177,12 @@ class Expecting(Together):
         for engine, found in zip(self.engines, self.call_engines("check_weights_changed"), strict=True):
             says = f"check_weights_changed() to say {expected} on every rank"
             expect(found == [expected] * engine.ranks, says, found, self.where)
+
+    def expect_not_reported_zero(self) -> None:
+        """The extension's own check_weights_changed() says on a rank at least that not all weights are zero."""
+        for found in self.call_engines("check_weights_changed"):
+            says = "check_weights_changed() to say False where one element is not zero"
+            expect(False in found, says, found, self.where)
 
     def expect_same_behaviour(self, prompts: list[list[int]] | None = None) -> None:
         """Greedy tokens and log-probabilities are those of the trainer's own forward pass.

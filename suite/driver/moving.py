@@ -97,14 +97,16 @@ class Moving(Together):
         paused: bool = False,
         bracket: bool = True,
         running: dict | None = None,
+        saved: str = "",
         **how: object,
     ) -> Moved:
         """One update of all engines; `how` is order=, alter=, relabel= and call_off= of the trainer's update.
 
         `paused=True` has engines that were paused go on right after it, see `Engine.update_paused`; `bracket=False`
         leaves out begin_update and end_update; `running` are requests during the update, see
-        `ServingEngine.update_running`. Raises the first failure of either side, and GivenUp where earlier ones leave no
-        hope.
+        `ServingEngine.update_running`; `saved` is where to write what is there right after it, as `snapshot` does,
+        of an update without these two.
+        Raises the first failure of either side, and GivenUp where earlier ones leave no hope.
         """
         deadline_s = self.deadline_s if deadline_s is None else deadline_s
         self.pool.patience.expect_hope(self.subject.name)
@@ -112,10 +114,13 @@ class Moving(Together):
         self.updates += 1
         with self.pool.timeline("moving", str(self.engines[0].key)):
             method, first = ("update_running", [running]) if running else ("update_paused" if paused else "update", [])
-            asked = [*first, deadline_s, reset_cache, bracket]
+            method = "update_saved" if saved else method
+            asked, calls = [*first, deadline_s, reset_cache, bracket], []
             # First the trainer: engines wait for what it announces.
             sending = [rank.submit("update", deadline_s, **how) for rank in self.trainer.processes]
-            calls = [engine.process.submit(method, *asked) for engine in self.engines]
+            for index, engine in enumerate(self.engines):
+                where = [f"{saved}-{index}"] if saved else []
+                calls.append(engine.process.submit(method, *where, *asked))
             halves = self._gathered([*calls, *sending], deadline_s + CALL_MARGIN_S)
         self.pool.patience.succeeded(self.subject.name)
         started = min(half["started_s"] for half in halves)

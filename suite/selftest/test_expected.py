@@ -242,6 +242,19 @@ def test_an_engine_is_inconsistent_where_it_says_so():
     assert Engines("ready", "inconsistent").says_inconsistent()
     assert not Engines("ready").says_inconsistent()
     assert not Engines().says_inconsistent(), "expected nothing of an extension that can't tell"
+    Engines("ready").expect_consistent()
+    Engines().expect_consistent()
+    with pytest.raises(Differs, match="not to say inconsistent"):
+        Engines("ready", "inconsistent").expect_consistent()
+
+
+def test_weights_are_said_to_be_zero_by_all_ranks_or_not_at_all():
+    engines = Engines()
+    engines.call_engines = lambda method: [[True, False]]
+    engines.expect_not_reported_zero()
+    engines.call_engines = lambda method: [[True, True]]
+    with pytest.raises(Differs, match="to say False where one element is not zero"):
+        engines.expect_not_reported_zero()
 
 
 @pytest.mark.parametrize(

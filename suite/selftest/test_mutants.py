@@ -417,7 +417,8 @@ def test_a_worker_becomes_another_and_keeps_nothing(monkeypatch: pytest.MonkeyPa
     assert isinstance(worker, WorkerExtension)
     assert not isinstance(worker, first)
     assert worker.__dict__.pop("_sleep_mode_backend") is None
-    assert set(vars(worker)) == {"vllms_own"}, "expected what the mutant has left to be gone, and nothing else"
+    left = {"vllms_own", "_probe_settings"}
+    assert set(vars(worker)) == left, "expected what the mutant has left to be gone, and nothing else"
     assert worker.execute_model() == "a step"
     assert len(closed) == 1
     assert first not in closed[0], "expected the new extension to clean up, not the mutant"

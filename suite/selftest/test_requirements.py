@@ -24,7 +24,7 @@ IDS = [
     "inflight.update", "inflight.prefix", "inflight.refused", "inflight.versions", "server.checker",
     "lora.exact", "lora.reloaded", "draft.stale", "draft.updated", "cache.encoder",
     "sent.spread", "devices.expandable",
-    "update.fp8_cache", "update.quantised",
+    "update.fp8_cache", "update.quantised", "sent.unchanged", "memory.settings",
 ]  # fmt: skip
 
 

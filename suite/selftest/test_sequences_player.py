@@ -96,6 +96,9 @@ class Sync:
     def says_inconsistent(self) -> bool:
         return INCONSISTENT in self.engine.weights.values()
 
+    def expect_consistent(self) -> None:
+        assert not self.says_inconsistent()
+
     def sleep_and_wake(self, level: int) -> None:
         if level == 2:
             self.engine.weights = dict.fromkeys(EFFECTIVE, INCONSISTENT)

@@ -150,6 +150,7 @@ class Player:
         """A whole update."""
         self.sync.trainer.fill(seed)
         self.sync.update(DEADLINE_S, order=order, reset_cache=reset_cache)
+        self.sync.expect_consistent()
         self.state = State(known=True, seed=seed, stale=not reset_cache)
 
     def alone(self, name: str, seed: int) -> str:

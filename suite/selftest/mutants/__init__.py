@@ -21,6 +21,7 @@ from suite.selftest.mutants import (
     server,
     sparse,
     states,
+    surroundings,
     unseen,
     values,
 )
@@ -29,7 +30,8 @@ from suite.selftest.mutants.registry import CLASSES, MUTANTS, Mutant
 __all__ = [
     "MUTANTS", "Mutant",
     "devices", "drafts", "faults", "hopeless", "inflight", "options", "planned", "planning", "ranks", "refusals",
-    "replicas", "sent", "sequences", "server", "sparse", "states", "unseen", "values",
+    "replicas", "sent", "sequences", "server", "sparse", "states", "surroundings", "unseen",
+    "values",
 ]  # fmt: skip
 
 

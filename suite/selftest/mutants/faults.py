@@ -35,6 +35,20 @@ class TakesWhatCameForAll(WorkerExtension):
         return UpdateBracket.end_update(self)
 
 
+@mutant("faults.trainer_killed", r"not to say inconsistent", **BROADCAST, case="during")
+class StaysInconsistent(WorkerExtension):
+    """Says that it is inconsistent from the first update on that it has lost, however many it gets afterwards."""
+
+    _mutant_lost = False
+
+    def abort_update(self) -> str:
+        self._mutant_lost |= self._weight_sync_state.update is not None
+        return super().abort_update()
+
+    def update_state(self) -> str:
+        return "inconsistent" if self._mutant_lost else super().update_state()
+
+
 @mutant("faults.trainer_stopped", r"update\(\) in process .* has not answered", "trl#6913", **BROADCAST, patient=True)
 class WaitsForEver(WorkerExtension):
     """Gives a trainer that has stopped an hour to go on."""

@@ -12,6 +12,7 @@ from extensions.broadcast import WorkerExtension
 from extensions.colocate import ColocateWorkerExtension
 from extensions.manifest import ManifestError
 from extensions.model.headers import checkpoint_layouts
+from extensions.model.weights import effective_weights
 from extensions.tensors import Shape
 from suite.selftest.mutants.registry import ACCEPTED, BROADCAST, HANDLES, Loader, Meddles, Unchecked, mutant
 
@@ -224,6 +225,15 @@ class NeverSaysZero(WorkerExtension):
 
     def check_weights_changed(self) -> bool:
         return False
+
+
+@mutant("update.zeroed", r"where one element is not zero", **BROADCAST)
+class LooksAtTheFirstWeight(WorkerExtension):
+    """Finds all weights zero where the first of them is."""
+
+    def check_weights_changed(self) -> bool:
+        _, weight = next(effective_weights(self.model_runner.get_model()))
+        return not weight.any()
 
 
 @mutant("update.zeroed", r"zero in every element", **BROADCAST)

@@ -57,6 +57,25 @@ class IsSentByAddress(WorkerExtension):
     weight_sync_sender = f"{PACKAGE}.sent:ByAddress"
 
 
+class InPlace(BroadcastSender):
+    """Rounds the tensors that it is given, where they are, to the numbers that the engine has."""
+
+    def send(self, named_tensors: Named) -> int:
+        return super().send((name, self._rounded(tensor)) for name, tensor in named_tensors)
+
+    @staticmethod
+    def _rounded(tensor: torch.Tensor) -> torch.Tensor:
+        rounded = tensor.detach()
+        return rounded.copy_(rounded.to(torch.bfloat16))
+
+
+@mutant("sent.unchanged", r"trainer's rank 0 as before, in float32", **BROADCAST)
+class RoundsTheTrainersOwn(WorkerExtension):
+    """Its sender rounds the trainer's own weights in place."""
+
+    weight_sync_sender = f"{PACKAGE}.sent:InPlace"
+
+
 @mutant("sent.large", rf"{DIFFER}|positional checksum", "verl#5980", **HANDLES)
 class LoadsOneBuffer(Meddles, ColocateWorkerExtension):
     """Loads of each tensor what one buffer of its transport holds, and zeros for the rest."""

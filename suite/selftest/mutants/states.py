@@ -26,6 +26,7 @@ from suite.selftest.mutants.registry import (
     mutant,
 )
 
+LATER_S = 0.1
 DELAY_CYCLES = 4_000_000_000  # of a GPU's clock: about 2 s
 
 
@@ -58,6 +59,19 @@ class AcknowledgesWhatIsQueued(ColocateWorkerExtension):
         self._weight_sync_state.update.load.end()
         self._weight_sync_state = State()
         return len(self._mutant_opened)
+
+
+@mutant("update.exact", DIFFER, "slime#929", **BROADCAST)
+class WritesAMomentLater(WorkerExtension):
+    """Acknowledges an update while a thread has yet to write the last norm, which takes it a tenth of a second."""
+
+    def end_update(self) -> int:
+        norm = self.model_runner.get_model().model.norm.weight.data
+        count, new = super().end_update(), norm.clone()
+        norm.copy_(self.__dict__.get("_mutant_norm", torch.zeros_like(norm)))
+        self._mutant_norm = new
+        threading.Timer(LATER_S, norm.copy_, [new]).start()
+        return count
 
 
 class FreesTooEarly(HandleSender):
@@ -249,6 +263,15 @@ class KeepsEveryBuffer(Meddles, WorkerExtension):
     def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
         self.__dict__.setdefault("_mutant_kept", []).append(tensor.clone())
         load(name, tensor)
+
+
+@mutant("memory.steady", DIFFER, **BROADCAST)
+class RunsOutOfRoom(Meddles, WorkerExtension):
+    """Loads what comes in its first forty updates."""
+
+    def _mutant_load(self, load: Loader, name: str, tensor: torch.Tensor) -> None:
+        if self._mutant_updates <= 40:
+            load(name, tensor)
 
 
 @mutant("memory.steady", r"mappings of engine", "vllm#52950", cpu="cpu-tp1")
