@@ -99,7 +99,8 @@ class Changed(Live):
         paths = super()._write()
         for path in paths if "repeated head" in self._changes else ():
             tensors = load_file(path / "model.safetensors")
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+            embedding = next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))
+            tensors["lm_head.weight"] = tensors[embedding].clone()
             save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         return paths
 
