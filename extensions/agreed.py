@@ -1,4 +1,4 @@
-"""What planned extensions share: a worker plans the updates to come once, and is told by a digest which one comes."""
+"""What planned extensions share: a worker plans an update once, and a digest then names the one that comes."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ DIGEST_BYTES = 32
 class Agreed:
     """An update that a worker has planned.
 
-    kept: which of the worker's kept plans it is of, the model's and the draft model's.
-    groups: how it travels, by whether it is cut.
+    kept: the kept plans that it was made with, of the model and of the draft model.
+    groups: the groups in which it travels, by whether tensors are cut.
     load: kept for the next update where it holds nothing of the last.
-    beside_bytes: the most of a group that can't be received where it belongs.
+    beside_bytes: the most bytes of a group that can't be received where they belong.
     """
 
     digest: bytes
@@ -42,8 +42,8 @@ class PlansUpdates(UpdateBracket):
     def plan_update(self, manifest: Manifest) -> str:
         """Agree on the updates to come: `[{"name", "dtype", "shape"}, ...]` with full shapes, in the order of sending.
 
-        Returns the digest by which an update is called then. Raises as `begin_update` does; nothing has been changed
-        then, and what was agreed before is still agreed.
+        Returns the digest that names the update from then on. Raises as `begin_update` does. In that case nothing has
+        changed, and what was agreed before still holds.
         """
         self._weight_sync_require_none()
         announced = parse(manifest)
@@ -59,7 +59,7 @@ class PlansUpdates(UpdateBracket):
         return digest.hex()
 
     def _weight_sync_has_planned(self, digest: str) -> bool:
-        """Whether this is the update that was planned last, and the model's tensors are where they were then."""
+        """Whether this update was planned last, and the model's tensors have not moved since."""
         agreed = self._weight_sync_agreed
         if agreed is None or agreed.digest.hex() != digest or agreed.kept != self._weight_sync_counts():
             return False
@@ -76,7 +76,7 @@ class PlansUpdates(UpdateBracket):
         return self._weight_sync_plans().kept, self._weight_sync_plans(DRAFT).kept
 
     def _weight_sync_require_agreed(self, digest: str) -> Agreed:
-        """What was agreed on. Raises UpdateError where it is another update, or the model's tensors have moved."""
+        """The planned update. Raises UpdateError where another was planned, or the model's tensors have moved."""
         self._weight_sync_require_none()
         agreed = self._weight_sync_agreed
         if agreed is None or agreed.digest.hex() != digest:
@@ -99,7 +99,7 @@ class PlansUpdates(UpdateBracket):
         return moved
 
     def _weight_sync_move_by(self, load: Load | DraftLoad, announced: Announced, move: Callable[[Update], None]) -> int:
-        """As `_weight_sync_move`, of tensors that a load takes."""
+        """As `_weight_sync_move`, for tensors that a load takes."""
         update = self._weight_sync_open(load, announced)
         try:
             move(update)

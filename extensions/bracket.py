@@ -41,7 +41,7 @@ class Update:
     announced: Announced
     arrived: set[str] = field(default_factory=set)
     failed: bool = False  # a call of load.load() raised: some of its tensors may be loaded, some not
-    patches: bool = False  # elements of the model's tensors come past `announced`
+    patches: bool = False  # the model's tensors arrive element by element, which `announced` does not list
 
     @property
     def of_model(self) -> bool:
@@ -85,11 +85,11 @@ class Update:
 
 @dataclass(frozen=True)
 class State:
-    """Where a worker stands between and during updates."""
+    """The state of a worker between and during updates."""
 
     update: Update | None = None
     inconsistent: bool = False  # some weights are new and some old: a load was begun and not completed
-    stale: bool = False  # the draft model is of another update than the model
+    stale: bool = False  # the draft model has the weights of another update than the model
 
 
 class UpdateBracket(KeepsAsleep):
@@ -102,17 +102,17 @@ class UpdateBracket(KeepsAsleep):
     #   updating      end_update() to ready; abort_update(), or an end_update() that raises, to inconsistent if a tensor
     #                 was loaded, else to the state before
     #   inconsistent  begin_update() to updating, which remembers it: only an end_update() that succeeds makes it ready
-    # Of an update that brings the draft model's tensors alone nothing makes the model inconsistent, or ready again.
+    # An update of the draft model alone makes the model neither inconsistent nor ready again.
     # A tensor outside the bracket leaves the state as it is; if its load fails, the state is inconsistent.
-    weight_sync_drafts = DRAFT  # what the names of a draft model's tensors begin with
+    weight_sync_drafts = DRAFT  # the prefix of a draft model's tensor names
     _weight_sync_state: State = State()
-    _weight_sync_kept: dict[str, Kept] | None = None  # by what the names of a model's tensors begin with
+    _weight_sync_kept: dict[str, Kept] | None = None  # by the prefix of a model's tensor names
 
     def begin_update(self, manifest: Manifest) -> int:
         """Announce all tensors of an update, `[{"name", "dtype", "shape"}, ...]` with full (unsharded) shapes.
 
-        Of an engine with a draft model they are the model's, the draft model's, whose names begin with `draft.`, or
-        those of both. Update the model first where each has an update of its own.
+        In an engine with a draft model they may be the model's tensors, the draft model's, or both. The names of the
+        draft model's tensors begin with `draft.`. Where each has an update of its own, update the model first.
 
         Returns the number of tensors announced. Raises ManifestError where names are missing, unknown or there twice,
         or where a shape or dtype does not fit; UpdateError inside another update. Nothing has been changed then.
@@ -196,7 +196,7 @@ class UpdateBracket(KeepsAsleep):
             raise UpdateError("an update is under way: call end_update() or abort_update() first; nothing was touched")
 
     def _weight_sync_drafter(self) -> Drafter | None:
-        """What guesses ahead with weights of its own in this worker."""
+        """This worker's draft model, where it has one with weights of its own."""
         return drafter_of(self.model_runner, self.vllm_config)
 
     def _weight_sync_load(self, announced: Announced) -> Load | DraftLoad:

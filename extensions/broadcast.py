@@ -28,7 +28,7 @@ class WorkerExtension(UpdateBracket):
     ) -> None:
         """Join the trainer's group as rank `rank_offset` + this worker's rank in its engine, see `rank_in_engine`.
 
-        `world_size` counts the trainer and the workers of all engines, with those of every data-parallel replica. Each
+        `world_size` counts the trainer and the workers of all engines and of all their data-parallel replicas. Each
         engine has its own `rank_offset`. A group that was joined before is closed first. Raises like
         `stateless_init_process_group`.
         """
@@ -41,10 +41,10 @@ class WorkerExtension(UpdateBracket):
     def update_weight(self, name: str, dtype: "str | torch.dtype", shape: "list[int] | tuple[int, ...]") -> None:
         """Receive one tensor, of this dtype and full shape, and load it under its checkpoint name.
 
-        The tensor is received before it is judged: an error leaves the group usable, and the trainer does not wait.
-        Only a malformed dtype or shape is refused before. Raises GroupError without a group, TypeError or ValueError
-        for a malformed dtype, ManifestError for a malformed shape, and ManifestError or UpdateError where the model
-        can't take the tensor.
+        The tensor is received first and judged then: an error leaves the group usable, and the trainer does not wait.
+        Only a malformed dtype or shape is refused before anything is received. Raises GroupError without a group,
+        TypeError or ValueError for a malformed dtype, ManifestError for a malformed shape, and ManifestError or
+        UpdateError where the model can't take the tensor.
         """
         group = self._weight_sync_joined()
         if not is_shape(shape):
@@ -69,7 +69,7 @@ class WorkerExtension(UpdateBracket):
         group, self._weight_sync_group = self._weight_sync_group, None
         if group is not None:
             if self._weight_sync_state.update is not None:
-                self._weight_sync_state.update.failed = True  # what was received by it may not have come through
+                self._weight_sync_state.update.failed = True  # what the group was receiving may not have arrived
             group.close()
 
     def _weight_sync_joined(self) -> Communicator:

@@ -1,4 +1,4 @@
-"""What a sender has sent last, and what of the next update differs from it, bit by bit."""
+"""What a sender has sent last, and where the next update differs from it, bit by bit."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -38,7 +38,7 @@ class Changes:
 
 
 class TooMany(Exception):
-    """So much differs that a whole update is faster."""
+    """So many elements differ that a whole update is faster."""
 
 
 class Sent:
@@ -51,10 +51,10 @@ class Sent:
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
 
     def take(self, named: Iterable[tuple[str, torch.Tensor]], units: list[int] | None) -> Changes | None:
-        """Become what is to be sent: all tensors in their order, which may change afterwards.
+        """Take these tensors as what is sent next: all of them, in their order. The caller may change them afterwards.
 
-        units: as in `Places`; None where nothing was sent before. Returns what differs, and None where an update has to
-        be whole, or is faster so.
+        units: as in `Places`; None where nothing was sent before. Returns what differs, or None where the update has to
+        be whole or is faster as a whole.
         """
         tensors = iter(named)
         if units is None:

@@ -29,14 +29,14 @@ class ColocateWorkerExtension(UpdateBracket):
         """Load the tensors of this worker's device from `{device id: {checkpoint name: handle}}`.
 
         A handle is plain data as `HandleSender` makes it, or the `(function, arguments)` pair of torch's
-        `reduce_tensor`. Of a pair, only torch's own rebuild functions are taken. The sender's device index is replaced
-        by this worker's, since the two processes may see different `CUDA_VISIBLE_DEVICES`. All handles are opened
-        before any tensor is loaded. Returns the number of tensors loaded. The sender has to keep them unchanged until
-        `end_update()` has returned.
+        `reduce_tensor`. In a pair, only torch's own rebuild functions are accepted. The sender's device index is
+        replaced by this worker's, since the two processes may see different `CUDA_VISIBLE_DEVICES`. All handles are
+        opened before any tensor is loaded. Returns the number of tensors loaded. The sender has to keep them unchanged
+        until `end_update()` has returned.
 
         Raises ManifestError where there are no handles for this device, HandleError where one can't be opened, and
         UpdateError where they are not the announced ones. Outside an update it raises ManifestError where they do not
-        fit the model, and UpdateError where layers are packed. The weights are as they were then.
+        fit the model, and UpdateError where layers are packed. Where it raises, the weights are as they were.
         """
         own = self.report_device_id()
         handles = of_device(own, ipc_handles)

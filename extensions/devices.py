@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-CPU_DEVICE_ID = "WEIGHT_SYNC_CPU_DEVICE_ID"  # another id for host memory: one machine stands for several
+CPU_DEVICE_ID = "WEIGHT_SYNC_CPU_DEVICE_ID"  # another id for host memory, so that one machine can stand for several
 
 
 def synchronize(device: torch.device) -> None:
@@ -22,8 +22,8 @@ def device_id(device: torch.device) -> str:
     """The id of a device, the same in every process of the machine.
 
     A CUDA device has `GPU-<uuid>`, as nvidia-smi prints it; torch leaves the prefix out. A slice that
-    CUDA_VISIBLE_DEVICES names has `MIG-<uuid>`. Some drivers give a slice its GPU's UUID, which all its
-    slices share: the id is the entry in CUDA_VISIBLE_DEVICES then. The CPU has `CPU-<boot id>`, or the value of
+    CUDA_VISIBLE_DEVICES names has `MIG-<uuid>`. Some drivers give a slice the UUID of its GPU, which all slices share.
+    There the id is the entry in CUDA_VISIBLE_DEVICES. The CPU has `CPU-<boot id>`, or the value of
     WEIGHT_SYNC_CPU_DEVICE_ID.
     """
     if device.type == "cpu":

@@ -14,7 +14,7 @@ import numpy
 import torch
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
-COMPARED = 2**24  # elements that are compared at a time here: to compare takes memory
+COMPARED = 2**24  # elements compared at a time, since comparing takes memory
 MAX_POSITION = 2**31 - 1
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -22,11 +22,11 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Destination:
-    """Where elements of a tensor go, by their position in the flat tensor, in a model or in a copy of the tensor.
+    """Where the elements of a tensor go, in a model or in a copy of it, by their position in the flat tensor.
 
     elements: how many the tensor has. offset: the position of the first that goes here.
     steps: by dimension (step between positions, size, step in the memory), the largest step first.
-    memory: from the place of the first element on: one dimension, of integers.
+    memory: what follows from the place of the first element on, as integers in one dimension.
     """
 
     elements: int
@@ -42,13 +42,13 @@ class Destination:
 
     @property
     def is_run(self) -> bool:
-        """Whether elements that follow each other do so in the memory too."""
+        """Whether neighbours in the flat tensor are neighbours in the memory too."""
         return len(self.steps) == 1 and self.steps[0][::2] == (1, 1)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` of the elements in a buffer, from the one at `begin` on, which belong to one tensor."""
+    """`count` elements of a buffer, from index `begin` on, that belong to one tensor."""
 
     begin: int
     count: int
@@ -70,15 +70,16 @@ class Elements(Protocol):
     def changed(self, pairs: Sequence[Pair], at_most: int) -> Found | None:
         """Find the elements in which the first of each pair differs from the second, and write them into the second.
 
-        Pairs are flat tensors of one integer dtype. Returns None where more than `at_most` differ: what the second ones
-        hold is not known then.
+        Pairs are flat tensors of one integer dtype. Returns None where more than `at_most` differ; what the
+        second ones hold is unknown then.
         """
 
     def write(self, segments: Sequence[Segment], positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Write the elements of each segment to where they belong; those that belong elsewhere are left out.
+        """Write the elements of each segment into its destination, and skip those that lie outside of it.
 
-        positions: int32. values: integers of the size of the destinations' elements. Returns one element: not 0 where a
-        position is none of its tensor's. Nothing is written there. The host does not wait for the device.
+        positions: int32. values: integers of the size of the destinations' elements. Returns one element: not 0 where
+        some position lies outside its tensor. For that position nothing is written. The host does not wait for the
+        device.
         """
 
 
@@ -126,7 +127,7 @@ class PlainElements:
 def differing(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """The positions, int64, at which two flat tensors of one integer dtype differ.
 
-    Words of 8 bytes are compared first, where both are made of such, and then the elements of those that differ.
+    Where both consist of whole words of 8 bytes, these are compared first, then the elements of those that differ.
     """
     per = 8 // new.element_size()
     begins = (tensor.storage_offset() % per or tensor.data_ptr() % 8 for tensor in (new, old))
@@ -138,7 +139,7 @@ def differing(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 
 def _true(flags: torch.Tensor) -> torch.Tensor:
-    """Where a flat tensor of flags is true. On a CPU numpy finds few among many five times as fast as torch."""
+    """Where a flat tensor of flags is true. On a CPU, numpy finds a few among many five times as fast as torch."""
     if flags.device.type == "cpu":
         return torch.from_numpy(numpy.flatnonzero(flags.numpy()))
     return flags.nonzero().view(-1)
@@ -152,14 +153,14 @@ def integers(tensor: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def elements_on(device: torch.device) -> Elements:
-    """What finds and writes elements on a device: Triton's kernels on GPUs where they work, or else torch alone."""
+    """What finds and writes elements on a device: Triton's kernels on a GPU where they work, else torch alone."""
     if device.type != "cuda":
         return PlainElements()
     try:
         from extensions.kernels import FusedElements
 
         expect_right(FusedElements(), device)
-    except Exception as error:  # Triton is not there, compiles nothing here, or is wrong
+    except Exception as error:  # Triton is missing, cannot compile here, or computes wrongly
         warnings.warn(
             f"sparse updates go without Triton's kernels, slower: {type(error).__name__}: {error}", stacklevel=2
         )
@@ -168,7 +169,7 @@ def elements_on(device: torch.device) -> Elements:
 
 
 def expect_right(elements: Elements, device: torch.device, dtypes: Sequence[torch.dtype] = (torch.int16,)) -> None:
-    """Raise ValueError where something differs from what PlainElements does. What it compiles is used later."""
+    """Raise ValueError where the results differ from those of PlainElements. The compiled kernels are kept for use."""
     for dtype in dtypes:
         told = []
         for one in (PlainElements(), elements):

@@ -14,13 +14,13 @@ from extensions.tensors import MAX_ELEMENTS, dtype_name, dtype_of, is_shape
 
 EVENT_BYTES = 64  # the size of a cudaIpcEventHandle_t: torch reads as many bytes, whatever it is given
 COUNTER_BYTES = 8
-EXPANDABLE = b"e"  # the second byte of torch's handle to memory in an expandable segment; others have a "c"
+EXPANDABLE = b"e"  # second byte of torch's handle to memory in an expandable segment; of any other handle it is "c"
 EXPANDABLE_HINT = (
     "; the sender's memory is in expandable segments, whose handles are file descriptors that this process takes by"
     " pidfd_getfd(): allow it that (both processes of one user; in a container the capability SYS_PTRACE; elsewhere"
     " kernel.yama.ptrace_scope=0), or start the sender without expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF"
 )
-COUNTERS_PREFIX = b"/torch_"  # begins the names of the files where senders count the tensors still in use
+COUNTERS_PREFIX = b"/torch_"  # prefix of the files in which senders count the tensors that are still in use
 
 # The arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor after the tensor class, in order.
 CUDA_FIELDS = (
@@ -45,7 +45,7 @@ def export_tensor(tensor: torch.Tensor) -> dict:
 
 
 def _plain_cuda(arguments: tuple) -> dict:
-    """torch's arguments as plain data. Left out are the classes, which are always the same, and the ordinal."""
+    """torch's arguments as plain data, without the ordinal and without the classes, which are always the same."""
     if len(arguments) != len(CUDA_FIELDS) + 1:
         raise HandleError(f"expected {len(CUDA_FIELDS) + 1} arguments of a CUDA tensor, found {len(arguments)}")
     fields = dict(zip(CUDA_FIELDS, arguments[1:], strict=True))
@@ -79,7 +79,7 @@ def _open_pair(function: object, arguments: object, device: torch.device) -> tor
 
     opens = {"cuda": reductions.rebuild_cuda_tensor, "cpu": reductions.rebuild_tensor}
     if function is not opens.get(device.type):
-        plain = isinstance(function, FunctionType | BuiltinFunctionType)  # an attribute of another object may be code
+        plain = isinstance(function, FunctionType | BuiltinFunctionType)  # else reading an attribute may run code
         name = f"{function.__module__}.{function.__qualname__}" if plain else f"a {type(function).__name__}"
         raise HandleError(f"{name:.120} is not torch's function for a tensor on {device.type}; it was not called")
     if not isinstance(arguments, tuple | list):

@@ -1,8 +1,8 @@
-"""Triton's kernels for sparse updates: what differs is found in one pass over the memory, for many tensors at once.
+"""Triton's kernels for sparse updates: one pass over the memory finds what differs, for many tensors at once.
 
 Two launches find it. The first reads both tensors, as words of 8 bytes where they are aligned, and writes a bit for
 each element; the second reads these bits, and of the tensors only what differs. The elements of a tensor are cut into
-tiles, of which each is one program's. A third kernel writes elements to where they belong.
+tiles, one for each program. A third kernel writes elements to where they belong.
 """
 
 from collections.abc import Sequence

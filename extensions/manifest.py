@@ -11,8 +11,8 @@ from extensions.tensors import FLOATING_SOURCES, Shape, dtype_name, dtype_of, is
 
 Manifest = list[dict]
 Layout = tuple[torch.dtype, Shape]
-Announced = dict[str, Layout]  # a manifest as it is looked at: by name, in the order of sending
-SHOWN = 8  # names in a message; the rest is counted
+Announced = dict[str, Layout]  # a parsed manifest: by name, in the order of sending
+SHOWN = 8  # names shown in a message; the others are counted
 MAX_NAME = 1000  # characters
 
 
@@ -89,7 +89,7 @@ def wrong_dtype(name: str, found: torch.dtype, into: torch.dtype) -> list[str]:
 
 
 def require_none(problems: list[str]) -> None:
-    """Raise ManifestError where there is a problem. It shows the first."""
+    """Raise ManifestError where there is a problem; the message shows the first ones."""
     if problems:
         more = f"; and {len(problems) - SHOWN} more problems" if len(problems) > SHOWN else ""
         raise ManifestError("the update does not fit the model: " + "; ".join(problems[:SHOWN]) + more)

@@ -1,7 +1,8 @@
 """How changed elements travel: as positions and values, of many tensors in one buffer, cut into chunks of bounded size.
 
-Both ends know of each tensor how many elements come, and cut by that alone. Elements of one size travel together: their
-positions in the flat tensor, int32, and their values as integers, tensor after tensor in the order of the manifest.
+Both ends know how many elements of each tensor come, and cut by these counts alone. Elements of one size travel
+together: their positions in the flat tensor, int32, and their values as integers, tensor after tensor in the order of
+the manifest.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,10 +15,10 @@ import torch
 from extensions.elements import INTEGERS
 from extensions.group import Communicator
 
-CHUNK_ELEMENTS = 2**24  # that are moved together: with values of 2 bytes they take 96 MiB
+CHUNK_ELEMENTS = 2**24  # moved together; with values of 2 bytes they take 96 MiB
 POSITION_BYTES = 4
-WHOLE = -1  # in the place of a tensor's count: all of it travels, as it is
-EACH = -1  # in the place of a tensor's unit, with which it would be sent whole: it travels element by element
+WHOLE = -1  # instead of a tensor's count: the whole tensor travels
+EACH = -1  # instead of a tensor's unit: it belongs to none, and travels element by element
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
 
@@ -40,7 +41,7 @@ class Chunk:
 
 
 def chunks_of(counts: Sequence[int], itemsizes: Sequence[int]) -> list[Chunk]:
-    """The chunks of an update: of each tensor so many elements, of so many bytes each. WHOLE ones are left out."""
+    """The chunks of an update, by the count and the size of each tensor's elements. WHOLE tensors are left out."""
     found: list[Chunk] = []
     for itemsize in sorted({*itemsizes}):
         begin, room = 0, 0
@@ -76,7 +77,7 @@ def units_of(together: Iterable[Iterable[str]], names: Sequence[str]) -> list[in
 
 
 def merged(units: Iterable[Sequence[int]], count: int) -> list[int]:
-    """The units of several ranks as one: what is a unit on one of them is so for all."""
+    """The units of several ranks together: tensors that are one unit on any rank are one on all."""
     names, together = [str(index) for index in range(count)], []
     for of_rank in units:
         together += [(str(index), str(unit)) for index, unit in enumerate(of_rank) if unit != EACH]
@@ -84,14 +85,14 @@ def merged(units: Iterable[Sequence[int]], count: int) -> list[int]:
 
 
 def patch_bytes(count: int, itemsize: int) -> int:
-    """The bytes that so many changed elements travel in."""
+    """The bytes in which this many changed elements travel."""
     return count * (POSITION_BYTES + itemsize)
 
 
 def received(group: Communicator, chunks: Sequence[Chunk], device: torch.device) -> Iterator[tuple[Chunk, Buffers]]:
     """Each chunk with its positions and values, as rank 0 sends them.
 
-    On a GPU one chunk is received while what came before is used, which has to be queued when the next is asked for.
+    On a GPU one chunk is received while the one before is used. The caller queues that use before it asks for more.
     """
     lanes, ahead = _Lanes(device, chunks), None
     for number, chunk in enumerate(chunks):
@@ -130,7 +131,7 @@ class _Lanes:
         return self._positions[lane][: chunk.count], values
 
     def receiving(self) -> AbstractContextManager:
-        """Have a broadcast run beside what uses the other buffers, and after all that has been queued so far."""
+        """Have a broadcast run beside what uses the other buffers, after all that has been queued so far."""
         if self._stream is None:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -1,7 +1,7 @@
 """How an update is cut for its way: into groups of whole tensors, or of pieces that fit into a buffer.
 
-Both ends cut by what was announced alone, so that they cut alike. Whole tensors go straight to where they belong. They
-are cut into pieces where a receiver would have to hold more than STAGED_BYTES of a group beside its model.
+Both ends cut by the announcement alone, so they cut alike. Whole tensors go straight to where they belong. Tensors are
+cut into pieces where a receiver would otherwise hold more than STAGED_BYTES of a group beside its model.
 """
 
 import math
@@ -68,7 +68,7 @@ def cut(announced: Announced, limit: int) -> Groups:
 
 
 def room_for(groups: Groups, held: Callable[[Piece], bool]) -> int:
-    """The bytes of a buffer that takes those pieces of any one group that are `held` in it."""
+    """The bytes of a buffer that has room for the `held` pieces of any one group."""
     return max(sum(aligned(piece.nbytes) for piece in group if held(piece)) for group in groups)
 
 
@@ -83,7 +83,7 @@ def aligned(nbytes: int) -> int:
 
 
 def _parts(total: int, room: int, limit: int) -> Iterator[tuple[int, int]]:
-    """(start, bytes) of the pieces of a tensor, of which the first is to fit into what a group has room for."""
+    """(start, bytes) of the pieces of a tensor. The first has to fit into the room that a group has left."""
     first = min(total, room or limit)
     yield 0, first
     yield from ((start, min(limit, total - start)) for start in range(first, total, limit))

@@ -1,33 +1,40 @@
-"""Where each announced tensor goes in a model: which parts of which parameters it fills, and through which conversion.
+"""A plan says which part of which parameter each announced tensor fills, and through which conversion.
 
-Method. A model's own `load_weights` knows how a checkpoint's tensors become its parameters: which are fused, cut
-for a rank, transposed or cast. It does not say so; it copies. A plan is what it was seen to do:
+Method. A model's own `load_weights` turns a checkpoint's tensors into parameters: it fuses, shards, transposes and
+casts. It has no table of this that could be read. So it is run once, without data, and watched:
 
-1. A twin of the live model, of the same class and configuration, is built on the meta device: it has no memory, and
-   what the live model ties is tied (`model/twin.py`).
-2. The twin's `load_weights` gets the announced tensors as meta tensors, while a dispatch mode notes every write into a
-   parameter or buffer, instead of doing it: the region written, the regions of announced tensors that its values come
-   from, and the operations between the two, followed by their storages.
-3. The notes are judged before anything is touched. Every element of every parameter has to be filled once, and every
-   announced element has to go somewhere, on this rank or, by twins of the other ranks, on another.
+1. Build a twin of the live model on the meta device (`model/twin.py`). It has the same class and configuration, the
+   same parameters are tied, and there is no memory.
+2. Give the announced tensors, as meta tensors, to the twin's `load_weights`, inside a TorchDispatchMode. The mode sees
+   every operation. A meta tensor's storage tells which tensor it belongs to; offset, shape and strides tell which part.
+   The result of an operation is remembered with the parts that it was computed from. A write into a parameter or buffer
+   is not carried out but noted: the part written, the parts read, the operations in between.
+3. Check the notes before the live model is touched. Each element of a parameter has to be filled exactly once, unless
+   the engine's own checkpoint leaves it out too. Each announced element has to be read on this rank or on another; to
+   know of other ranks, build their twins here.
 
-Then an update is what its notes say. A tensor that fills one contiguous part of one parameter as it is can be received
-there, by NCCL straight into the live weight. One of which regions are copied, and cast at most, can come in pieces of
-any size. Only what is more than a copy goes through `load_weights` again, and what that writes is counted.
+An update follows the notes. A tensor that fills one contiguous part of one parameter unchanged is received right there,
+by NCCL into the live weight. A tensor of which parts are copied, and at most cast, may arrive in pieces of any size.
+Only the others go through `load_weights` again, and the elements that it writes for them are counted.
 
-To record a loader and to replay it is known, from vLLM's sharded transfer over NIXL and from prime-rl. What is done
-with it here, over plain NCCL and IPC, is to receive in the recorded places, and to refuse what would not fit.
+Recording a loader and replaying it is known from vLLM's sharded transfer over NIXL and from prime-rl. New here: tensors
+are received in the recorded places over plain NCCL and IPC, and an update that does not fit is refused.
 
-Limits. A loader that reads values can't be recorded. Then there is no plan, and updates go through `load_weights`.
-What `load_weights` drops after computing with it, and a constant that it writes over a part that a tensor fills too,
-are not seen. Layers whose weights are processed after loading (packed, quantised, experts) are written to in their
-loaded form, and processed again (`model/loading.py`). A plan takes 0.02 to 0.8 s, and is of one rank and one manifest.
+Limits.
+* A loader that reads values cannot be recorded. There is no plan then, and updates go through `load_weights`.
+* Two faults go unseen: elements that `load_weights` computes with and then drops, and a constant that it writes over
+  elements that a tensor fills.
+* Layers that vLLM processes after loading (packed, quantised, experts) are put back into their loaded form, filled, and
+  processed again (`model/loading.py`).
+* A plan holds for one rank and one manifest, and takes 0.02 to 0.8 s to make.
 
-Safety. A plan is kept (`kept.py`) as long as the same tensors are announced and every parameter and buffer of the
-model is at the address and of the shape that it had. Both ends compare a digest of names, dtypes, shapes and order
-before each update (`planned.py`). Each target is compared with the twin's, in dtype, shape and strides, before it is
-written to. So an update that does not fit is refused by name with nothing touched; one that breaks off later leaves a
-model that says that it is inconsistent.
+Safety.
+* A kept plan is used again only for the same announced tensors, and while every parameter and buffer of the model has
+  the address and the shape that it had (`kept.py`).
+* Before each update, both ends compare a digest of names, dtypes, shapes and order (`planned.py`).
+* Before a tensor of the model is written to, its dtype, shape and strides are compared with the twin's.
+* An update that does not fit is refused by name, and nothing is touched. One that breaks off later leaves the model
+  marked as inconsistent until a whole update succeeds.
 """
 
 import itertools
@@ -58,7 +65,7 @@ from extensions.model.views import View, views_of
 from extensions.problems import misfits, missing, names_of, unknown, unread
 
 MAX_SAID = 120  # characters of a loader's error
-MAX_APART = 256  # tensors that are tried in a call of their own; of more, none is loaded before all are there
+MAX_APART = 256  # tensors tried in a call each; where there are more, all are given in one call
 
 
 class PlanError(ValueError):
@@ -71,15 +78,15 @@ class Plan:
 
     parameters: the memory of every parameter, by vLLM's name; tied ones once.
     tensors: every parameter and buffer of the twin, tied ones under each of their names.
-    refused: the announced tensors at which `load_weights` raises, and what it says. After too many, it holds the first.
+    refused: the announced tensors at which `load_weights` raises, and what it says; at most the first SHOWN of them.
     aliases: announced names of tensors that are loaded under another name: `lm_head.weight` of tied embeddings.
     elsewhere: what other ranks of the engine read of announced tensors.
-    kept: elements of parameters that the engine's own checkpoint does not fill either.
+    kept: by parameter, how many elements the engine's own checkpoint does not fill either.
     absent: by parameter, the tensors of that checkpoint that fill it and were not announced.
     dropped: announced tensors that the engine's own checkpoint has too, and that are written nowhere.
-    views: tensors that the model keeps beside the parameters and buffers that they are views of.
+    views: tensors that the model keeps apart, each of which was built as a view of a parameter or buffer.
     scales: parameters for the scales of the cache of keys and values.
-    together: whether those tensors that are not simply copied have to be given to `load_weights` in one call.
+    together: whether `load_weights` needs all tensors that are not simply copied in one call.
     """
 
     announced: Announced
@@ -143,28 +150,27 @@ class Plan:
 
     @cached_property
     def layers(self) -> dict[str, set[str]]:
-        """The tensors that each layer is filled by, by the layer's path."""
+        """The names of the tensors that fill each layer, by the layer's path."""
         found: dict[str, set[str]] = defaultdict(set)
         for fill in self.fills:
             found[split(fill.into)[0]] |= {name for name, _ in fill.reads}
         return {path: names for path, names in found.items() if names}
 
     def problems(self) -> list[str]:
-        """Why the update would not make all weights new, a sentence each. It begins with the tensor's name.
+        """Why the update would not make all weights new: sentences, each of which begins with a tensor's name.
 
-        The name is an announced one where the tensor is unknown or has another shape or dtype. Where one is missing, it
-        is that of the engine's own checkpoint, or else vLLM's name of the parameter, as where elements are filled
-        twice. Two kinds are not seen: elements that `load_weights` computes with and drops, and those that it fills
-        with a constant in a parameter that announced tensors fill in part.
+        A tensor that is unknown, or has another shape or dtype, goes by its announced name. A missing one goes by its
+        name in the engine's own checkpoint, or else by vLLM's name of the parameter; so does a parameter of which
+        elements are filled twice. Two faults go unseen, see the limits in the module's docstring.
         """
         return [*self.misfits(), *self.missing()]
 
     def misfits(self) -> list[str]:
-        """The problems of the tensors that were announced; not those of weights for which none was."""
+        """The problems of announced tensors, without the weights for which no tensor was announced."""
         return misfits(self)
 
     def missing(self) -> list[str]:
-        """The parameters that no announced tensor fills, or not in every element."""
+        """The problems of parameters that announced tensors do not fill, or fill only in part."""
         return missing(self)
 
     @cached_property
@@ -226,7 +232,7 @@ def planned(model: torch.nn.Module, vllm_config: object, announced: Announced) -
 def _recorded(
     model: torch.nn.Module, vllm_config: object, announced: Announced, ranks: tuple[int, ...] | None = None
 ) -> Plan:
-    """The plan of one rank. Each refused tensor is left out, and the others are recorded again."""
+    """The plan of one rank. Where the loader refuses a tensor, the others are recorded again without it."""
     refused: dict[str, str] = {}
     while True:
         with twin_of(model, vllm_config, ranks) as twin:
@@ -247,10 +253,10 @@ def _recorded(
 
 
 def _with_other_ranks(plan: Plan, model: torch.nn.Module, vllm_config: object) -> Plan:
-    """The plan that knows what other ranks of the engine take: a tensor of theirs, or a part of one.
+    """The plan, with what other ranks of the engine read of tensors that this rank reads in part or not at all.
 
-    A tensor that the engine's own checkpoint holds in the same shape is whole. For any other, the other ranks' plans
-    are made too.
+    A tensor that the engine's own checkpoint holds in the same shape counts as read whole. For the others, the plans of
+    all ranks are made here.
     """
     parallel = vllm_config.parallel_config
     sizes = [parallel.tensor_parallel_size, parallel.pipeline_parallel_size]
@@ -287,10 +293,10 @@ def _not_read_whole(plan: Plan) -> list[str]:
 
 
 def _with_checkpoint(plan: Plan, model: torch.nn.Module, vllm_config: object) -> Plan:
-    """The plan that knows what the engine's own checkpoint fills, and with which tensors.
+    """The plan, with what the engine's own checkpoint fills, and with which tensors.
 
-    What that leaves as the model's class made it, such as scales of 1, is kept. Without a checkpoint those are the
-    scales of the cache of keys and values, which vLLM sets itself.
+    Elements that this checkpoint does not fill either, such as scales of 1, are kept. Without a checkpoint only the
+    scales of the cache of keys and values are kept, since vLLM sets them itself.
     """
     layouts = _checkpoint(vllm_config)
     if not layouts:
@@ -310,7 +316,7 @@ def _checkpoint(vllm_config: object) -> Announced:
 
 
 def _loads_apart(plan: Plan, model: torch.nn.Module, vllm_config: object) -> bool:
-    """Whether a tensor that is not simply copied goes to the same places in a call of `load_weights` of its own."""
+    """Whether `load_weights` writes the same where each tensor that is not simply copied comes in its own call."""
     names = set(plan.converted)
     if len(names) > MAX_APART:
         return False
@@ -363,6 +369,6 @@ def _whole(layout: Layout) -> Region:
 
 
 def _first_line(error: Exception) -> str:
-    """The type of an error and the begin of what it says. vLLM may add the names of all parameters."""
+    """The type of an error and the beginning of its message, to which vLLM may add the names of all parameters."""
     said = str(error).partition("\n")[0][:MAX_SAID]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def misfits(plan: "Plan") -> list[str]:
-    """The problems of the tensors that were announced; not those of weights for which none was."""
+    """The problems of announced tensors, without the weights for which no tensor was announced."""
     if plan.refused and not plan.fills:
         return [*_refused(plan)]  # the recording was given up: nothing is known of the other tensors
     return [*_refused(plan), *_unknown(plan), *_dtypes(plan), *_other_shapes(plan), *_filled_twice(plan)]
 
 
 def missing(plan: "Plan") -> list[str]:
-    """The parameters that no announced tensor fills, or not in every element."""
+    """The problems of parameters that announced tensors do not fill, or fill only in part."""
     if plan.refused and not plan.fills:
         return []
     found = []
@@ -42,7 +42,7 @@ def _refused(plan: "Plan") -> Iterable[str]:
 
 
 def unknown(plan: "Plan") -> list[str]:
-    """The announced names of which nothing is written anywhere."""
+    """The announced tensors from which nothing is written anywhere."""
     known = (plan.by_name, plan.elsewhere, plan.refused, plan.aliases)
     return [name for name in plan.announced if not any(name in names for names in known)]
 

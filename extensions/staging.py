@@ -9,9 +9,9 @@ from extensions.pieces import Piece, aligned, part_of
 class Staging:
     """The memory of one update. For every group, `places` says where its pieces go, and `settle` loads them from there.
 
-    A tensor that the plan copies as it is, into one contiguous part of one parameter, is received in that part. Of any
-    other that the plan copies, a piece is received in the buffer, and copied to where its elements belong before the
-    next group comes. What `load_weights` itself has to load is received whole, and let go when it is loaded.
+    A tensor that the plan copies as it is, into one contiguous part of one parameter, is received in that part. Any
+    other tensor that the plan copies is received in the buffer, piece by piece, and copied from there before the next
+    group comes. A tensor that `load_weights` itself has to load is received whole, and let go once it is loaded.
     """
 
     def __init__(self, update: Update, device: torch.device, buffer_bytes: int) -> None:

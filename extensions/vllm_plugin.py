@@ -1,14 +1,14 @@
-"""What vLLM calls in each of its processes by way of the entry point `weight_sync_planned`."""
+"""vLLM calls this in each of its processes, through the entry point `weight_sync_planned`."""
 
 BACKEND = "planned"
 
 
 def register() -> None:
-    """Make the backend `planned` known to vLLM's weight transfer, unless it is, or vLLM is older than 0.25."""
+    """Make the backend `planned` known to vLLM, unless it is known or vLLM is older than 0.25."""
     try:
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
         from vllm.distributed.weight_transfer.base import WeightTransferEngine
-    except ImportError:  # a vLLM without weight transfer, which has to start as it does without this package
+    except ImportError:  # a vLLM without weight transfer has to start all the same
         return
     starts_updates = hasattr(WeightTransferEngine, "start_weight_update")
     if starts_updates and BACKEND not in WeightTransferEngineFactory._registry:

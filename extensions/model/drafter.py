@@ -51,9 +51,9 @@ class Drafter:
 
 
 def drafter_of(model_runner: object, vllm_config: object) -> Drafter | None:
-    """What guesses ahead with weights of its own in a worker; None where nothing does, as with n-grams.
+    """A worker's draft model; None where nothing with weights of its own guesses ahead, as with n-grams.
 
-    vLLM's two model runners call what holds it `drafter` and `speculator`.
+    One of vLLM's model runners keeps it in `drafter`, the other in `speculator`.
     """
     holder = getattr(model_runner, "drafter", None) or getattr(model_runner, "speculator", None)
     found = getattr(holder, "model", None)
@@ -77,7 +77,7 @@ def parted(announced: Announced) -> tuple[Announced, Announced]:
 
 @contextmanager
 def of_the_drafter() -> Iterator[None]:
-    """Say of refusals and losses that they are the draft model's: there, tensors go by names without DRAFT."""
+    """Say in errors that they concern the draft model, since its tensors' names stand there without DRAFT."""
     try:
         yield
     except (ManifestError, LoadError) as error:

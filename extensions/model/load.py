@@ -1,6 +1,6 @@
 """Loading one update into a model: what every way of loading shares, and the plain way.
 
-A plan says where each tensor goes. What it copies is copied there, and `load_weights` loads what is more than a copy.
+A plan says where each tensor goes. Plain copies are made here; `load_weights` loads what is more than a copy.
 """
 
 import math
@@ -17,7 +17,7 @@ from extensions.model.twin import REPLACES, Fill, split, without_lora
 from extensions.model.views import View, resolve
 from extensions.plan import Plan
 
-COMPARED_BYTES = 4 * 2**20  # of a piece at a time: to compare takes memory
+COMPARED_BYTES = 4 * 2**20  # of a piece at a time, since comparing takes memory
 
 
 class LoadError(RuntimeError):
@@ -49,7 +49,7 @@ class Load(ABC):
         self._touched = False  # whether load() has been called
         self._held: dict[str, torch.Tensor] = {}  # what has to be loaded together
         self._heads: dict[str, torch.Tensor] = {}  # output embeddings that are tied: compared at the end
-        self._unequal: dict[str, list[torch.Tensor]] = {}  # of those that came in pieces: whether a part was unequal
+        self._unequal: dict[str, list[torch.Tensor]] = {}  # tied heads in pieces: whether a part was unequal
         self._there: set[str] = set()  # what has been copied
         self._layers = layers_of(model)
         self._views = _views_by_layer(model, plan)
@@ -61,8 +61,8 @@ class Load(ABC):
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take full tensors under their checkpoint names; they may be kept until `end`.
 
-        Give it all tensors that are there in one call: each call of `load_weights` walks the model, which in some
-        versions of vLLM takes longer than the copy of a tensor.
+        Give it all tensors at hand in one call. Each call of `load_weights` walks the model, and in some versions of
+        vLLM the walk takes longer than the copy of a tensor.
         """
         self._touched = True
         if self._plan is not None:
@@ -87,7 +87,7 @@ class Load(ABC):
         self._written(names)
 
     def takes_pieces(self, name: str) -> bool:
-        """Whether a tensor can be given to `load_pieces`; any other has to be whole when it is loaded."""
+        """Whether a tensor can be given to `load_pieces`; any other has to be loaded whole."""
         if self._plan is None:
             return False
         if name in self._plan.aliases:
@@ -96,9 +96,9 @@ class Load(ABC):
         return self._is_copied(name) or not self._plan.of(name)
 
     def load_pieces(self, pieces: Iterable[tuple[str, int, torch.Tensor]]) -> None:
-        """Copy (checkpoint name, first byte, bytes) of tensors: the pieces of each in their order, without a gap.
+        """Copy pieces (checkpoint name, first byte, bytes): those of each tensor in their order, without a gap.
 
-        Nothing of a piece is kept. It is a uint8 tensor of one dimension that begins and ends between two elements.
+        No piece is kept. A piece is a uint8 tensor of one dimension that begins and ends between two elements.
         """
         self._touched = True
         for name, start, piece in pieces:
@@ -123,7 +123,7 @@ class Load(ABC):
         ]
 
     def _compare(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Find out whether a piece of a tied output embedding, flat, is that of the input embedding, which is there."""
+        """Compare a flat piece of a tied output embedding with the input embedding, which has arrived before."""
         size, embedding = values.element_size(), self._plan.aliases[name]
         for fill in self._plan.of(embedding) if embedding is not None else ():
             live, region = self._tensor(fill.into), _of_itemsize(size, fill.reads[0][1])
@@ -135,7 +135,7 @@ class Load(ABC):
                     self._unequal.setdefault(name, []).append(unequal.any())
 
     def _copied(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy what the plan copies. Returns what is left, which `load_weights` has to load."""
+        """Copy what the plan copies. Returns the others, which `load_weights` has to load."""
         left = {}
         with configured(self._vllm_config):
             for name, tensor in tensors.items():
@@ -224,7 +224,7 @@ class Load(ABC):
         """These tensors are where they belong."""
 
     def unwritten(self) -> list[str]:
-        """What was announced and is not where it belongs, a sentence each. Asked when all tensors have been taken."""
+        """A sentence for each announced tensor that is not where it belongs. Asked when all tensors have been taken."""
         return []
 
     def _settle(self) -> None:
@@ -331,7 +331,7 @@ def configured(vllm_config: object) -> Iterator[None]:
 
 @contextmanager
 def unwrapped(model: torch.nn.Module) -> Iterator[None]:
-    """Take off what vLLM has put around layers for LoRA: not every `load_weights` finds its parameters through it."""
+    """Take off vLLM's LoRA wrappers around layers, through which not every `load_weights` finds its parameters."""
     wrappers = [
         (parent._modules, name, wrapper)
         for parent in model.modules()

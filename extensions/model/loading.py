@@ -5,8 +5,8 @@ Where processing after loading has replaced them, `LayerwiseReload` restores eac
 into those, has vLLM process the layer again and copies the result to where the old one was. So addresses captured in
 CUDA graphs stay valid.
 
-With a plan a layer is processed when all that fills it has been written. Without one, vLLM's own wrappers around the
-parameters' loaders count what a layer has got; they do not see what a model copies past them.
+With a plan, a layer is processed once everything that fills it has been written. Without one, vLLM's own wrappers
+around the parameters' loaders count what a layer has got; they do not see what a model copies past them.
 
 Parts of vLLM without a public name are used. vLLM has no call that gives a reload up, nor one that processes a single
 layer: `_place_kernel_tensors`, `_layerwise_process` and the attributes that the reload leaves on layers and model are
@@ -111,7 +111,7 @@ class LayerwiseReload(Load):
     def _restore(self, path: str) -> None:
         """Give a layer memory for the tensors that a checkpoint is loaded into, and loaders that write into it.
 
-        What no announced tensor fills has the value that it had.
+        Elements that no announced tensor fills keep their values.
         """
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -206,7 +206,7 @@ def finalize(model: torch.nn.Module, model_config: object) -> None:
 
 
 def _name_loaders(model: torch.nn.Module) -> None:
-    """Give loaders that are partials a name, which they lack: vLLM's reload compares every loader's (MiniMax-M2)."""
+    """Give loaders that are partials a name: they have none, and vLLM's reload compares those of all (MiniMax-M2)."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     for layer in model.modules():
@@ -250,7 +250,7 @@ def _repack_tied_head(model: torch.nn.Module) -> None:
 def _give_memory(parameters: dict[str, torch.Tensor], layer: torch.nn.Module) -> None:
     """Give a layer memory for weights that were released: on CPUs with AMX, latent attention does so with kv_b_proj's.
 
-    vLLM's reload would copy into none. Attention, which is processed last, takes what it needs and releases it again.
+    vLLM's reload needs memory to copy into. Attention is processed last, takes what it needs and releases it again.
     """
     for name, released in parameters.items():
         loaded = layer._parameters[name]
@@ -274,7 +274,7 @@ def is_attention(layer: torch.nn.Module) -> bool:
 
 
 def _unloaded_layers(model: torch.nn.Module) -> list[str]:
-    """The layers of which vLLM's reload has seen no or not all elements; not those that it finishes in another way."""
+    """The layers of which vLLM's reload has seen too few elements, but for those that it finishes in another way."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 

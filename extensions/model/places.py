@@ -1,7 +1,7 @@
 """Which announced tensors may be written into a model element by element, and where each element goes.
 
-That may be done with a tensor that the plan copies as it is, into layers whose parameters are as they were loaded. Any
-other is loaded whole, together with all others that its layers are made of: they are a unit.
+A tensor may be written so if the plan copies it as it is, into layers whose parameters are as they were loaded. Any
+other is loaded whole, together with all tensors that fill the same layers: they are a unit.
 """
 
 import math
@@ -26,7 +26,7 @@ SAMPLED = 64  # elements of a parameter that are looked at
 class Places:
     """Where the elements of an update go on one rank.
 
-    destinations: by the name of a tensor that is written element by element; nothing where this rank has none of it.
+    destinations: by the names of tensors that are written element by element; empty where this rank has no part of one.
     units: of each announced tensor in their order, EACH (`extensions.patches`) or the number of the first in its unit.
     """
 
@@ -63,7 +63,7 @@ def part_of_plan(plan: Plan, names: Iterable[str]) -> Plan:
 
 
 def _whole_layers(model: torch.nn.Module, plan: Plan) -> set[str]:
-    """Paths of the layers that are loaded whole: what is there is processed, or something else is derived from it."""
+    """Paths of the layers that are loaded whole: their tensors are processed, or others are derived from them."""
     modules = {without_lora(path): module for path, module in model.named_modules()}
     found = {without_lora(path) for path in processed_layers(model)}
     found |= {split(view.of)[0] for view in plan.views}
@@ -73,7 +73,7 @@ def _whole_layers(model: torch.nn.Module, plan: Plan) -> set[str]:
 
 
 def _together(plan: Plan, whole: set[str]) -> Iterator[Iterable[str]]:
-    """Tensors that are loaded whole with each other."""
+    """Tensors that are only loaded together, and whole."""
     yield from (names for path, names in plan.layers.items() if path in whole)
     yield from ([name for name, _ in fill.reads] for fill in plan.fills if len(fill.reads) > 1)
     yield from ([name, embedding] if embedding else [name] for name, embedding in plan.aliases.items())
@@ -133,9 +133,9 @@ def _extent(region: Region) -> int:
 
 
 class Sample:
-    """Some elements of each parameter of a model, to see that the parameters are what they were.
+    """Some elements of each parameter of a model, which show whether the parameters still have their values.
 
-    Sleep drops them, and loading past the extension replaces them; both leave few elements as they were.
+    Sleep drops parameters, and loading past the extension replaces them. Either leaves few elements unchanged.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -146,11 +146,11 @@ class Sample:
         self.take()
 
     def take(self) -> None:
-        """Take what they are now for right. The parameters are where they were when this was made."""
+        """Remember the elements as they are now. Call this only while the parameters are where they were at first."""
         self._values = self._now()
 
     def holds(self) -> bool:
-        """Whether those elements are what they were."""
+        """Whether the elements are as remembered."""
         return all(torch.equal(*pair) for pair in zip(self._values, self._now(), strict=True))
 
     def _now(self) -> list[torch.Tensor]:

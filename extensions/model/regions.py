@@ -56,7 +56,7 @@ def part(tensor: torch.Tensor, region: Region) -> torch.Tensor:
 
 
 def overlaps(source: Region, target: Region, start: int, end: int) -> Iterator[tuple[Region, Region]]:
-    """What of a copy from `source` to `target`, two regions of one shape, lies in the bytes of the source in a range.
+    """The part of a copy from `source` to `target`, regions of one shape, that reads a range of the source's bytes.
 
     Yields parts of both, of one shape each. The offsets of the source's parts count from `start`. No element may lie on
     both sides of `start` or `end`.
@@ -77,7 +77,7 @@ def overlaps(source: Region, target: Region, start: int, end: int) -> Iterator[t
 def _boxes(offset: int, dims: list[tuple[int, int]], nbytes: int, start: int, end: int) -> Iterator[list[Box]]:
     """The elements between two bytes as boxes: (first index, number of indices) by dimension.
 
-    Dimensions are (size, stride). An index of the first one that lies in the range whole needs no closer look.
+    Dimensions are (size, stride). An index of the first dimension that lies wholly in the range is not split.
     """
     if not dims:
         if start <= offset < end:
@@ -98,7 +98,7 @@ def _boxes(offset: int, dims: list[tuple[int, int]], nbytes: int, start: int, en
 
 
 def elements_filled(regions: list[Region], memory: Memory) -> dict[int, int]:
-    """How many elements of a tensor lie in how many of the regions: `{number of regions: elements}`."""
+    """`{number of regions: how many of the tensor's elements lie in that many of them}`."""
     runs = [_runs(region) for region in regions if region.elements]
     # Counted in blocks: the largest unit in which no region begins, ends or jumps anywhere but between two blocks.
     sizes = [size for offset, outer, run in runs for size in (offset, run, *(step for _, step in outer))]

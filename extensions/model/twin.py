@@ -21,7 +21,7 @@ CONSTANTS = ("fill_", "zero_")
 HEAD = "lm_head.weight"
 ONLINE_LOADER = "online_process_loader"  # how vLLM's layerwise reload calls the loaders that it puts around others
 LORA_WRAPPED = ".base_layer."  # where vLLM has put the layer that it wraps
-REPLACES = "replaces the tensor"  # the conversion of a loader that puts another tensor in the place of the parameter
+REPLACES = "replaces the tensor"  # the conversion where a loader replaces the parameter by another tensor
 SPOILS = " of the tensor itself"  # ends a conversion that writes into the announced tensor
 # Operations that take a tensor's shape and not its values.
 SHAPE_ONLY = (
@@ -265,7 +265,7 @@ def _tie_as(model: torch.nn.Module, twin: torch.nn.Module) -> None:
 
 
 def tied_heads(twin: torch.nn.Module, vllm_config: object, announced: Iterable[str]) -> dict[str, str | None]:
-    """Announced names of an output embedding that is the input embedding, and vLLM's name of that, where it is here."""
+    """Announced names of tied output embeddings, each with vLLM's name of the input embedding if this rank has it."""
     heads = [name for name in announced if name == HEAD or name.endswith(f".{HEAD}")]
     if not heads:
         return {}
@@ -330,7 +330,7 @@ class TwinFailed(Exception):
 
 
 class LoadFailed(Exception):
-    """`load_weights` raised. `name` is the tensor that it had taken last, None where it had taken none."""
+    """`load_weights` raised. `name` is the tensor that it took last; None where it took none."""
 
     def __init__(self, name: str | None, cause: Exception) -> None:
         self.name, self.cause = name, cause

@@ -1,4 +1,4 @@
-"""Tensors that were built as views of a parameter, and are not part of its memory any more.
+"""Tensors that were built as views of a parameter, and have memory of their own now.
 
 A model may keep a parameter a second time: mamba's `conv_weights` is a view of `conv1d.weight`, an attention
 implementation holds its layer's sinks. Where processing after loading repacks the parameter, or casts the view, the two
@@ -40,7 +40,7 @@ def views_of(twin: torch.nn.Module) -> list[View]:
 def parted(views: list[View], model: torch.nn.Module) -> tuple[list[View], list[str]]:
     """Which of the views are not part of their parameter's memory in the live model.
 
-    Also those that can't be renewed by a copy, a sentence each: their values are not the parameter's.
+    Also returns a sentence for each view that a copy can't renew, since its values are not the parameter's.
     """
     live, found, problems = live_tensors(model), [], []
     there = {without_lora(path): tensor for path, tensor in every_tensor(model)} if views else {}
