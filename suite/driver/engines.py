@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from suite.models import MODELS
+from suite.models import MODELS, alibi
 from suite.processes.call import Process
 from suite.processes.launcher import Launcher
 from suite.stages import Stage
@@ -96,7 +96,11 @@ def seed_of(subject_index: int) -> int:
 OF_CPU_PIPELINES = {"enforce_eager": False, "compilation_config": {"mode": 1}}
 
 # FlashInfer's kernels for gated delta nets are compiled when they are first used, and not every host has the package.
-OF_GPU_MODELS = {"qwen3_next": {"additional_config": {"gdn_prefill_backend": "triton"}}}
+# Of FlashAttention only version 2 knows ALiBi, and not every build of vLLM has that.
+OF_GPU_MODELS = {
+    "qwen3_next": {"additional_config": {"gdn_prefill_backend": "triton"}},
+    alibi.ARCHITECTURE: {"attention_backend": "TRITON_ATTN"},
+}
 
 
 def engine_options(stage: Stage, model: str) -> dict:
