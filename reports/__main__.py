@@ -13,10 +13,11 @@ from reports.compare import CAUSES, DEFAULT_CAUSES, compare, same_hardware
 from reports.load import Run, UnusableInput, document_of, labelled, only, parse, read, read_all
 from reports.results import BASELINES, results_markdown
 from reports.statistics import THRESHOLD
+from reports.subjects import subjects_markdown
 
 EXIT_STATUS = """\
 exit status:
-  0  nothing worse (show, trend, table, results, export, issue: done)
+  0  nothing worse (show, trend, table, subjects, results, export, issue: done)
   1  compare: newly failing, newly in error, or slower beyond the threshold; --fail-on chooses what counts
   2  unusable input or options: the message names the file, the place and what was expected
   3  compare --strict: nothing worse, but a timing is inconclusive
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write {what}")
     added = command("table", _table, "+", help="the Markdown table of several runs")
     _machines(added)
+    added = command("subjects", _subjects, "+", help="the Markdown table of subjects side by side, from several runs")
+    _machines(added, threshold=False)
     added = command("results", _results, None, narrowed=False, help="the page of measured results, docs/results.md")
     added.add_argument(
         "--baselines", type=Path, default=BASELINES, metavar="DIR", help="folders of runs, one a machine"
@@ -93,8 +96,10 @@ def _compare_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--fail-on", type=_causes, default=DEFAULT_CAUSES, metavar="LIST", help=shown)
 
 
-def _machines(parser: argparse.ArgumentParser) -> None:
+def _machines(parser: argparse.ArgumentParser, threshold: bool = True) -> None:
     parser.add_argument("--across-machines", action="store_true", help="compare runs of different hardware too")
+    if not threshold:
+        return
     shown = f"practical difference, as 5%% or 0.05 (default {THRESHOLD * 100:g}%%)"
     parser.add_argument("--threshold", type=_threshold, default=THRESHOLD, help=shown)
 
@@ -184,6 +189,11 @@ def _trend(options: argparse.Namespace) -> int:
 
 def _table(options: argparse.Namespace) -> int:
     print(trend.markdown_tables(_several(options), options.threshold))
+    return 0
+
+
+def _subjects(options: argparse.Namespace) -> int:
+    print(subjects_markdown(_several(options)))
     return 0
 
 

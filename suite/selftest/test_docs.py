@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from extensions.manifest import manifest_of
+from reports import results
 from reports.__main__ import main as reports
 from reports.results import results_markdown
 from suite import ROOT
@@ -84,6 +85,13 @@ def test_the_example_moves_weights(file_sync: ModuleType, monkeypatch: pytest.Mo
 def test_a_generated_page_is_what_its_command_prints(name: str, written):
     path = ROOT / "docs" / f"{name}.md"
     assert path.read_text() == written(), f"docs/{name}.md is stale; try next: {GENERATED[name]} > docs/{name}.md"
+
+
+def test_the_readmes_table_of_subjects_is_what_its_command_prints(capsys: pytest.CaptureFixture):
+    ((folders, table),) = re.findall(r"<!-- subjects: (.*?) -->\n((?:\|.*\n)+)", README)
+    files = [file for folder in folders.split() for file in sorted((results.BASELINES / folder).glob("*.json"))]
+    assert reports(["subjects", *map(str, files)]) == 0
+    assert table == capsys.readouterr().out, f"try next: python -m reports subjects with the runs of {folders}"
 
 
 def test_results_prints_the_page(capsys: pytest.CaptureFixture):

@@ -487,8 +487,8 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, content: str | byt
     assert [part for part in said.split(" ... ") if part not in str(caught.value)] == []
 
 
-def test_the_example_of_the_readme_can_be_used(tmp_path: Path):
-    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_example_of_the_page_can_be_used(tmp_path: Path):
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "waivers.md").read_text(), re.DOTALL)
     file = tmp_path / "waivers.toml"
     file.write_text(example)
     (waiver,) = read(file)
