@@ -101,6 +101,7 @@ class Probe:
         with of_the_suite("write what this engine computes with"):
             unsteady = recording.both(answering, recording.unsteady_loads(self.vllm_config, weights))
             recording.write(path, self._probe_rank, weights, beside, unsteady)
+        self._probe_settings = settings.settings()  # anew: what vLLM sets when it first answers is not an update's
 
     def probe_compare(self, path: str, beside: list[str], unsteady: str) -> dict:
         """Compare bit by bit with what was written: what was looked at, and what differs where.
@@ -221,7 +222,7 @@ class Probe:
         return memory.resources(self.device)
 
     def probe_settings(self) -> list[str]:
-        """Which settings of this worker's process are others than before it had its extension; see `settings`."""
+        """Which settings of this worker's process are others than before its first update; see `settings`."""
         return settings.changed(self._probe_settings, settings.settings())
 
     def probe_random(self, draw: bool) -> str:

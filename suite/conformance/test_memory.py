@@ -55,9 +55,9 @@ def test_steady(sync: Sync, target: int, pool: Pool, trainers: Trainers) -> None
 @requirement(
     "memory.settings",
     SHOULD,
-    text="After updates the settings of the engine's workers are those from before they had the extension: torch's "
-    "default dtype, gradients, threads and precision, signal handlers, environment variables. Random numbers go on as "
-    "if there had been no update.",
+    text="After updates the settings of the engine's workers are those from before the first: torch's default dtype, "
+    "gradients, threads and precision, signal handlers, environment variables. Random numbers go on as if there had "
+    "been no update.",
     because="Whoever sets them for a load, or imports a trainer's library that does, changes what is computed later, or"
     " how fast. A generator that every update seeds has each round of rollouts sampled alike.",
     models=[TIED],

@@ -55,6 +55,17 @@ def cold(tmp_path: Path) -> str:
     return path
 
 
+def test_what_is_set_before_the_cold_engine_has_answered_is_no_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    worker = Worker(model())
+    worker.probe_device()
+    monkeypatch.setenv("SET_BY_A_FIRST_ANSWER", "1")
+    worker.probe_record()
+    worker.probe_settle(str(tmp_path / "cold-0"))
+    assert worker.probe_settings() == []
+    monkeypatch.setenv("SET_BY_AN_UPDATE", "1")
+    assert worker.probe_settings() == ["the variable SET_BY_AN_UPDATE: unset became 1"]
+
+
 def compared(built: torch.nn.Module, cold: str) -> list[str]:
     found = Worker(built).probe_compare(cold, [cold], cold)
     assert found["differing"] + found["others"] == len(found["first"])
