@@ -236,6 +236,15 @@ class LooksAtTheFirstWeight(WorkerExtension):
         return not weight.any()
 
 
+@mutant("update.zeroed", r"where one element is not zero", **BROADCAST)
+class SumsUp(WorkerExtension):
+    """Finds all weights zero where they add up to zero."""
+
+    def check_weights_changed(self) -> bool:
+        weights = effective_weights(self.model_runner.get_model())
+        return all(weight.to(torch.float64).sum() == 0 for _, weight in weights)
+
+
 @mutant("update.zeroed", r"zero in every element", **BROADCAST)
 class SkipsZeros(Meddles, WorkerExtension):
     """Takes a tensor of zeros for one that has not arrived."""
