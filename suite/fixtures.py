@@ -12,7 +12,7 @@ from suite.driver.engines import EngineHandle, seed_of
 from suite.driver.pool import Pool
 from suite.driver.sync import Sync
 from suite.driver.trainers import TrainerGroup, Trainers
-from suite.processes.call import DeadlineExceeded, Process, ProcessDied
+from suite.processes.call import NoAnswer, Process
 from suite.processes.launcher import Launcher
 from suite.session import ending, verdicts
 from suite.session.needs import engines_of, index_of, trainer_of
@@ -189,7 +189,7 @@ def _answers(pool: Pool, process: Process, method: str, *args: object) -> bool:
     """Whether a later test can start from here."""
     try:
         process.call(method, *args, deadline_s=15)
-    except (DeadlineExceeded, ProcessDied):
+    except NoAnswer:
         return False
     except Exception as error:
         pool.announce(f"{process.name} fails in {method}() and is replaced: {type(error).__name__}")

@@ -8,7 +8,7 @@ import pytest
 
 from suite import models
 from suite.driver.engines import EngineHandle
-from suite.processes.call import DeadlineExceeded, ProcessDied, RemoteError
+from suite.processes.call import NoAnswer, RemoteError
 from suite.session.record import PACES
 from suite.session.state import state_of
 
@@ -29,7 +29,7 @@ def measure(config: pytest.Config, engine: EngineHandle, quiet: bool = False) ->
     try:
         carried = models.manifest(models.MODELS[MODEL])
         samples = engine.process.call("pace", carried, WARM_UPS, SAMPLES, deadline_s=DEADLINE_S)
-    except (DeadlineExceeded, ProcessDied, RemoteError) as error:
+    except (NoAnswer, RemoteError) as error:
         state_of(config).announce(f"{stage}: the host's pace is not known: {error.said}")
         return
     paces[stage] = {"quiet": quiet, **samples}

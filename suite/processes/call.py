@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _WAIT_S = 0.5
+STALLED = 0.1  # of a wait: where the host was short of memory for longer, nobody can be blamed for being late
 _IN_THE_LOG = "root cause above"  # what vLLM says in place of an error that a process of its own has written to the log
 _WRITTEN = re.compile(
     r"^\(\w+ pid=\d+\) (?:[A-Z]+ [\d-]+ [\d:]+ \[\S+\] )?((?:\w+\.)*\w+(?:Error|Exception): .*)$", re.MULTILINE
@@ -88,6 +89,10 @@ class Process(ABC):
     def tail(self, lines: int = 40) -> str:
         """The last lines of the log."""
 
+    def stalled_s(self) -> float:
+        """Seconds until now in which the process's host ran nothing for want of memory; 0 where that is not known."""
+        return 0.0
+
     @abstractmethod
     def write_stacks(self) -> None:
         """Have the process write the stacks of its threads to its log, to show where it is."""
@@ -146,6 +151,10 @@ class NotBegun(NoAnswer):
     """A call was not begun in time: the process was still preparing. That says nothing of what was to be called."""
 
 
+class Starved(NoAnswer):
+    """A call was not answered in time by a host that was short of memory. That says nothing of what was called."""
+
+
 class Call:
     """A call on its way: its result, or what went wrong, some time later."""
 
@@ -153,6 +162,7 @@ class Call:
         """`prepares` says that the call only makes the process ready: it calls nothing that is examined."""
         self.process, self.what, self.prepares = process, what, prepares
         self.started_at = time.monotonic()
+        self._stalled_s = process.stalled_s()  # before it
         self.finished_at: float | None = None
         self.future: Future[Any] = Future()
 
@@ -164,7 +174,7 @@ class Call:
         return self.future.done()
 
     def result(self, deadline_s: float) -> Any:
-        """Wait for the result. Raises RemoteError, ProcessDied or DeadlineExceeded (`deadline_s` from now)."""
+        """Wait for the result. Raises RemoteError or NoAnswer: DeadlineExceeded, `deadline_s` from now, and others."""
         if _unfinished([self.future], deadline_s):
             self.process.write_stacks()
             raise self.overdue()
@@ -175,11 +185,15 @@ class Call:
         return self.future.exception() if self.done() else None
 
     def overdue(self) -> NoAnswer:
-        """The error that says that this call is late, or that the process has not come to it."""
+        """The error that says that this call is late, that the process has not come to it, or that the host starves."""
         if preparing := self.process.preparing(self):
             said = f"{self} has not begun after {self.elapsed_s():.1f} s: the process is still busy with {preparing}"
             return NotBegun(said, self.process, self.what)
         said = f"{self} has not answered after {self.elapsed_s():.1f} s"
+        stalled_s = self.process.stalled_s() - self._stalled_s
+        if stalled_s > STALLED * self.elapsed_s():
+            short = f"{said}, and for {stalled_s:.1f} s the host ran nothing, for want of memory"
+            return Starved(f"{short}. Try next: less beside it, or fewer engines by --stage", self.process, self.what)
         return DeadlineExceeded(said, self.process, self.what)
 
     def elapsed_s(self) -> float:
@@ -245,8 +259,8 @@ def _by_cause(failed: list[Call], late: list[Call]) -> list[Call]:
 
 
 def is_the_suites(error: BaseException | None) -> bool:
-    """Whether a process says by it that the suite itself has failed there, and nothing of what is examined."""
-    return isinstance(error, RemoteError) and not isinstance(error, SubjectFailed)
+    """Whether it says that the suite itself has failed, or the host, and nothing of what is examined."""
+    return isinstance(error, Starved) or (isinstance(error, RemoteError) and not isinstance(error, SubjectFailed))
 
 
 def _unfinished(futures: list[Future[Any]], limit_s: float, until: str = ALL_COMPLETED) -> set[Future[Any]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suite import ROOT
-from suite.processes import janitor, wire
+from suite.processes import janitor, pressure, wire
 from suite.processes.call import Call, Process, ProcessDied, RemoteError, failure_of
 from suite.processes.child import IMPORTED, READY, STACKS_SIGNAL
 
@@ -157,6 +157,9 @@ class LocalProcess(Process):
         except OSError as error:
             return f"(the log cannot be read: {error})"
         return "\n".join(text.splitlines()[-lines:])
+
+    def stalled_s(self) -> float:
+        return pressure.stalled_s()
 
     def write_stacks(self) -> None:
         if self._listening and self.alive:

@@ -21,6 +21,9 @@ class Process:
     def __init__(self, name: str) -> None:
         self.name, self.log_path, self.stopped, self.alive = name, "", False, True
 
+    def stalled_s(self) -> float:
+        return 0.0
+
     def preparing(self, call: Call) -> str:
         return ""
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from suite import ROOT
-from suite.processes import janitor, local
+from suite.processes import janitor, local, pressure
 from suite.processes import process as module
-from suite.processes.call import DeadlineExceeded, NotBegun, Process, ProcessDied, RemoteError, gather
+from suite.processes.call import DeadlineExceeded, NotBegun, Process, ProcessDied, RemoteError, Starved, gather
 from suite.processes.local import LocalLauncher
 
 ECHO = "suite.selftest.targets:Echo"
@@ -325,6 +325,30 @@ def test_a_call_that_waits_behind_another_call_is_late(launcher: LocalLauncher):
     process.submit("sleep", 30)
     with pytest.raises(DeadlineExceeded, match=r"echo\(\) in process"):
         process.call("echo", deadline_s=0.3)
+
+
+@pytest.mark.parametrize(
+    ("stalled_us", "expected"), [(1_000_000, Starved), (1_000, DeadlineExceeded), (0, DeadlineExceeded)]
+)
+def test_a_call_is_not_late_where_the_host_was_short_of_memory(
+    launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stalled_us: int, expected: type
+):
+    monkeypatch.setattr(pressure, "MEMORY", tmp_path / "memory")
+    says = "some avg10=0.00 avg60=0.00 avg300=0.00 total=9\nfull avg10=0.00 avg60=0.00 avg300=0.00 total={}\n".format
+    pressure.MEMORY.write_text(says(5))
+    process = start(launcher)
+    call = process.submit("sleep", 30)
+    pressure.MEMORY.write_text(says(5 + stalled_us))
+    with pytest.raises(expected, match=r"sleep\(\) in process .* has not answered"):
+        call.result(0.3)
+
+
+def test_a_host_that_does_not_say_whether_it_is_short_of_memory_is_not(tmp_path: Path, monkeypatch):
+    for said in (None, "", "some total=7"):
+        monkeypatch.setattr(pressure, "MEMORY", tmp_path / "memory")
+        if said is not None:
+            pressure.MEMORY.write_text(said)
+        assert pressure.stalled_s() == 0
 
 
 def test_what_has_not_begun_comes_before_the_failures_of_those_that_waited_for_it(launcher: LocalLauncher):

@@ -47,6 +47,9 @@ class Spare(Engine):
         self.name, self.log_path = self.label, Path("spare-engine.log")
         self.imported = Call(self, "importing")
 
+    def stalled_s(self) -> float:
+        return 0.0
+
     def import_all(self, cuda_is_initialised: bool = False) -> None:
         self.imported.finish({"cuda_is_initialised": cuda_is_initialised})
 

@@ -70,6 +70,9 @@ class Rank:
     def __init__(self, name: str) -> None:
         self.name, self.alive, self.calls, self.fails = name, True, [], None
 
+    def stalled_s(self) -> float:
+        return 0.0
+
     def prepare(self, method: str) -> Call:
         return self.submit(method)
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from suite.processes.call import Call, DeadlineExceeded, NotBegun, ProcessDied, RemoteError, failure_of, gather
+from suite.processes.call import Call, DeadlineExceeded, NotBegun, ProcessDied, RemoteError, Starved, failure_of, gather
 from suite.session.verdicts import ERROR, FAIL, Judgement, judge
 
 
@@ -30,14 +30,21 @@ def test_what_the_subjects_half_of_an_update_ends_with_is_a_fail(error: Exceptio
 
 @pytest.mark.parametrize(
     "error",
-    [raised("SuiteFault", "nothing came"), raised("KeyError", "'devices'"), late(NotBegun, "still importing")],
+    [
+        raised("SuiteFault", "nothing came"),
+        raised("KeyError", "'devices'"),
+        late(NotBegun, "still importing"),
+        late(Starved, "no memory"),
+    ],
 )
 def test_what_only_the_suite_was_too_slow_for_is_an_error(error: Exception):
     assert judge("call", error).verdict == ERROR
 
 
 def test_a_process_that_has_died_comes_before_how_the_suite_found_out():
-    process = SimpleNamespace(name="engine-1", log_path="", tail=lambda: "", preparing=lambda call: "")
+    process = SimpleNamespace(
+        name="engine-1", log_path="", tail=lambda: "", preparing=lambda call: "", stalled_s=lambda: 0.0
+    )
     for last in (late(ProcessDied, ""), raised("WorkerError", "no peer")):
         calls = [Call(process, what) for what in ("connect()", "accept()")]
         calls[0].finish(error=raised("SuiteFault", "no engine listens"))
@@ -71,7 +78,12 @@ def test_of_several_failures_that_is_told_which_the_others_may_come_from(
 ):
     """What only says that the other side is gone, or waits for it, comes last; the suite's own fault, first."""
     process = SimpleNamespace(
-        name="engine-1", log_path="", tail=lambda: "", preparing=lambda call: "", write_stacks=lambda: None
+        stalled_s=lambda: 0.0,
+        name="engine-1",
+        log_path="",
+        tail=lambda: "",
+        preparing=lambda call: "",
+        write_stacks=lambda: None,
     )
     calls = [Call(process, "update()") for _ in [*in_time, *([None] if hangs else [])]]
     for call, error in zip(calls, in_time, strict=False):
