@@ -5,7 +5,7 @@ import torch
 from extensions.broadcast import BroadcastSender, WorkerExtension
 from extensions.colocate import ColocateWorkerExtension, HandleSender
 from extensions.tensors import flat_bytes
-from suite.conformance.test_sent import BUFFER_BYTES, DERIVED
+from suite.conformance.test_sent import BUFFER_BYTES, DERIVED, DERIVED_FOR_AMX
 from suite.selftest.mutants.registry import (
     BROADCAST,
     DIFFER,
@@ -125,12 +125,14 @@ class KeepsTheDerived(WorkerExtension):
     def end_update(self) -> int:
         count = super().end_update()
         for tensor, before in zip(self._mutant_derived(), self._mutant_kept, strict=True):
-            tensor.data = before
+            tensor.data.copy_(before)
         return count
 
     def _mutant_derived(self) -> list[torch.Tensor]:
-        modules = self.model_runner.get_model().modules()
-        return [getattr(module, name) for module in modules for name in DERIVED if hasattr(module, name)]
+        modules = [*self.model_runner.get_model().modules()]
+        holders = [*modules, *(module.impl for module in modules if hasattr(module, "impl"))]
+        found = (getattr(held, name, None) for held in holders for name in (*DERIVED, *DERIVED_FOR_AMX))
+        return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
 @mutant("sent.buffers", r"every buffer of rank 0 as it was", "vllm#44371", **BROADCAST)

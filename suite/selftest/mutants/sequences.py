@@ -62,7 +62,7 @@ class AppliesHalf(Unchecked, WorkerExtension):
 
 @mutant("update.sequence", DIFFER, "vllm#42821", cpu="cpu-tp1")
 class LosesWhatComesAlone(WorkerExtension):
-    """Loads a tensor outside of an update into a parameter that is not computed with."""
+    """Takes a tensor outside of an update, and loads it to where nothing computes with it."""
 
-    def _weight_sync_refuse_alone(self, model: torch.nn.Module) -> None:
+    def _weight_sync_accept_alone(self, tensors: dict[str, torch.Tensor]) -> None:
         pass
