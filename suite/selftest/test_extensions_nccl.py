@@ -296,8 +296,8 @@ def test_an_abort_from_another_thread_ends_a_call_and_a_wait(device: Device, ser
     if inside == "the call":
         group._comm.broadcast = lambda pointer, nbytes, src, stream: False
         group._comm.settled = lambda: False
-    threading.Timer(0.2, group.abort, ["the optimiser failed"]).start()
     began_s = time.monotonic()
+    threading.Timer(0.2, group.abort, ["the optimiser failed"]).start()
     if inside == "wait":
         group.broadcast(torch.zeros(1), src=0)
     blocked = group.wait if inside == "wait" else lambda: group.broadcast(torch.zeros(1), src=0)

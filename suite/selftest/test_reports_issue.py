@@ -76,6 +76,7 @@ def test_an_issue_has_the_steps_of_its_test_and_no_other(written):
     steps = re.search(r"## Steps.*?```python\n(.*?)```", text, re.DOTALL)[1]
     assert [n.name for n in ast.parse(steps).body if isinstance(n, ast.FunctionDef)] == [
         "test_shape",
+        "_ending",
         "_expect_refused",
     ]
     assert "DEADLINE_S = 30.0" in steps, "expected the constants that the test names"

@@ -169,8 +169,9 @@ class Models:
         digests = {name: digest(weight) for name, weight in effective_weights(self._model)}
         hidden = torch.linspace(-1, 1, TOKENS * self._spec.config["hidden_size"], dtype=torch.bfloat16)
         with self._current(), torch.no_grad(), set_forward_context(None, self._config, num_tokens=TOKENS):
-            for index, layer in enumerate(self._model.model.layers):
-                digests[f"answer of layer {index}"] = digest(layer.mlp(hidden.view(TOKENS, -1)))
+            for name, module in self._model.named_modules():
+                if name.endswith(".mlp"):
+                    digests[f"answer of {name}"] = digest(module(hidden.view(TOKENS, -1)))
         return digests
 
     def checksums(self) -> dict[str, int]:
