@@ -28,7 +28,7 @@ from suite.processes.target import load
 
 STACKS_SIGNAL = signal.SIGUSR2  # makes this process write the stacks of its threads to its log
 IMPORTED, READY = 0, 1  # the call numbers of the imports and of the constructor
-JANITOR_S = 3.0  # what the janitor gets, which needs this process alive to see what shared memory it has
+JANITOR_S = 6.0  # what the janitor gets, which needs this process alive to see what shared memory it has
 
 
 class TolerantStream(io.TextIOWrapper):
@@ -91,18 +91,17 @@ def main() -> None:
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sock, requests), daemon=True).start()
     server = Server()
-    wire.send_encoded(sock, _answer(IMPORTED, server.import_class, target))
+    _send(sock, _answer(IMPORTED, server.import_class, target))
     if server.cls is None:
         sys.exit(1)
     task = requests.get()
     if "kwargs" not in task:  # told to stop instead
         return
-    wire.send_encoded(sock, _answer(READY, server.construct, task["kwargs"], task["env"]))
+    _send(sock, _answer(READY, server.construct, task["kwargs"], task["env"]))
     if server.served is None:
         sys.exit(1)
     while (request := requests.get())["method"] is not None:
-        answer = _answer(request["call"], server.call, request["method"], request["args"], request["kwargs"])
-        wire.send_encoded(sock, answer)
+        _send(sock, _answer(request["call"], server.call, request["method"], request["args"], request["kwargs"]))
     server.close()
 
 
@@ -118,6 +117,18 @@ def _read(sock: socket.socket, requests: "queue.SimpleQueue[dict[str, Any]]") ->
     finally:
         time.sleep(JANITOR_S)
         os._exit(1)
+
+
+def _send(sock: socket.socket, answer: bytes) -> None:
+    """Answer. Where pytest is gone this process goes on, since `_read` ends it: it still has what it holds until then.
+
+    An engine's workers end at once with it, and what they shared in memory would not be seen any more.
+    """
+    try:
+        wire.send_encoded(sock, answer)
+    except OSError:
+        time.sleep(2 * JANITOR_S)
+        raise
 
 
 def _answer(call: int, function: Callable[..., Any], *args: Any) -> bytes:

@@ -580,6 +580,33 @@ def test_processes_end_without_a_janitor_too(tmp_path: Path):
     wait_until_gone([*map(int, pids)], [], Path(directory))
 
 
+ANSWERING = """
+import os, signal, sys, time
+from pathlib import Path
+from suite.processes.local import LocalLauncher
+
+launcher = LocalLauncher(Path(sys.argv[1]))
+process = launcher.start("answering", "suite.selftest.targets:Echo")
+process.ready(20)
+process.submit("sleep", 0.5)
+os.kill(launcher.janitor.pid, signal.SIGSTOP)
+print(process.pid, launcher.janitor.pid, launcher.directory, flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_answer_that_nobody_takes_ends_no_process_before_the_janitor_has_seen_it(tmp_path: Path):
+    command = [sys.executable, "-c", ANSWERING, str(tmp_path)]
+    host = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    pid, of_the_janitor, directory = host.stdout.readline().split()
+    host.kill()
+    host.wait(5)
+    time.sleep(2)
+    assert running(int(pid)), "expected a process to be there as long as the janitor may need to see what it holds"
+    os.kill(int(of_the_janitor), signal.SIGCONT)
+    wait_until_gone([int(pid), int(of_the_janitor)], [], Path(directory))
+
+
 STUCK = """
 import sys
 import threading
