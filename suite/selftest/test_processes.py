@@ -601,9 +601,11 @@ def test_an_answer_that_nobody_takes_ends_no_process_before_the_janitor_has_seen
     pid, of_the_janitor, directory = host.stdout.readline().split()
     host.kill()
     host.wait(5)
-    time.sleep(2)
-    assert running(int(pid)), "expected a process to be there as long as the janitor may need to see what it holds"
-    os.kill(int(of_the_janitor), signal.SIGCONT)
+    try:
+        time.sleep(2)
+        assert running(int(pid)), "expected a process to be there as long as the janitor may need to see what it holds"
+    finally:
+        os.kill(int(of_the_janitor), signal.SIGCONT)
     wait_until_gone([int(pid), int(of_the_janitor)], [], Path(directory))
 
 
