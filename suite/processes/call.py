@@ -162,7 +162,7 @@ class Call:
         """`prepares` says that the call only makes the process ready: it calls nothing that is examined."""
         self.process, self.what, self.prepares = process, what, prepares
         self.started_at = time.monotonic()
-        self._stalled_s = process.stalled_s()  # before it
+        self._stalled_s: float | None = None  # when somebody began to wait for it
         self.finished_at: float | None = None
         self.future: Future[Any] = Future()
 
@@ -175,10 +175,16 @@ class Call:
 
     def result(self, deadline_s: float) -> Any:
         """Wait for the result. Raises RemoteError or NoAnswer: DeadlineExceeded, `deadline_s` from now, and others."""
+        self.awaited()
         if _unfinished([self.future], deadline_s):
             self.process.write_stacks()
             raise self.overdue()
         return self.future.result()
+
+    def awaited(self) -> None:
+        """Note how its host stands. Called by who waits, and so not before the call is on its way, which is timed."""
+        if self._stalled_s is None:
+            self._stalled_s = self.process.stalled_s()
 
     def error(self) -> BaseException | None:
         """What the call raised; None while it runs and after it succeeded."""
@@ -190,6 +196,7 @@ class Call:
             said = f"{self} has not begun after {self.elapsed_s():.1f} s: the process is still busy with {preparing}"
             return NotBegun(said, self.process, self.what)
         said = f"{self} has not answered after {self.elapsed_s():.1f} s"
+        self.awaited()
         stalled_s = self.process.stalled_s() - self._stalled_s
         if stalled_s > STALLED * self.elapsed_s():
             short = f"{said}, and for {stalled_s:.1f} s the host ran nothing, for want of memory"
@@ -218,6 +225,8 @@ def gather(calls: list[Call], deadline_s: float, after_failure_s: float = 10) ->
     """
     futures = [call.future for call in calls]
     deadline = time.monotonic() + deadline_s
+    for call in calls:
+        call.awaited()
     _unfinished(futures, deadline_s, FIRST_EXCEPTION)
     if any(call.error() for call in calls):
         _unfinished(futures, min(after_failure_s, deadline - time.monotonic()))

@@ -338,6 +338,7 @@ def test_a_call_is_not_late_where_the_host_was_short_of_memory(
     pressure.MEMORY.write_text(says(5))
     process = start(launcher)
     call = process.submit("sleep", 30)
+    call.awaited()
     pressure.MEMORY.write_text(says(5 + stalled_us))
     with pytest.raises(expected, match=r"sleep\(\) in process .* has not answered"):
         call.result(0.3)
