@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command("table", _table, "+", help="the Markdown table of several runs")
     _machines(added)
     added = command("subjects", _subjects, "+", help="the Markdown table of subjects side by side, from several runs")
-    _machines(added, threshold=False)
+    _across_machines(added)
     added = command("results", _results, None, narrowed=False, help="the page of measured results, docs/results.md")
     added.add_argument(
         "--baselines", type=Path, default=BASELINES, metavar="DIR", help="folders of runs, one a machine"
@@ -96,10 +96,12 @@ def _compare_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--fail-on", type=_causes, default=DEFAULT_CAUSES, metavar="LIST", help=shown)
 
 
-def _machines(parser: argparse.ArgumentParser, threshold: bool = True) -> None:
+def _across_machines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--across-machines", action="store_true", help="compare runs of different hardware too")
-    if not threshold:
-        return
+
+
+def _machines(parser: argparse.ArgumentParser) -> None:
+    _across_machines(parser)
     shown = f"practical difference, as 5%% or 0.05 (default {THRESHOLD * 100:g}%%)"
     parser.add_argument("--threshold", type=_threshold, default=THRESHOLD, help=shown)
 
