@@ -169,9 +169,10 @@ class Models:
         digests = {name: digest(weight) for name, weight in effective_weights(self._model)}
         hidden = torch.linspace(-1, 1, TOKENS * self._spec.config["hidden_size"], dtype=torch.bfloat16)
         with self._current(), torch.no_grad(), set_forward_context(None, self._config, num_tokens=TOKENS):
-            for name, module in self._model.named_modules():
-                if name.endswith(".mlp"):
-                    digests[f"answer of {name}"] = digest(module(hidden.view(TOKENS, -1)))
+            blocks = {name: module for name, module in self._model.named_modules() if name.endswith(".mlp")}
+            assert len(blocks) >= self._spec.config["num_hidden_layers"], f"expected one a layer, found {[*blocks]}"
+            for name, block in blocks.items():
+                digests[f"answer of {name}"] = digest(block(hidden.view(TOKENS, -1)))
         return digests
 
     def checksums(self) -> dict[str, int]:
