@@ -125,6 +125,7 @@ class Sending:
         order: str = "checkpoint",
         alter: dict | None = None,
         relabel: str | None = None,
+        withhold: str | None = None,
         fault: dict | None = None,
         call_off: bool = False,
     ) -> dict:
@@ -132,13 +133,14 @@ class Sending:
         sent, and for how many seconds the subject prepared what it announced.
 
         `order` and `alter` are those of `named_tensors`. `relabel` names the device of the handles falsely; where it
-        is empty there are none. `fault` is that of `Fault`. `call_off` ends the update when all engines have begun it.
+        is empty there are none. `withhold` names the tensor that has no handle. `fault` is that of `Fault`. `call_off`
+        ends the update when all engines have begun it.
         Raises Refused where an engine refuses, and where it is called off. What else it raises, engines are told.
         """
         started, striking = time.monotonic(), Fault(fault)
         tensors, said = Outgoing(self._trainer, order, alter, striking), TrainerSide(self._links, deadline_s)
         try:
-            announcement, announce_s = self._announcement(tensors, said, relabel)
+            announcement, announce_s = self._announcement(tensors, said, relabel, withhold)
             announced = time.monotonic()
             self._agree(said, striking, announcement, call_off)
             sent = self._send(tensors, said, striking)
@@ -183,7 +185,9 @@ class Sending:
     def _all_speak(self) -> bool:
         return self._subject.speakers(self._trainer.world_size) == self._trainer.world_size
 
-    def _announcement(self, tensors: Outgoing, said: TrainerSide, relabel: str | None) -> tuple[dict[str, Any], float]:
+    def _announcement(
+        self, tensors: Outgoing, said: TrainerSide, relabel: str | None, withhold: str | None
+    ) -> tuple[dict[str, Any], float]:
         """What is announced, and the seconds in which the subject prepared it."""
         if self._speaks:
             self._half.gather(tensors)
@@ -192,6 +196,7 @@ class Sending:
         announced = self._half.announce(tensors) if self._speaks else {}
         announce_s = time.monotonic() - began
         announced = self._half.mislabelled(announced, relabel) if relabel is not None else announced
+        announced = self._half.withheld(announced, withhold) if withhold is not None else announced
         return announced if "manifest" in announced else {"manifest": tensors.manifest(), **announced}, announce_s
 
     def _agree(self, said: TrainerSide, fault: Fault, announcement: dict[str, Any], call_off: bool) -> None:

@@ -214,3 +214,26 @@ def test_wrong_handle(sync: Sync, target: int) -> None:
         sync.expect_equal_to(weights, "the weights from before the refused update")
     sync.update()
     sync.expect_exact(target)
+
+
+@requirement(
+    "devices.missing_handle",
+    MUST,
+    text="Handles of all announced tensors but one are refused with an error that names this one; the weights stay as "
+    "they were, or the extension says that they are inconsistent.",
+    because="What loads the handles that it finds, and no others, leaves an old weight among new ones in silence.",
+    seen_in=("vllm#44814", "vllm#57022"),
+    models=[TIED],
+)
+def test_missing_handle(sync: Sync, target: int) -> None:
+    sync.load(sync.seed)
+    sync.update()
+    answers, weights = sync.generate(sync.prompts()), sync.snapshot()
+    sync.load(target)
+    error = sync.refusal(DEADLINE_S, withhold=sync.weight)
+    expect(sync.weight in error, f"an error that names {sync.weight}", error, sync.where)
+    if not sync.says_inconsistent():
+        sync.expect_same_answers(answers, "the refused update")
+        sync.expect_equal_to(weights, "the weights from before the refused update")
+    sync.update()
+    sync.expect_exact(target)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from suite.actors.dialogue import NotStarted
-from suite.driver import parts
+from suite.driver import parts, wrong
 from suite.driver.engines import EngineHandle
 from suite.driver.expected import Differs
 from suite.driver.together import Together
@@ -100,7 +100,7 @@ class Moving(Together):
         saved: str = "",
         **how: object,
     ) -> Moved:
-        """One update of all engines; `how` is order=, alter=, relabel= and call_off= of the trainer's update.
+        """One update of all engines; `how` is order=, alter=, relabel=, withhold=, call_off= of the trainer's update.
 
         `paused=True` has engines that were paused go on right after it, see `Engine.update_paused`; `bracket=False`
         leaves out begin_update and end_update; `running` are requests during the update, see
@@ -138,7 +138,7 @@ class Moving(Together):
             self.update(deadline_s, **how)
         except SubjectFailed as error:  # one that runs into its deadline is not refused: that goes to the test
             return "\n".join([error.said, *getattr(error, "__notes__", [])])
-        raise Differs(f"an error for an update with {how}", "success", self.where)
+        raise Differs(f"an error for an update{wrong.in_words(**how)}", "success", self.where)
 
     def update_until(self, deadline_s: float, fault: dict) -> Outcome:
         """One update of one engine with a fault, see suite.actors.sending.Fault.

@@ -20,7 +20,9 @@ CPU = ("cpu-tp1", "cpu-tp2", "cpu-pp2", "cpu-fanout", "cpu-serve", "cpu-dp2")
 APART = (
     "gpu-split", "gpu-shared", "gpu-fanout", "gpu-fanout3", "gpu-split-tp2", "gpu-split-pp2", "gpu-split-pp2-tp2",
 )  # fmt: skip
-COLOCATED = ("gpu-colocate-tp1", "gpu-colocate-tp2", "gpu-colocate-pp2", "gpu-colocate-tp4", "gpu-colocate-pp2-tp2")
+COLOCATED = (
+    "gpu-colocate-tp1", "gpu-serve", "gpu-colocate-tp2", "gpu-colocate-pp2", "gpu-colocate-tp4", "gpu-colocate-pp2-tp2",
+)  # fmt: skip
 MODULE = """
 import functools
 
@@ -98,7 +100,7 @@ def test_a_known_subject_is_what_its_class_would_become(name: str):
 
 def test_the_references_lack_nothing_that_their_way_of_moving_has():
     assert {name: [*subject.lacks] for name, subject in SUBJECTS.items()} == {
-        "broadcast": ["devices.wrong_handle"], "colocate": []
+        "broadcast": ["devices.wrong_handle", "devices.missing_handle"], "colocate": []
     }  # fmt: skip
 
 
@@ -245,6 +247,8 @@ def test_a_subject_without_labels_is_told_to_say_so(modules: Path):
     half = subject_from("ws_theirs:Broadcasting").trainer_half(SimpleNamespace(device=None))
     with pytest.raises(NotImplementedError, match=r"override mislabelled\(\), or say .*'devices.wrong_handle': reason"):
         half.mislabelled({}, "GPU-0")
+    with pytest.raises(NotImplementedError, match=r"override withheld\(\), or say .*'devices.missing_handle': reason"):
+        half.withheld({}, "model.norm.weight")
 
 
 # ---- what installed packages bring

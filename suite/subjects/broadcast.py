@@ -12,7 +12,9 @@ NO_GROUP_ON_CPU = (
     " GPU; name one of another group by weight_sync_sender"
 )
 
-NO_HANDLES = {"devices.wrong_handle": "weights come by broadcast: there are no handles"}
+NO_HANDLES = dict.fromkeys(
+    ("devices.wrong_handle", "devices.missing_handle"), "weights come by broadcast: there are no handles"
+)
 
 
 class BroadcastEngine(EngineHalf):

@@ -7,6 +7,8 @@ what sends in the trainer. docs/frameworks.md says with which vLLM each was trie
 from importlib import metadata
 from typing import ClassVar
 
+from suite.stages import Stage
+from suite.subjects import handles
 from suite.subjects.protocol import Subject, knows_no_drafts, no_beginning
 
 PACKED = (
@@ -43,6 +45,13 @@ def lacks(name: str, **more: str) -> dict[str, str]:
     """What every extension of another project lacks; see Subject.lacks."""
     zeroed = f"{name} has no check_weights_changed(); update.repeated sends zeros too"
     return {"update.zeroed": zeroed} | no_beginning(name) | knows_no_drafts(name) | more
+
+
+def unfit_on_gpus(stage: Stage) -> str:
+    """Why one that hands over what a GPU holds makes no sense on a stage of GPUs; empty where it does."""
+    if stage.server:
+        return f"{stage.name}: this adapter calls the engine in its own process, and a server is called over HTTP"
+    return handles.unfit_on_gpus(stage)
 
 
 def no_adapters(why: str) -> dict[str, str]:

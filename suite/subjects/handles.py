@@ -69,6 +69,14 @@ class HandlesTrainer(TrainerHalf):
         handles = {label: next(iter(announcement["handles"].values()))} if label else {}
         return announcement | {"handles": handles}
 
+    def withheld(self, announcement: dict[str, Any], name: str) -> dict[str, Any]:
+        """All handles but those of one tensor."""
+        handles = {
+            device: {other: handle for other, handle in named.items() if other != name}
+            for device, named in announcement["handles"].items()
+        }
+        return announcement | {"handles": handles}
+
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:
         """Wait until every engine has acknowledged: only then may the tensors be changed or freed."""
         handed_over = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from suite.stages import Stage
 from suite.subjects import broadcast, handles
 from suite.subjects.adapting import pair
-from suite.subjects.foreign import Foreign, lacks, no_adapters
+from suite.subjects.foreign import Foreign, lacks, no_adapters, unfit_on_gpus
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Trainer, TrainerHalf
 
 EXTENSION = "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap"
@@ -113,7 +113,7 @@ class OpenRlhfIpc(OpenRlhf):
         """A handle is of use on its own GPU only."""
         if stage.kind == "cpu":
             return super().unfit(stage)
-        return handles.unfit_on_gpus(stage)
+        return unfit_on_gpus(stage)
 
 
 _LACKS = lacks("WorkerWrap") | no_adapters("OpenRLHF starts no engine that takes LoRA adapters")

@@ -229,8 +229,16 @@ class KeptHandlesTrainer(HandlesTrainer):
 
     def mislabelled(self, announcement: dict[str, Any], label: str) -> dict[str, Any]:
         """The handles under another device's id, or no handles, under a name that no worker has opened."""
+        return super().mislabelled(self._anew(f"mislabelled {label}"), label)
+
+    def withheld(self, announcement: dict[str, Any], name: str) -> dict[str, Any]:
+        """All handles but those of one tensor, under a name that no worker has opened."""
+        return super().withheld(self._anew(f"without {name}"), name)
+
+    def _anew(self, opened: str) -> dict[str, Any]:
+        """All handles once more, under a name of their own."""
         self._announced = ""
-        return super().mislabelled({"handles": self._sender.made, "opened": f"mislabelled {label}"}, label)
+        return {"handles": self._sender.made, "opened": opened}
 
     def release(self) -> None:
         """The tensors stay where they are: the workers have opened them."""

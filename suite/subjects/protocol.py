@@ -40,7 +40,6 @@ class Trainer(Protocol):
     rank: int
     world_size: int
     device: "torch.device"
-    rank: int
 
 
 class Tensors(Protocol):
@@ -146,6 +145,13 @@ class TrainerHalf:
         raise NotImplementedError(
             f"{self.subject.name} announces nothing that is labelled with a device; override mislabelled(), or say in"
             " the subject's lacks={'devices.wrong_handle': reason} that it has no labels"
+        )
+
+    def withheld(self, announcement: dict[str, Any], name: str) -> dict[str, Any]:
+        """The same announcement without the handle of one tensor, which is announced as before. A test's fault."""
+        raise NotImplementedError(
+            f"{self.subject.name} announces no handle for each tensor; override withheld(), or say in the subject's"
+            " lacks={'devices.missing_handle': reason} that it has none"
         )
 
     def send(self, tensors: Tensors, acknowledged: Callable[[], None]) -> int:

@@ -15,13 +15,15 @@ from typing import Any, ClassVar
 from suite.processes.blame import examined
 from suite.stages import Stage
 from suite.subjects.counted import Counted
-from suite.subjects.foreign import PACKED, Foreign, lacks, no_adapters
-from suite.subjects.handles import unfit_on_gpus
+from suite.subjects.foreign import PACKED, Foreign, lacks, no_adapters, unfit_on_gpus
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
 SENDERS = "swift.ray.megatron.rollout.weight_transfer"
 ASKED = "where an engine takes adapters, ms-swift's trainer asks it for its weights' names, which this adapter does not"
-NO_DEVICES = {"devices.wrong_handle": "the trainer hands over the path of a socket, which names no device"}
+NO_HANDLES = {
+    "devices.wrong_handle": "the trainer hands over the path of a socket, which names no device",
+    "devices.missing_handle": "tensors travel in packs, which have a handle each",
+}
 
 
 def deadline_s() -> int:
@@ -116,6 +118,6 @@ SUBJECT = Swift(
     "swift.pipelines.infer.rollout:WeightSyncWorkerExtension",
     lacks=lacks("WeightSyncWorkerExtension")
     | no_adapters(ASKED)
-    | NO_DEVICES
+    | NO_HANDLES
     | {"fanout.two_engines": "a socket serves one engine, and a sender's buckets go to one socket"},
 )

@@ -15,15 +15,17 @@ from extensions.segments import RUN_ID
 from suite.processes.blame import examined
 from suite.stages import Stage
 from suite.subjects.counted import Counted
-from suite.subjects.foreign import Foreign, lacks
-from suite.subjects.handles import unfit_on_gpus
+from suite.subjects.foreign import Foreign, lacks, unfit_on_gpus
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
 JOB = "VERL_RAY_JOB_ID"  # in the environment of its workers, to tell jobs of one machine apart
 SENDERS = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
 BUCKET_MB = 2048  # of verl's own rollout configuration; its sender's default is 512
 LORA = {"peft_type": "LORA"}  # with base weights, the worker looks at no more of it than that there is one
-NO_ADDRESSES = {"devices.wrong_handle": "the trainer hands over nothing that names a device: sockets go by rank"}
+NO_HANDLES = {
+    "devices.wrong_handle": "the trainer hands over nothing that names a device: sockets go by rank",
+    "devices.missing_handle": "tensors travel in packs, which have a handle each",
+}
 
 
 class VerlEngine(EngineHalf):
@@ -108,5 +110,5 @@ def address(rank: int) -> str:
 SUBJECT = VerlSubject(
     "verl",
     "verl.workers.rollout.vllm_rollout.utils:vLLMColocateWorkerExtension",
-    lacks=lacks("vLLMColocateWorkerExtension") | NO_ADDRESSES,
+    lacks=lacks("vLLMColocateWorkerExtension") | NO_HANDLES,
 )

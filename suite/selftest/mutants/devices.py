@@ -104,6 +104,17 @@ class TakesAnyHandles(ColocateWorkerExtension):
         return super().update_weights_from_ipc_handles({self.report_device_id(): next(iter(ipc_handles.values()))})
 
 
+@mutant("devices.missing_handle", ACCEPTED, **HANDLES)
+class PassesOverMissingHandles(ColocateWorkerExtension):
+    """Loads the tensors that it got handles for, and takes all others for loaded."""
+
+    def end_update(self) -> int:
+        update = self._weight_sync_state.update
+        update.arrived.update(update.missing())
+        update.load.unwritten = list
+        return super().end_update()
+
+
 @mutant("devices.wrong_handle", ACCEPTED, "vllm#57022", **HANDLES)
 class PassesOverOthersHandles(ColocateWorkerExtension):
     """Finds nothing for its device, loads nothing, and reports success."""
