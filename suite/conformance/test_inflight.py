@@ -12,7 +12,7 @@ from suite.session import verdicts
 
 DEADLINE_S = 30.0
 REQUESTS = 16
-STAGES = ("cpu-tp1", "cpu-serve", "gpu-split", "gpu-shared", "gpu-colocate-tp1")
+STAGES = ("cpu-tp1", "cpu-serve", "gpu-split", "gpu-shared", "gpu-colocate-tp1", "gpu-serve")
 MODELS = {stage: [TIED] for stage in STAGES}  # an engine each
 
 pytestmark = pytest.mark.needs(serving=True)

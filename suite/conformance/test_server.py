@@ -18,8 +18,7 @@ OF_NOTHING = hashlib.sha256().hexdigest()  # of a weight whose elements are else
     "and after the update back that each is as before.",
     because="Who trains with a server sees no worker: this is how they can know that an update has come.",
     seen_in=("vllm#52689",),
-    on="cpu",
-    models={"cpu-serve": [TIED]},
+    models={"cpu-serve": [TIED], "gpu-serve": [TIED]},
 )
 def test_weight_checker(sync: Sync, target: int) -> None:
     sync.load(sync.seed)

@@ -64,10 +64,10 @@ def stages_of(plan: dict[str, list[str]], test: str) -> set[str]:
 
 def test_every_stage_that_is_there_has_its_engines(planned: Planned):
     gpus, plan = planned
-    two = {"gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2", "gpu-colocate-pp2"}
+    two = {"gpu-colocate-tp1", "gpu-serve", "gpu-split", "gpu-colocate-tp2", "gpu-colocate-pp2"}
     four = {*two, "gpu-split-pp2", "gpu-split-tp2", "gpu-colocate-tp4", "gpu-colocate-pp2-tp2"}
     here = {
-        1: {"gpu-colocate-tp1", "gpu-shared"},
+        1: {"gpu-colocate-tp1", "gpu-shared", "gpu-serve"},
         2: two,
         3: {*two, "gpu-split-pp2"},
         4: four,

@@ -33,7 +33,7 @@ def uuid_of(name: str) -> str:
 
 
 ON_CPU = ["cpu-tp1", "cpu-tp2", "cpu-pp2", "cpu-fanout", "cpu-serve", "cpu-dp2"]
-ON_TWO = ["gpu-colocate-tp1", "gpu-split", "gpu-colocate-tp2", "gpu-colocate-pp2"]
+ON_TWO = ["gpu-colocate-tp1", "gpu-serve", "gpu-split", "gpu-colocate-tp2", "gpu-colocate-pp2"]
 ON_THREE = [*ON_TWO, "gpu-fanout", "gpu-split-pp2"]
 ON_FOUR = [*ON_THREE, "gpu-fanout3", "gpu-split-tp2", "gpu-colocate-tp4", "gpu-colocate-pp2-tp2"]
 
@@ -42,7 +42,7 @@ ON_FOUR = [*ON_THREE, "gpu-fanout3", "gpu-split-tp2", "gpu-colocate-tp4", "gpu-c
     ("gpus", "held"),
     [
         (0, []),
-        (1, ["gpu-colocate-tp1", "gpu-shared"]),
+        (1, ["gpu-colocate-tp1", "gpu-shared", "gpu-serve"]),
         (2, ON_TWO),
         (3, ON_THREE),
         (4, ON_FOUR),

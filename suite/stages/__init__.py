@@ -97,6 +97,7 @@ STAGES = (
     Stage("cpu-dp2", "cpu", 1, 1, colocated=True, data_parallel_size=2, judged=JUDGED_ON_REPLICAS),
     Stage("gpu-colocate-tp1", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=True),
     Stage("gpu-shared", "gpu", 1, trainer_world_size=1, colocated=True, engines=2, hosts_apart=True),
+    Stage("gpu-serve", "gpu", 1, trainer_world_size=1, colocated=True, server=True, judged=JUDGED_ON_SERVERS),
     Stage("gpu-split", "gpu", tensor_parallel_size=1, trainer_world_size=1, colocated=False),
     Stage("gpu-colocate-tp2", "gpu", tensor_parallel_size=2, trainer_world_size=2, colocated=True),
     Stage("gpu-colocate-pp2", "gpu", 1, trainer_world_size=2, colocated=True, pipeline_parallel_size=2),
