@@ -422,3 +422,9 @@ def test_a_worker_becomes_another_and_keeps_nothing(monkeypatch: pytest.MonkeyPa
     assert worker.execute_model() == "a step"
     assert len(closed) == 1
     assert first not in closed[0], "expected the new extension to clean up, not the mutant"
+
+
+def test_no_two_classes_have_one_name():
+    other = type("LoadsNothing", (), {"__module__": "elsewhere"})
+    with pytest.raises(ValueError, match=r"elsewhere: there is a LoadsNothing in suite\.selftest\.mutants\.values already"):
+        registry.named(other)

@@ -1,18 +1,16 @@
-"""Extensions of which no update ever succeeds: what they cost a run is what is tested with them."""
+"""Extensions of which no update ever succeeds: what they cost a run is what is tested with them.
+
+The third of them, which receives nothing and says that all is well, is a mutant: `values.ReceivesNothing`.
+No single requirement has to fail these.
+"""
 
 import threading
 
 from extensions.broadcast import WorkerExtension
-from suite.selftest.mutants.registry import CLASSES
+from suite.selftest.mutants.registry import named
 
 
-def hopeless(cls: type) -> type:
-    """Have a class found by its name; no single requirement has to fail it."""
-    CLASSES[cls.__name__] = cls
-    return cls
-
-
-@hopeless
+@named
 class RaisesInEveryUpdate(WorkerExtension):
     """Raises at the first tensor that it should receive; the trainer is sending it."""
 
@@ -20,21 +18,7 @@ class RaisesInEveryUpdate(WorkerExtension):
         raise RuntimeError("this extension raises in every update")
 
 
-@hopeless
-class ReceivesNothing(WorkerExtension):
-    """Returns without receiving, and says that all is well."""
-
-    def begin_update(self, manifest: list[dict]) -> int:
-        return len(manifest)
-
-    def update_weight(self, name: str, dtype: str, shape: list[int]) -> None:
-        pass
-
-    def end_update(self) -> int:
-        return 0
-
-
-@hopeless
+@named
 class HangsInEveryUpdate(WorkerExtension):
     """Never comes back from its first tensor."""
 

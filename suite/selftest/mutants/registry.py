@@ -96,10 +96,18 @@ def mutant(requirement: str, says: str, thread: str = "", **where: str | bool | 
     def register(cls: type) -> type:
         does = " ".join(cls.__doc__.split())
         MUTANTS[cls.__name__] = Mutant(cls.__name__, requirement, says, thread, does=does, **where)
-        CLASSES[cls.__name__] = cls
-        return cls
+        return named(cls)
 
     return register
+
+
+def named(cls: type) -> type:
+    """Have a class found by its name, which no other has. Raises ValueError."""
+    if cls.__name__ in CLASSES:
+        other = CLASSES[cls.__name__].__module__
+        raise ValueError(f"{cls.__module__}: there is a {cls.__name__} in {other} already; give it another name")
+    CLASSES[cls.__name__] = cls
+    return cls
 
 
 class Meddles:
