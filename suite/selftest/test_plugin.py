@@ -213,7 +213,7 @@ def test_the_cause_of_a_failure_is_what_was_expected_and_found_without_where(jud
 REPEATED = """
 @judged()
 def test_fails(subject, stage, model):
-    assert model == "qwen3-tied-tiny", "passed on the one that is repeated"
+    assert not model
 
 @judged()
 def test_passes(subject, stage, model):
@@ -226,14 +226,16 @@ def test_the_command_of_a_failure_repeats_that_one_case(tmp_path: Path):
         "-m",
         "cpu",
         "--extension",
-        "suite.selftest.targets:Reference",
+        "extensions.broadcast:WorkerExtension",
         "--sequences=7",
         "--play=update x",
     )
     first = examine(tmp_path, REPEATED, *arguments)
-    entry = first.document["conformance"][0]
+    entries = {entry["verdict"]: entry for entry in first.document["conformance"]}
+    entry = entries["fail"]
+    assert "repeat" not in entries["pass"], "expected it to be told only where something is to be looked into"
     assert shlex.split(entry["repeat"]) == [
-        "pytest", "-m", "cpu", entry["nodeid"], "--extension=suite.selftest.targets:Reference", "--sequences=7",
+        "pytest", "-m", "cpu", entry["nodeid"], "--extension=extensions.broadcast:WorkerExtension", "--sequences=7",
         "--play=update x",
     ]  # fmt: skip
     again = examine(tmp_path, REPEATED, *shlex.split(entry["repeat"])[1:])

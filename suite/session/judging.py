@@ -14,6 +14,7 @@ from suite.session.state import Progress, State, state_of
 from suite.session.verdicts import Judgement
 
 LOG_LINES = 40
+TO_REPEAT = (verdicts.FAIL, verdicts.ERROR, verdicts.WAIVED)
 MEASURING = "benchmark"  # what stands for the requirement where a measurement failed
 MEASURED = "What is measured is verified before it is timed."
 
@@ -78,9 +79,13 @@ def _put_down(item: pytest.Item, state: State, progress: Progress) -> None:
 
 
 def _entry(item: pytest.Item, progress: Progress) -> dict[str, Any]:
-    """What run.json says of a case; `repeat` is a command that judges it again."""
+    """What run.json says of a case.
+
+    Where a requirement is not met, or cannot be told, also `repeat`, a command that judges the case again, and `calls`,
+    what an update consists of.
+    """
     judgement, waiver = progress.judgement, progress.waiver
-    calls = getattr(params_of(item).get("subject"), "calls", ())
+    again = {"repeat": options.repeating(item), "calls": [*getattr(params_of(item).get("subject"), "calls", ())]}
     entry = {
         **dict(zip(("requirement", "level", "text"), _clause_of(item), strict=True)),
         **names_of(item),
@@ -89,8 +94,7 @@ def _entry(item: pytest.Item, progress: Progress) -> dict[str, Any]:
         **({"cause": judgement.cause} if judgement.cause else {}),
         "duration_s": round(progress.duration_s, 3),
         "nodeid": item.nodeid,
-        "repeat": options.repeating(item),
-        **({"calls": [*calls]} if calls else {}),
+        **({name: told for name, told in again.items() if told} if judgement.verdict in TO_REPEAT else {}),
         **({"tried": item.stash[TRIED]} if TRIED in item.stash else {}),
     }
     if judgement.verdict == verdicts.WAIVED:
