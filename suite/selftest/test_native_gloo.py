@@ -208,7 +208,7 @@ def test_a_worker_that_died_is_no_reply_that_was_left(engine: Engine):
         engine.rpc("probe_resources")
 
 
-@pytest.mark.parametrize(("section", "more_than"), [("native", 4), ("engines", 4), ("server", 4)])
+@pytest.mark.parametrize(("section", "more_than"), [("native", 4), ("engines", 4), ("server", 4), ("handles", 4)])
 def test_what_tox_judges_in_short_are_tests(section: str, more_than: int):
     config = configparser.ConfigParser(interpolation=None)
     config.read(ROOT / "tox.ini")
