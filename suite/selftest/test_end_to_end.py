@@ -18,11 +18,12 @@ from suite.processes import janitor
 from suite.selftest.runs import hear_ctrl_c
 from suite.session import environment
 
-JUDGING_S, STARTING_S, ENDING_S = 300, 150, 30
+JUDGING_S, STARTING_S, ENDING_S = 420, 150, 30
 GONE_WITHIN_S = 10
 HOPELESS_CASE_S = 12  # of an update that fails at once, with what comes before it
 CONDEMNED = ("update.zeroed", "update.exact", "update.behaviour")
-STAGE = "cpu-tp2"  # of two ranks: each has to fail
+STAGE = "cpu-tp1"
+NOTHING, HOPELESS = "LoadsNothing", ("RaisesInEveryUpdate", "HangsInEveryUpdate", "ReceivesNothing")
 
 pytestmark = pytest.mark.skipif(environment.lacks_engine("cpu") is not None, reason="there is no vLLM for CPUs here")
 
@@ -118,41 +119,42 @@ def expect_nothing_left(belongings: Belongings, before: set[Path]) -> None:
     assert not left, f"expected nothing of run {belongings.run_id} after {GONE_WITHIN_S} s, found {left}"
 
 
-def test_an_extension_that_loads_nothing_fails_where_the_reference_passes(tmp_path: Path):
-    broken = "--extension=suite.selftest.mutants:LoadsNothing"
-    chosen = ("-k", "zeroed or exact or behaviour")
-    with Session(tmp_path, "--subject=broadcast", broken, f"--stage={STAGE}", *chosen) as session:
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """A run that has ended, of the reference, one that loads nothing, and those of which no update succeeds."""
+    extensions = [f"--extension=suite.selftest.mutants:{name}" for name in (NOTHING, *HOPELESS)]
+    of_weights = f"(broadcast or {NOTHING}) and (zeroed or exact or behaviour)"
+    in_time = f"({' or '.join(HOPELESS)}) and (exact or errors or stopped or sequence or order)"
+    arguments = ("--subject=broadcast", *extensions, f"--stage={STAGE}", "--tb=no", "-k", f"{of_weights} or {in_time}")
+    with Session(tmp_path_factory.mktemp("judged"), *arguments) as session:
         assert session.process.wait(JUDGING_S) == pytest.ExitCode.TESTS_FAILED
-    verdicts = {
-        (entry["subject"], entry["requirement"], entry["stage"]): (entry["verdict"], entry["detail"])
-        for entry in session.document()["conformance"]
-    }
+    return session
+
+
+def test_an_extension_that_loads_nothing_fails_where_the_reference_passes(judged: Session):
+    entries = [entry for entry in judged.document()["conformance"] if entry["subject"] in ("broadcast", NOTHING)]
+    verdicts = {(entry["subject"], entry["requirement"]): (entry["verdict"], entry["detail"]) for entry in entries}
     for requirement in CONDEMNED:
-        assert verdicts.pop(("broadcast", requirement, STAGE)) == ("pass", "")
-        verdict, detail = verdicts.pop(("LoadsNothing", requirement, STAGE))
+        assert verdicts.pop(("broadcast", requirement)) == ("pass", "")
+        verdict, detail = verdicts.pop((NOTHING, requirement))
         assert verdict == "fail"
         assert "expected" in detail, f"expected a detail that says why, found {detail!r}"
-        assert f"[subject=LoadsNothing stage={STAGE} model=qwen3-tied-tiny]" in detail
+        assert f"[subject={NOTHING} stage={STAGE} model=qwen3-tied-tiny]" in detail
     assert not verdicts, "expected nothing else to be judged"
 
 
-def test_subjects_of_which_no_update_succeeds_fail_in_time_and_for_one_reason_each(tmp_path: Path):
+def test_subjects_of_which_no_update_succeeds_fail_in_time_and_for_one_reason_each(judged: Session):
     """One raises, one hangs, one returns without receiving: the trainer is never waited for beyond two seconds."""
-    hopeless = ("RaisesInEveryUpdate", "HangsInEveryUpdate", "ReceivesNothing")
-    extensions = [f"--extension=suite.selftest.mutants:{name}" for name in hopeless]
-    chosen = "exact or errors or stopped or sequence or order"
-    with Session(tmp_path, *extensions, "--stage=cpu-tp1", "--tb=no", "-k", chosen) as session:
-        assert session.process.wait(JUDGING_S) == pytest.ExitCode.TESTS_FAILED
-    entries = session.document()["conformance"]
-    assert {entry["verdict"] for entry in entries} == {"fail"}, "expected nothing but fails, and no error"
-    for name in hopeless:
+    entries = judged.document()["conformance"]
+    for name in HOPELESS:
         own = [entry for entry in entries if entry["subject"] == name]
+        assert {entry["verdict"] for entry in own} == {"fail"}, "expected nothing but fails, and no error"
         assert len(own) == 9, f"expected every case to be judged, found {[entry['requirement'] for entry in own]}"
         took_s = sorted(entry["duration_s"] for entry in own)
         assert took_s[-3] < HOPELESS_CASE_S, f"expected all cases of {name} but two to be short, found {took_s}"
         if name == "HangsInEveryUpdate":
             assert took_s[-3] == 0, f"expected it to be given up after two, found {took_s}"
-    told = re.split(r"=+ (?:weight sync|short test summary info) =+", "".join(session.output))[1]
+    told = re.split(r"=+ (?:weight sync|short test summary info) =+", "".join(judged.output))[1]
     found = " ".join(told.split()).count("all engines ended the update, and 2 s later it was still being sent")
     assert found == 1, f"expected the report to name the cause of ReceivesNothing once, found it {found} times"
 
