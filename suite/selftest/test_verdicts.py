@@ -1,11 +1,13 @@
 """A case ends with its subject's fail or the suite's own error, and with a cause that other cases can share."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
 from suite.processes.call import Call, DeadlineExceeded, NotBegun, ProcessDied, RemoteError, Starved, failure_of, gather
-from suite.session.verdicts import ERROR, FAIL, Judgement, judge
+from suite.session import judging
+from suite.session.verdicts import ERROR, FAIL, NOT_APPLICABLE, PASS, UNSUPPORTED, Judgement, judge
 
 
 def raised(kind: str, message: str, process: str = "engine-1", **more: bool) -> RemoteError:
@@ -116,3 +118,17 @@ def test_the_cause_of_an_assertion_leaves_the_case_out():
 
 def test_a_pass_has_no_cause():
     assert judge("call", None) == Judgement()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "writes"), [(PASS, 1), (FAIL, 1), (ERROR, 1), (UNSUPPORTED, 1), (NOT_APPLICABLE, 0)]
+)
+def test_what_is_not_applicable_waits_for_the_next_write(monkeypatch: pytest.MonkeyPatch, verdict: str, writes: int):
+    written: list[int] = []
+    record = SimpleNamespace(conformance=[], write=lambda: written.append(len(record.conformance)))
+    state = SimpleNamespace(record=record, verdicts=Counter(), waivers=None)
+    for name, given in {"params_of": {}, "requirement_of": "update.exact", "_entry": {"verdict": verdict}}.items():
+        monkeypatch.setattr(judging, name, lambda *_, given=given: given)
+    judging._put_down(None, state, SimpleNamespace(judgement=Judgement(verdict, "")))
+    assert record.conformance == [{"verdict": verdict}]
+    assert written == [1] * writes

@@ -68,14 +68,19 @@ def _clause_of(item: pytest.Item) -> tuple[str, str, str]:
 
 
 def _put_down(item: pytest.Item, state: State, progress: Progress) -> None:
-    """Add the verdict to the record and write that: what comes next may end the run."""
+    """Add the verdict to the record and write that: what comes next may end the run.
+
+    What is not applicable waits for the next write: a machine of one GPU has a thousand such cases, and a write takes
+    as long as judging a quick one.
+    """
     judgement = progress.judgement
     state.verdicts["stage" in params_of(item), judgement.verdict] += 1
     if state.waivers and (case := case_of(item)):
         state.waivers.ended(case, judgement.verdict)
     if requirement_of(item) or judgement.verdict in (verdicts.FAIL, verdicts.ERROR):
         state.record.conformance.append(_entry(item, progress))
-    state.record.write()
+    if judgement.verdict != verdicts.NOT_APPLICABLE:
+        state.record.write()
 
 
 def _entry(item: pytest.Item, progress: Progress) -> dict[str, Any]:
