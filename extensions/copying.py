@@ -19,7 +19,8 @@ Copy = Callable[[], None]
 def copy_of(pairs: Sequence[Pair]) -> Copy:
     """What copies every tensor to its place when it is called; the device may still be at it when that returns.
 
-    Pairs are contiguous, of one dtype and shape, on one device. It is right as long as they are where they were.
+    Pairs are of one dtype and shape, on one device, and may have strides. It is right as long as they are where they
+    were.
     """
     fused = _fused_on(pairs[0][0].device) if pairs else None
     return PlainCopy(pairs) if fused is None else fused(pairs)

@@ -33,11 +33,11 @@ def _copy(parts, of_tile, tile: tl.constexpr, aligned: tl.constexpr):
 
 
 class FusedCopy:
-    """As `PlainCopy`, by one launch. Those whose memory is not aligned are left to that."""
+    """As `PlainCopy`, by one launch. Those that are not contiguous, or not aligned, are left to that."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
-        fused = sorted(filter(_is_aligned, pairs), key=lambda pair: -pair[0].nbytes)  # the device ends on small ones
-        self._rest = PlainCopy([pair for pair in pairs if not _is_aligned(pair)])
+        fused = sorted(filter(_is_flat, pairs), key=lambda pair: -pair[0].nbytes)  # the device ends on small ones
+        self._rest = PlainCopy([pair for pair in pairs if not _is_flat(pair)])
         self._kept = fused  # their memory stays theirs as long as there is a table of its addresses
         counts = [place.nbytes // WORD_BYTES for place, _ in fused]
         tiles = [-(-count // TILE) for count in counts]
@@ -56,6 +56,9 @@ class FusedCopy:
         self._rest()
 
 
-def _is_aligned(pair: Pair) -> bool:
+def _is_flat(pair: Pair) -> bool:
+    """Whether both are whole words at aligned addresses, one behind the other: the kernel knows no strides."""
+    if not all(tensor.is_contiguous() for tensor in pair):
+        return False
     numbers = (number for tensor in pair for number in (tensor.data_ptr(), tensor.nbytes))
     return pair[0].nbytes > 0 and not any(number % ALIGNED_BYTES for number in numbers)

@@ -143,17 +143,19 @@ class PlannedSender(BroadcastSender):
 
     def _send(self, groups: Groups, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Broadcast all tensors, on which all ranks have agreed. Returns the bytes sent."""
-        named, sent = iter(named_tensors), 0
+        named, sent, moved = iter(named_tensors), 0, False
         tensor = torch.empty(0)
-        for pieces in groups:
-            parts = []
-            for piece in pieces:
-                if piece.start == 0:
-                    tensor = self._next(named, piece.name)
-                parts.append(part_of(tensor, piece))
-            self._group.broadcast_all(parts, src=0)
-            sent += sum(piece.nbytes for piece in pieces)
-        self._group.wait()
+        with in_step(self._group, lambda: moved):
+            for pieces in groups:
+                parts = []
+                for piece in pieces:
+                    if piece.start == 0:
+                        tensor = self._next(named, piece.name)
+                    parts.append(part_of(tensor, piece))
+                self._group.broadcast_all(parts, src=0)
+                sent += sum(piece.nbytes for piece in pieces)
+            self._group.wait()
+            moved = True
         if (more := next(named, None)) is not None:
             raise ValueError(f"{more[0]} is not in the manifest: it was not sent, the others were")
         return sent
@@ -164,9 +166,7 @@ class PlannedSender(BroadcastSender):
     def _next(self, named: Iterator[tuple[str, torch.Tensor]], expected: str) -> torch.Tensor:
         name, tensor = next(named, ("nothing", torch.empty(0)))
         if name != expected or (tensor.dtype, tuple(tensor.shape)) != self._announced[expected]:
-            found = shown(name, tensor)
-            self._group.abort(f"the sender has another tensor than {expected}: {found}")
-            raise ValueError(f"expected {expected} as in the manifest, found {found}")
+            raise ValueError(f"expected {expected} as in the manifest, found {shown(name, tensor)}")
         return tensor.detach().to(self._group.device).contiguous()
 
 

@@ -103,3 +103,12 @@ def test_a_gpu_on_which_the_kernel_does_not_work_goes_without(monkeypatch: pytes
     monkeypatch.setattr(copying, "expect_right", broken)
     with pytest.warns(UserWarning, match="without Triton's kernel, slower: RuntimeError: no compiler"):
         assert copying._fused_on(torch.device("cuda", 7)) is None
+
+
+@pytest.mark.parametrize("strided", ["transposed", "expanded", "place"])
+def test_a_tensor_that_is_not_contiguous_is_copied_by_its_strides(strided: str):
+    values = torch.arange(64 * 64, dtype=torch.int32).reshape(64, 64)
+    tensor = {"transposed": values.t(), "expanded": values[:1].expand_as(values)}.get(strided, values)
+    place = torch.zeros(64, 64, dtype=torch.int32)
+    examined()([(place.t() if strided == "place" else place, tensor)])()
+    assert torch.equal(place.t() if strided == "place" else place, tensor)

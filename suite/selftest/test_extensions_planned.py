@@ -5,7 +5,7 @@ import functools
 import math
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from types import SimpleNamespace
 from typing import Any
@@ -228,7 +228,20 @@ def test_a_sender_with_another_tensor_than_announced_gives_the_group_up(worker: 
     for wrong in (NEW | {"lower": NEW["lower"].float()}, {"upper": NEW["upper"]}):
         with pytest.raises(ValueError, match=r"expected lower as in the manifest, found (lower float32|nothing)"):
             worker.sender.send(wrong.items(), MANIFEST)
-        assert "another tensor than lower" in worker.sender._group.aborted
+        assert "expected lower as in the manifest" in worker.sender._group.aborted
+
+
+def test_a_sender_whose_tensors_break_off_gives_the_group_up(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+    """Else the workers would take what it sends next for the rest of this update."""
+    monkeypatch.setattr(planned, "agree", lambda *_, **__: False)
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        yield next(iter(NEW.items()))
+        raise MemoryError("no room to gather the next")
+
+    with pytest.raises(MemoryError):
+        worker.sender.send(gathered(), MANIFEST)
+    assert "MemoryError: no room to gather the next" in worker.sender._group.aborted
 
 
 def test_a_tensor_that_was_not_announced_is_named(worker: Worker):
