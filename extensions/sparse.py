@@ -326,21 +326,24 @@ class SparseSender(PlannedSender):
 
     def _send_changes(self, changes: Changes, named: Iterator[tuple[str, torch.Tensor]]) -> int:
         """Broadcast the counts, what is sent whole, and the elements. Returns the bytes."""
-        counts = torch.tensor(changes.counts, dtype=torch.int64, device=self._group.device)
-        self._group.broadcast_all([counts], src=0)
-        sent = counts.nbytes
-        by_name = zip(self._announced, changes.counts, strict=True)
-        whole = {name: self._announced[name] for name, count in by_name if count == WHOLE}
-        for pieces in cut(whole, self._staged_bytes) if whole else ():
-            self._group.broadcast_all([part_of(self._sent.tensors[piece.name], piece) for piece in pieces], src=0)
-            sent += sum(piece.nbytes for piece in pieces)
-        for _ in named:
-            pass
-        for chunk in chunks_of(changes.counts, itemsizes_of(self._announced)):
-            parts = changes.part(chunk)
-            self._group.broadcast_all(parts, src=0)
-            sent += sum(part.nbytes for part in parts)
-        self._group.wait()
+        moved = False
+        with in_step(self._group, lambda: moved):
+            counts = torch.tensor(changes.counts, dtype=torch.int64, device=self._group.device)
+            self._group.broadcast_all([counts], src=0)
+            sent = counts.nbytes
+            by_name = zip(self._announced, changes.counts, strict=True)
+            whole = {name: self._announced[name] for name, count in by_name if count == WHOLE}
+            for pieces in cut(whole, self._staged_bytes) if whole else ():
+                self._group.broadcast_all([part_of(self._sent.tensors[piece.name], piece) for piece in pieces], src=0)
+                sent += sum(piece.nbytes for piece in pieces)
+            for _ in named:
+                pass
+            for chunk in chunks_of(changes.counts, itemsizes_of(self._announced)):
+                parts = changes.part(chunk)
+                self._group.broadcast_all(parts, src=0)
+                sent += sum(part.nbytes for part in parts)
+            self._group.wait()
+            moved = True
         return sent
 
 

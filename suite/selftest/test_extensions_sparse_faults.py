@@ -1,10 +1,12 @@
 """An update of what has changed that breaks off, or that lies, leaves a model that says what it is."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from extensions import patches
 from extensions.group import GroupError
@@ -13,6 +15,7 @@ from extensions.planned import PlannedSender, PlannedWorkerExtension
 from extensions.sparse import SparseSender
 from suite.selftest.test_extensions_planned import WAIT_S
 from suite.selftest.test_extensions_sparse import (
+    MANIFEST,
     RANKS,
     SIZES,
     Engine,
@@ -45,6 +48,18 @@ def test_an_update_that_breaks_off_half_way_leaves_an_inconsistent_model(monkeyp
     assert is_whole(engine.update(few))
     engine.expect(few)
     assert engine.workers[0].update_state() == "ready"
+
+
+def test_a_sender_whose_tensors_break_off_gives_the_group_up():
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        raise MemoryError("no room to gather the next")
+        yield
+
+    sender = Engine().sender
+    sender._expect(MANIFEST)
+    with pytest.raises(MemoryError):
+        sender._send_changes(SimpleNamespace(counts=[0] * len(MANIFEST)), gathered())
+    assert "MemoryError: no room to gather the next" in sender._group.aborted
 
 
 class Lies(SparseSender):
