@@ -24,7 +24,10 @@ def in_words(
     call_off: bool = False,
     running: object = None,
 ) -> str:
-    """ " with ..." what `Moving.update` is asked for, to follow "an update"; empty where nothing is wrong with it."""
+    """What goes behind "an update" in a sentence, as " with no model.norm.weight"; empty where nothing is wrong.
+
+    The arguments are those of `Moving.update`.
+    """
     said = [ALTERED[kind].format(*_given(one, of)) for kind, of in (alter or {}).items() for one in of]
     if relabel is not None:
         said.append(f"handles for device {relabel}" if relabel else "no handles")

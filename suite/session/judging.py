@@ -90,7 +90,6 @@ def _entry(item: pytest.Item, progress: Progress) -> dict[str, Any]:
     what an update consists of.
     """
     judgement, waiver = progress.judgement, progress.waiver
-    again = {"repeat": options.repeating(item), "calls": [*getattr(params_of(item).get("subject"), "calls", ())]}
     entry = {
         **dict(zip(("requirement", "level", "text"), _clause_of(item), strict=True)),
         **names_of(item),
@@ -99,9 +98,14 @@ def _entry(item: pytest.Item, progress: Progress) -> dict[str, Any]:
         **({"cause": judgement.cause} if judgement.cause else {}),
         "duration_s": round(progress.duration_s, 3),
         "nodeid": item.nodeid,
-        **({name: told for name, told in again.items() if told} if judgement.verdict in TO_REPEAT else {}),
+        **(_to_repeat(item) if judgement.verdict in TO_REPEAT else {}),
         **({"tried": item.stash[TRIED]} if TRIED in item.stash else {}),
     }
     if judgement.verdict == verdicts.WAIVED:
         entry |= {"waiver_issue": waiver.issue, "waiver_reason": waiver.reason}
     return entry
+
+
+def _to_repeat(item: pytest.Item) -> dict[str, Any]:
+    calls = getattr(params_of(item).get("subject"), "calls", ())
+    return {"repeat": options.repeating(item), **({"calls": [*calls]} if calls else {})}

@@ -13,13 +13,12 @@ from typing import Any, ClassVar
 
 from suite.processes.blame import Examined, examined
 from suite.stages import Stage
-from suite.subjects.foreign import Foreign, lacks, unfit_on_gpus
+from suite.subjects.foreign import IN_PACKS, Foreign, lacks, unfit_on_gpus
 from suite.subjects.handles import MalformedHandles
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
 CALLED_S = 30.0  # how long the ParameterServer may take until it calls for the engine
 GIVEN_UP_S = 2.0
-NO_HANDLES = {"devices.missing_handle": "tensors travel in buckets; the trainer announces no handle for each"}
 BUCKET_GB = "1"  # as in vLLM's packs; it takes three times as much of the GPU. By default it takes 8, thrice
 
 
@@ -212,5 +211,5 @@ class CheckpointEngineSubject(Foreign):
 SUBJECT = CheckpointEngineSubject(
     "checkpoint-engine",
     "checkpoint_engine.worker:VllmColocateWorkerExtension",
-    lacks=lacks("VllmColocateWorkerExtension") | NO_HANDLES,
+    lacks=lacks("VllmColocateWorkerExtension") | IN_PACKS,
 )

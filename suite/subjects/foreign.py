@@ -16,6 +16,8 @@ PACKED = (
     " extension's model.load_weights() raises on them; see docs/frameworks.md"
 )
 
+IN_PACKS = {"devices.missing_handle": "tensors travel in packs: none has a handle of its own"}
+
 
 class Foreign(Subject):
     """An extension of another project.

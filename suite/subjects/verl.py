@@ -15,16 +15,15 @@ from extensions.segments import RUN_ID
 from suite.processes.blame import examined
 from suite.stages import Stage
 from suite.subjects.counted import Counted
-from suite.subjects.foreign import Foreign, lacks, unfit_on_gpus
+from suite.subjects.foreign import IN_PACKS, Foreign, lacks, unfit_on_gpus
 from suite.subjects.protocol import Engine, EngineHalf, Subject, Tensors, Trainer, TrainerHalf
 
 JOB = "VERL_RAY_JOB_ID"  # in the environment of its workers, to tell jobs of one machine apart
 SENDERS = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
 BUCKET_MB = 2048  # of verl's own rollout configuration; its sender's default is 512
 LORA = {"peft_type": "LORA"}  # with base weights, the worker looks at no more of it than that there is one
-NO_HANDLES = {
+NO_HANDLES = IN_PACKS | {
     "devices.wrong_handle": "the trainer hands over nothing that names a device: sockets go by rank",
-    "devices.missing_handle": "tensors travel in packs, which have a handle each",
 }
 
 
